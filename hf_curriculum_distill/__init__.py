@@ -1,0 +1,14 @@
+"""Distil transformers with a `transformers.Trainer` whose loss follows a finished teacher's layers."""
+
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.projections import ProjectionBank
+from hf_curriculum_distill.stages import Stage, StageScheduler
+from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
+
+__all__ = [
+    "CurriculumDistillationConfig",
+    "CurriculumDistillationTrainer",
+    "ProjectionBank",
+    "Stage",
+    "StageScheduler",
+]

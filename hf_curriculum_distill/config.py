@@ -1,0 +1,210 @@
+"""Every knob of a distillation run, validated at construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_curriculum_distill.losses import DIVERGENCES
+from hf_curriculum_distill.projections import PROJECTIONS
+from hf_curriculum_distill.stages import (
+    LAYER_ORDERS,
+    Stage,
+    check_layer_range,
+    curriculum_stages,
+    parse_layer_pairs,
+    resolve_layer_map,
+)
+
+METHODS = ("curriculum", "one_shot")
+TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+# schedules that are no function of the step alone can't be restarted in each stage
+_STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+
+
+@dataclass
+class CurriculumDistillationConfig(TrainingArguments):
+    """[`~transformers.TrainingArguments`] plus what is matched, when, and against what.
+
+    Two defaults differ from `TrainingArguments`: `logging_nan_inf_filter=False` (a loss that is not finite is
+    reported, never averaged away), and `ddp_find_unused_parameters=True` (a layer stage leaves later blocks unused).
+
+    Raises:
+        ValueError: a value is unknown or out of range; everything that needs the models is checked by the trainer.
+    """
+
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether to leave losses that are nan or inf out of the logged average."}
+    )
+    method: str = field(
+        default="curriculum",
+        metadata={
+            "help": "What is matched when: 'curriculum' (hidden states layer by layer, then logits) or 'one_shot' "
+            "(logits only). Without a teacher: the model's own loss, exactly as transformers.Trainer."
+        },
+    )
+    stages: list | str | None = field(
+        default=None,
+        metadata={
+            "help": "Explicit stages, a list of Stage fields (JSON on the command line), instead of `method`: "
+            '[{"hidden": [[3, 6]], "until": 0.5}, {"kl_weight": 1.0}].'
+        },
+    )
+    layer_map: list | str | None = field(
+        default="uniform",
+        metadata={"help": "'uniform', 'last' or [[student_layer, teacher_layer], ...]; blocks count from 1."},
+    )
+    num_layer_stages: int | None = field(
+        default=None,
+        metadata={"help": "How many student layers are matched; every block of the student by default."},
+    )
+    layer_order: str = field(
+        default="sequential",
+        metadata={
+            "help": "How layer stages follow each other: 'sequential' (one pair a stage, lowest first), 'cumulative' "
+            "(each keeps the earlier pairs), 'together' (one stage, all pairs) or 'last' (one stage, highest pair)."
+        },
+    )
+    hidden_weight_in_logit_stage: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the last layer stage's hidden-state MSE in the logit stage."},
+    )
+    layer_stage_fraction: float = field(
+        default=0.5, metadata={"help": "Share of the steps given to the layer stages, split equally among them."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Divides both logits; the divergence is multiplied by its square."}
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": "Between teacher's and student's logits: 'forward_kl', 'reverse_kl' or 'jensen_shannon'."},
+    )
+    label_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cross-entropy on the labels in the logit stage."}
+    )
+    projection: str = field(
+        default="gaussian",
+        metadata={"help": "Kind of fixed matrix: 'gaussian', 'rademacher', 'orthogonal' or 'identity' (first units)."},
+    )
+    projection_seed: int = field(default=0, metadata={"help": "Seed of the projections and of the calibration sample."})
+    standardize_targets: bool = field(
+        default=True,
+        metadata={"help": "Whether projected states are standardised (calibration sample's mean and deviation)."},
+    )
+    calibration_samples: int = field(
+        default=256, metadata={"help": "How many training examples measure the projected states' mean and deviation."}
+    )
+    train_prefix: str = field(
+        default="joint",
+        metadata={
+            "help": "What a layer stage trains: 'joint' (all blocks up to its layer) or 'block' (only those above the "
+            "previous stage's layer)."
+        },
+    )
+    truncate: bool = field(
+        default=True,
+        metadata={"help": "Whether layer stages stop behind their last block; off: whole models, same loss."},
+    )
+    restart_schedule_per_stage: bool = field(
+        default=False, metadata={"help": "Whether each stage has a learning-rate schedule of its own."}
+    )
+    stage_warmup_ratio: float = field(
+        default=0.2, metadata={"help": "Share of each stage that warms up, with restart_schedule_per_stage."}
+    )
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata={"help": "The teacher's dtype: 'float32', 'bfloat16' or 'float16'; as it was saved by default."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True
+        for name in ("stages", "layer_map"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("["):
+                setattr(self, name, json.loads(value))
+        self._check_choice("method", METHODS)
+        self._check_choice("layer_order", LAYER_ORDERS)
+        self._check_choice("divergence", tuple(DIVERGENCES))
+        self._check_choice("projection", PROJECTIONS)
+        self._check_choice("train_prefix", ("joint", "block"))
+        self._check_choice("teacher_dtype", (None, *TEACHER_DTYPES))
+        if isinstance(self.layer_map, list):
+            parse_layer_pairs(self.layer_map)
+        else:
+            self._check_choice("layer_map", ("uniform", "last"))
+        self._check_range("layer_stage_fraction", 0, 1, "both excluded", lambda x: 0 < x < 1)
+        self._check_range("stage_warmup_ratio", 0, 1, "1 excluded", lambda x: 0 <= x < 1)
+        self._check_range("temperature", 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
+        self._check_range("hidden_weight_in_logit_stage", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
+        self._check_range("label_loss_weight", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
+        self._check_range("calibration_samples", 1, math.inf, "whole", lambda x: x >= 1 and x == int(x))
+        if self.restart_schedule_per_stage and self.lr_scheduler_type in _STATEFUL_SCHEDULES:
+            raise ValueError(
+                f"restart_schedule_per_stage needs a schedule that is a function of the step, but lr_scheduler_type is "
+                f"{str(self.lr_scheduler_type)!r}; use one like 'cosine' or 'linear'."
+            )
+        if self.stages is not None:
+            self.stages = [_stage_fields(stage, index) for index, stage in enumerate(self.stages)]
+
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> CurriculumDistillationConfig:
+        """The same arguments with this library's defaults added; `args` itself is not changed."""
+        names = [f.name for f in dataclasses.fields(args) if f.init and f.name != "logging_nan_inf_filter"]
+        return cls(**{name: getattr(args, name) for name in names})
+
+    def resolve_stages(self, student_depth: int, teacher_depth: int | None) -> tuple[Stage, ...]:
+        """The stages that `stages` or `method` stand for, between models of so many blocks (None: no teacher).
+
+        Raises:
+            ValueError: a layer is out of range, or a stage needs a teacher where there is none.
+        """
+        if self.stages is not None:
+            stages = tuple(Stage(**stage) for stage in self.stages)
+        elif teacher_depth is None:
+            return ()
+        else:
+            logit_stage = {"kl_weight": 1.0, "label_weight": self.label_loss_weight}
+            if self.method == "one_shot":
+                return (Stage(**logit_stage),)
+            logit_stage["hidden_weight"] = self.hidden_weight_in_logit_stage
+            pairs = resolve_layer_map(self.layer_map, self.num_layer_stages, student_depth, teacher_depth)
+            stages = tuple(curriculum_stages(pairs, self.layer_order, self.layer_stage_fraction, logit_stage))
+        for index, stage in enumerate(stages):
+            if stage.needs_teacher and teacher_depth is None:
+                raise ValueError(
+                    f"stages[{index}] ({stage.name}) matches a teacher, but no teacher_model was given; pass one, or "
+                    "use only label_weight."
+                )
+            check_layer_range(stage.hidden, student_depth, teacher_depth or 0)
+        return stages
+
+    def _check_choice(self, name: str, choices: tuple) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, choices))}.")
+
+    def _check_range(self, name: str, low: float, high: float, note: str, holds: Any) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+            raise ValueError(f"{name} is {value!r}; it must be a number between {low} and {high} ({note}).")
+
+
+def _stage_fields(stage: Any, index: int) -> dict[str, Any]:
+    """Check one entry of `stages` and return it as plain JSON values."""
+    stage = dataclasses.asdict(stage) if isinstance(stage, Stage) else stage
+    if not isinstance(stage, dict):
+        raise ValueError(f"stages[{index}] is {stage!r}; write each stage as a dict of Stage fields.")
+    known = [f.name for f in dataclasses.fields(Stage)]
+    if unknown := sorted(set(stage) - set(known)):
+        raise ValueError(f"stages[{index}] has unknown fields {unknown}; a stage has {', '.join(known)}.")
+    try:
+        fields = dataclasses.asdict(Stage(**stage))
+    except ValueError as error:
+        raise ValueError(f"stages[{index}]: {error}") from error
+    return fields | {"hidden": [list(pair) for pair in fields["hidden"]]}

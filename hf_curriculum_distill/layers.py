@@ -1,0 +1,225 @@
+"""Find a model's block stack; run a prefix of it; run its head on chosen rows only."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_curriculum_distill.counting import predicts_next_token
+
+
+def find_block_stack(model: nn.Module) -> nn.ModuleList:
+    """The `ModuleList` of transformer blocks whose outputs are a model's hidden states.
+
+    It is the one list that is as long as the configuration says the model is deep and, where several are, the one
+    made of blocks that transformers can checkpoint. Encoder-decoders: the encoder's.
+
+    Raises:
+        ValueError: there is no such list, or more than one (ALBERT, for example, runs one shared block many times).
+    """
+    root = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [(n, m) for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    blocks = [(n, m) for n, m in lists if all(isinstance(block, GradientCheckpointingLayer) for block in m)]
+    found = blocks or lists
+    if len(found) != 1:
+        seen = ", ".join(name for name, _ in found) or "none"
+        raise ValueError(
+            f"{type(model).__name__} needs exactly one ModuleList of num_hidden_layers={depth} blocks to be matched "
+            f"layer by layer, but has: {seen}. Models that share one block between layers are not supported."
+        )
+    return found[0][1]
+
+
+@dataclass
+class _Request:
+    """What the next forward pass shall return."""
+
+    layers: tuple[int, ...]
+    logits: bool
+    rows: Tensor | None
+    gather: bool
+    frozen: int
+    grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    gathered: bool = False
+
+    @property
+    def last(self) -> int:
+        return max(self.layers, default=0)
+
+
+class _Stop(Exception):
+    """Raised behind the last block that is needed; caught inside the same model's forward."""
+
+
+class PartialForward:
+    """Runs a model up to a block and returns the hidden states on the way, or its head on chosen rows.
+
+    `layers` are block numbers from 1, 0 the input of block 1. A forward hook on each block records its output; the
+    hook on the last one needed raises, and the model's own `forward`, replaced by [`install`], catches it and returns
+    what was recorded. The models are called as they are wrapped (DistributedDataParallel, autocast, compile): a
+    tensor that does not pass through the wrapper's `forward` gets no gradient reduction. Evaluation and activation
+    recomputation pass through untouched, because the hooks act only during [`__call__`].
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.blocks = find_block_stack(model)
+        self._inputs = inspect.signature(model.forward).parameters
+        self._pending: _Request | None = None
+        self._active: _Request | None = None
+        self._handles: list[Any] = []
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    def accepts(self, name: str) -> bool:
+        """Whether the model's forward has an input of this name."""
+        return name in self._inputs
+
+    def __call__(
+        self,
+        wrapped: nn.Module,
+        inputs: Mapping[str, Any],
+        layers: Iterable[int] = (),
+        logits: bool = False,
+        rows: Tensor | None = None,
+        gather: bool = True,
+        frozen: int = 0,
+        truncate: bool = True,
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        """Run `wrapped(**inputs)`, the model or whatever wraps it.
+
+        Args:
+            layers: the layers whose hidden states to return.
+            logits: whether to run the blocks beyond them and the head.
+            rows: row numbers into the flattened logits to return; None for all rows.
+            gather: pick the rows before the head (logits have one row a token) rather than after it.
+            frozen: layers up to this one run without gradients.
+            truncate: stop behind the last of `layers` when no logits are asked for.
+
+        Returns:
+            `{layer: [batch, length, hidden]}`, and `[rows, classes]` logits or None.
+        """
+        if not self._handles:
+            self.install()
+        stop = truncate and not logits
+        self._pending = _Request(tuple(layers), not stop, rows, gather and rows is not None, frozen)
+        try:
+            hidden, scores = wrapped(**inputs)
+        finally:
+            self._pending = None
+        return hidden, scores if logits else None
+
+    def install(self) -> None:
+        """Hook the model. Later than any wrapping that moves or shards parameters."""
+        model, original = self.model, self.model.forward
+
+        @functools.wraps(original)
+        def forward(module, *args, **kwargs):
+            if self._pending is None:
+                return original(*args, **kwargs)
+            return self._run(original, args, kwargs)
+
+        # Trainer reads the inputs' names off the signature, from which binding drops the first parameter
+        inputs = inspect.signature(original).parameters.values()
+        forward.__signature__ = inspect.Signature(
+            [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *inputs]
+        )
+        self._original = model.__dict__.get("forward")
+        model.forward = MethodType(forward, model)
+        self._handles = [self.blocks[0].register_forward_pre_hook(self._record_input, with_kwargs=True)]
+        for number, block in enumerate(self.blocks, start=1):
+            self._handles.append(block.register_forward_pre_hook(functools.partial(self._unfreeze, number)))
+            self._handles.append(block.register_forward_hook(functools.partial(self._record_output, number)))
+        self._handles += [m.register_forward_hook(self._gather_rows) for m in self._modules_before_head()]
+
+    def remove(self) -> None:
+        """Leave the model as it was found."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._original is None:
+            del self.model.forward
+        else:
+            self.model.forward = self._original
+
+    def _modules_before_head(self) -> list[nn.Module]:
+        """Modules whose `last_hidden_state` the head reads; the first that runs does the gathering."""
+        modules = [self.model.base_model]
+        if getattr(self.model.config, "is_encoder_decoder", False) or predicts_next_token(self.model):
+            modules.append(self.model.get_decoder())  # OPT and T5 bypass the base model's forward
+        return [m for m in dict.fromkeys(modules) if m is not None and m is not self.model]
+
+    def _run(self, original, args, kwargs) -> tuple[dict[int, Tensor], Tensor | None]:
+        request = self._active = self._pending
+        try:
+            if request.frozen:
+                torch.set_grad_enabled(False)
+            outputs = original(*args, **kwargs)
+        except _Stop:
+            return request.hidden, None
+        finally:
+            self._active = None
+            torch.set_grad_enabled(request.grad_enabled)
+        missing = [layer for layer in request.layers if layer not in request.hidden]
+        assert not missing, f"{type(self.model).__name__} never ran blocks {missing}"
+        if not request.logits:
+            return request.hidden, None
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if request.gathered:
+            logits = logits.squeeze(0)
+        else:
+            logits = logits.flatten(0, -2)
+            logits = logits if request.rows is None else logits[request.rows]
+        return request.hidden, logits
+
+    def _record_input(self, block, args, kwargs) -> None:
+        request = self._active
+        if request is not None and 0 in request.layers and 0 not in request.hidden:
+            request.hidden[0] = args[0] if args else kwargs["hidden_states"]
+            self._maybe_stop(request, 0)
+
+    def _unfreeze(self, number: int, block, args) -> None:
+        request = self._active
+        if request is not None and request.frozen and number == request.frozen + 1:
+            torch.set_grad_enabled(request.grad_enabled)
+
+    def _record_output(self, number: int, block, args, output) -> None:
+        request = self._active
+        if request is not None and number in request.layers:
+            request.hidden[number] = output if isinstance(output, Tensor) else output[0]
+            self._maybe_stop(request, number)
+
+    @staticmethod
+    def _maybe_stop(request: _Request, layer: int) -> None:
+        if layer == request.last and not request.logits:
+            raise _Stop
+
+    def _gather_rows(self, module, args, output):
+        request = self._active
+        if request is None or not request.gather or request.gathered:
+            return output
+        request.gathered = True
+        hidden = output[0]
+        chosen = hidden.flatten(0, 1).index_select(0, request.rows).unsqueeze(0)
+        if isinstance(output, tuple):
+            return (chosen, *output[1:])
+        output["last_hidden_state"] = chosen
+        return output

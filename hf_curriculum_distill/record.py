@@ -1,0 +1,66 @@
+"""`curriculum.json`: what a run trains, written beside every student, compared on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+FILE_NAME = "curriculum.json"
+FORMAT_VERSION = 1
+
+# What must be the same for a resumed run to equal one that was never interrupted.
+_FIXED = ("method", "max_steps", "stages", "settings", "teacher", "projection_matrices")
+
+
+def write_record(folder: str, record: Mapping[str, Any]) -> None:
+    """Write `curriculum.json` into a folder, whole or not at all."""
+    path = os.path.join(folder, FILE_NAME)
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        json.dump({"format_version": FORMAT_VERSION, **record}, file, indent=2)
+        file.write("\n")
+    os.replace(f"{path}.partial", path)
+
+
+def read_record(folder: str) -> dict[str, Any]:
+    """Read `curriculum.json` from a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged or of another format.
+    """
+    path = os.path.join(folder, FILE_NAME)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{folder} has no {FILE_NAME}, so it is no checkpoint of a distillation run; resume from one that is, or "
+            "load its weights into the student and start anew."
+        )
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+        version = record["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a readable run record ({error}); resume from another checkpoint.") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}, this library reads {FORMAT_VERSION}.")
+    return record
+
+
+def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder: str) -> None:
+    """Raise a `ValueError` that names what changed, from what to what, since a checkpoint was written."""
+    changes = []
+    for name in _FIXED:
+        changes += _differences(name, saved.get(name), json.loads(json.dumps(current.get(name))))
+    if changes:
+        raise ValueError(
+            f"{folder} was written by a run with other settings: {'; '.join(changes)}. Resume with the settings it was "
+            "started with, or start a new run in another output_dir."
+        )
+
+
+def _differences(name: str, saved: Any, current: Any) -> list[str]:
+    if isinstance(saved, dict) and isinstance(current, dict):
+        keys = sorted(set(saved) | set(current))
+        return [d for key in keys for d in _differences(f"{name}.{key}", saved.get(key), current.get(key))]
+    return [] if saved == current else [f"{name} changed from {saved!r} to {current!r}"]

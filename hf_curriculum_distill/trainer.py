@@ -1,0 +1,492 @@
+"""[`CurriculumDistillationTrainer`]: a `transformers.Trainer` whose loss follows a curriculum taken from a teacher."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import itertools
+import logging
+import math
+import os
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import broadcast
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_curriculum_distill import losses
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.cost import count_flops, preserved_random_state
+from hf_curriculum_distill.counting import answers_per_token, count, counted_rows, position_weights
+from hf_curriculum_distill.layers import PartialForward
+from hf_curriculum_distill.ledger import Ledger
+from hf_curriculum_distill.metrics import TeacherComparison
+from hf_curriculum_distill.projections import ProjectionBank
+from hf_curriculum_distill.record import check_resumable, read_record, write_record
+from hf_curriculum_distill.schedules import restarted_schedule
+from hf_curriculum_distill.stages import Stage, StageScheduler, parse_layer_pairs
+from hf_curriculum_distill.teachers import FrozenTeacher, check_teacher, load_teacher
+
+logger = logging.getLogger(__name__)
+
+
+class CurriculumDistillationTrainer(Trainer):
+    """Distils a teacher into `model`, stage by stage; everything else is [`~transformers.Trainer`].
+
+    Args:
+        model, args, ...: as `transformers.Trainer`, in the same order. A plain `TrainingArguments` stands for a
+            [`CurriculumDistillationConfig`] with this library's defaults.
+        teacher_model: a trained model for the student's task, or the name or folder of one. Without it (and without
+            explicit `args.stages`) this class *is* `transformers.Trainer`.
+        projection_bank: a [`ProjectionBank`] to use in place of one drawn from `args.projection_seed`.
+
+    Attributes:
+        stages: the resolved list of [`Stage`].
+        stage: the stage of the current optimizer step.
+        teacher: the [`FrozenTeacher`], or None.
+        projection_bank: the bank, or None where no stage matches hidden states.
+
+    Raises:
+        ValueError: teacher, stages, layer map, bank, data or launch do not fit together (see each message).
+        OSError: the teacher's files are missing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        *trainer_args: Any,
+        teacher_model: PreTrainedModel | str | os.PathLike | None = None,
+        projection_bank: ProjectionBank | None = None,
+        **trainer_kwargs: Any,
+    ):
+        self._declared_stages: tuple[Stage, ...] = ()
+        self.stage_scheduler: StageScheduler | None = None
+        self.teacher: FrozenTeacher | None = None
+        self.projection_bank: ProjectionBank | None = None
+        distils = teacher_model is not None or getattr(args, "stages", None) is not None
+        if distils:
+            args = TrainingArguments("tmp_trainer") if args is None else args
+            if not isinstance(args, CurriculumDistillationConfig):
+                args = CurriculumDistillationConfig.from_training_arguments(args)
+        super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        if not distils:
+            if projection_bank is not None:
+                raise ValueError("projection_bank was given without teacher_model, so nothing is projected; pass both.")
+            return
+        self._check_launch()
+        self._student = PartialForward(self.model)
+        if teacher_model is not None:
+            self.teacher = self._make_teacher(teacher_model)
+        depths = self._student.depth, None if self.teacher is None else self.teacher.partial_forward.depth
+        self._declared_stages = self.args.resolve_stages(*depths)
+        self.projection_bank = self._make_bank(projection_bank)
+        # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
+        self.model_accepts_loss_kwargs = True
+        self._ledger = Ledger()
+        self._stage_index: int | None = None
+        self._comparison: TeacherComparison | None = None
+        self._resolve_steps()
+
+    # ---- which stage ----
+
+    @property
+    def stages(self) -> list[Stage]:
+        return list(self.stage_scheduler.stages if self.stage_scheduler else self._declared_stages)
+
+    @property
+    def stage(self) -> Stage | None:
+        return self.stage_scheduler.stage_at(self.state.global_step) if self.stage_scheduler else None
+
+    def set_initial_training_values(self, args, dataloader):
+        values = super().set_initial_training_values(args, dataloader)
+        if self._declared_stages:
+            self.stage_scheduler = StageScheduler(self._declared_stages, values[-1])
+        return values
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As `Trainer`; with `restart_schedule_per_stage`, one warm-up and decay in each stage."""
+        if self._declared_stages and self.args.restart_schedule_per_stage and self.lr_scheduler is None:
+            factor = restarted_schedule(
+                self.stage_scheduler,
+                self.args.lr_scheduler_type,
+                self.args.stage_warmup_ratio,
+                self.args.lr_scheduler_kwargs or {},
+            )
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- one batch ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As `Trainer`, but counts what the losses are divided by over all micro-batches and processes."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._declared_stages or not batches:
+            return batches, num_items
+        counts = torch.stack([count(self.model, batch).to(device) for batch in batches]).sum(0)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        return batches, counts
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The current stage's weighted sum of losses; in evaluation the student's own task loss, in every stage.
+
+        `num_items_in_batch` is what [`get_batch_samples`] counted; without it the loss is this batch's mean.
+        """
+        if not self._declared_stages:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            self._compare_with_teacher(outputs, inputs)
+            return (loss, outputs) if return_outputs else loss
+
+        stage = self._enter_stage(inputs)
+        rows, labels = counted_rows(self.model, inputs) if stage.needs_logits else (None, None)
+        hidden, logits = self._run_student(model, inputs, stage, rows)
+        target_hidden, target_logits = self._run_teacher(inputs, stage, rows)
+
+        counts = count(self.model, inputs) if num_items_in_batch is None else num_items_in_batch
+        num_positions, num_rows = counts.clamp(min=1)
+        terms, loss = {}, 0.0
+        if stage.hidden:
+            errors = []
+            for student_layer, teacher_layer in stage.hidden:
+                target = self.projection_bank.project(student_layer, target_hidden[teacher_layer])
+                weights = position_weights(self.model, inputs, target)
+                errors.append(losses.hidden_state_mse(hidden[student_layer], target, weights))
+            terms["hidden_mse"] = torch.stack(errors).mean() / num_positions
+            loss += stage.hidden_weight * terms["hidden_mse"]
+        if stage.kl_weight:
+            divergence = losses.DIVERGENCES[self.args.divergence]
+            terms["kl"] = divergence(logits, target_logits, self.args.temperature) / num_rows
+            loss += stage.kl_weight * terms["kl"]
+        if stage.label_weight:
+            terms["label_loss"] = losses.cross_entropy(logits, labels, self.args.label_smoothing_factor) / num_rows
+            loss += stage.label_weight * terms["label_loss"]
+        self._ledger.add_terms(terms)
+        if self.args.average_tokens_across_devices:
+            loss *= self.accelerator.num_processes  # gradients are averaged over processes; the counts are global
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _run_student(self, model, inputs, stage: Stage, rows: Tensor | None):
+        """Hidden states and logits of the stage. `model` is the student or what wraps it."""
+        answers = self.teacher.partial_forward if self.teacher else self._student
+        # what only the teacher's forward names is the teacher's; anything else goes to the student, as in Trainer
+        known = {n: v for n, v in self._questions(inputs).items() if self._student.accepts(n) or not answers.accepts(n)}
+        return self._student(
+            model,
+            known,
+            stage.student_layers,
+            logits=stage.needs_logits,
+            rows=rows,
+            gather=answers_per_token(self.model, inputs),
+            frozen=self._num_frozen_layers(stage),
+            truncate=self.args.truncate,
+        )
+
+    def _run_teacher(self, inputs, stage: Stage, rows: Tensor | None):
+        if not stage.needs_teacher:
+            return {}, None
+        with self.accelerator.autocast():
+            return self.teacher(
+                self._questions(inputs),
+                stage.teacher_layers,
+                logits=bool(stage.kl_weight),
+                rows=rows,
+                gather=answers_per_token(self.model, inputs),
+                truncate=self.args.truncate,
+            )
+
+    def _questions(self, inputs) -> dict[str, Any]:
+        """The inputs without labels: no model computes a loss of its own here."""
+        questions = {name: value for name, value in inputs.items() if name not in self.label_names}
+        if self.model.config.is_encoder_decoder and "decoder_input_ids" not in questions and "labels" in inputs:
+            questions["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        return questions
+
+    def _num_frozen_layers(self, stage: Stage) -> int:
+        if self.args.train_prefix == "joint" or stage.needs_logits:
+            return 0
+        earlier = [max(s.student_layers) for s in self.stages[: self._stage_index] if s.hidden]
+        return max((layer for layer in earlier if layer < max(stage.student_layers)), default=0)
+
+    def _enter_stage(self, inputs) -> Stage:
+        """The stage of this optimizer step; on its first batch, say so and measure its cost."""
+        index = self.stage_scheduler.index_at(self.state.global_step)
+        stage = self.stage_scheduler.stages[index]
+        if index == self._stage_index:
+            return stage
+        self._stage_index = index
+        first, end = self.stage_scheduler.span(index)
+        logger.info("Stage %d of %d: %s (steps %d to %d)", index + 1, len(self.stages), stage.name, first + 1, end)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_description(stage.name)
+        core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._student.model is not core:  # model_init made a new one
+            self._student = PartialForward(core)
+        if self.args.torch_compile:
+            torch._dynamo.reset()  # another stage is another graph; past its limit dynamo would silently run eagerly
+        if index not in self._ledger.flops_per_input:
+            self._ledger.flops_per_input[index] = self._measure_flops(inputs, stage)
+        return stage
+
+    def _measure_flops(self, inputs, stage: Stage) -> list[float]:
+        """Student's and teacher's operations for one element of the model's main input, from one real batch."""
+        rows, _ = counted_rows(self.model, inputs) if stage.needs_logits else (None, None)
+        forward = count_flops(lambda: self._run_student(self._student.model, inputs, stage, rows))
+        backward = 2 * forward
+        if frozen := self._num_frozen_layers(stage):
+            below = Stage(hidden=[(frozen, 0)])
+            backward -= 2 * count_flops(lambda: self._run_student(self._student.model, inputs, below, None))
+        teacher = count_flops(lambda: self._run_teacher(inputs, stage, rows))
+        num_inputs = inputs[self.model.main_input_name].numel()
+        return [(forward + backward) / num_inputs, teacher / num_inputs]
+
+    def floating_point_ops(self, inputs) -> float:
+        """Operations of student (forward and backward) and teacher (forward) on this micro-batch."""
+        if not self._declared_stages:
+            return super().floating_point_ops(inputs)
+        return self._ledger.add_flops(self._stage_index, inputs[self.model.main_input_name].numel())
+
+    # ---- the whole run ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As `Trainer`. Calibrates the projection bank first, or reads it from the checkpoint to resume from."""
+        if not self._declared_stages:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # True: let Trainer complain
+        if isinstance(resume_from_checkpoint, str):
+            self._resume(resume_from_checkpoint)
+        elif self.projection_bank is not None and not self.projection_bank.frozen:
+            self._calibrate()
+        self._stage_index = None
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._release_models()
+
+    def _release_models(self) -> None:
+        self._student.remove()
+        if self.teacher is not None:
+            self.teacher.partial_forward.remove()
+
+    def _calibrate(self) -> None:
+        """Measure the bank on a seeded sample of the training data: the same on every process and every launch."""
+        if not self.args.standardize_targets:
+            self.projection_bank.freeze()
+            return
+        num_samples, data = int(self.args.calibration_samples), self.train_dataset
+        logger.info("Calibrating %d projections on %d examples", len(self.projection_bank.layer_pairs), num_samples)
+
+        def teacher(batch, layers):
+            batch = self._prepare_inputs(batch)
+            with self.accelerator.autocast():
+                hidden, _ = self.teacher(self._questions(batch), layers)
+            return hidden, position_weights(self.model, batch, hidden[layers[0]])
+
+        with preserved_random_state(self.args.projection_seed):
+            if hasattr(data, "__len__"):
+                chosen = random.sample(range(len(data)), min(num_samples, len(data)))
+                examples = [data[i] for i in chosen]
+            else:
+                examples = list(itertools.islice(data, num_samples))
+            collator = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
+            self.projection_bank.fit(teacher, DataLoader(examples, self.args.train_batch_size, collate_fn=collator))
+        for tensor in self.projection_bank.tensors().values():
+            broadcast(tensor)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer`, with the stage, its loss terms and the operations so far beside the training loss."""
+        if self._declared_stages and self.is_in_train and ("loss" in logs or "train_loss" in logs):
+            terms = self._finite_terms()
+            if "loss" in logs:
+                logs |= {"stage": self._stage_index} | terms | self._ledger.total_flops(self.accelerator)
+                self._ledger.start(self.state.global_step)
+        super().log(logs, start_time)
+
+    def _finite_terms(self) -> dict[str, float]:
+        terms = self._ledger.terms(self.accelerator, self.state.global_step)
+        self._check_finite(terms)
+        return terms
+
+    def _check_finite(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                index = self.stage_scheduler.index_at(self.state.global_step - 1) if self.stage_scheduler else 0
+                raise FloatingPointError(
+                    f"{name} is {value} in stage {index + 1} of {len(self.stages)} ({self.stages[index].name}) at step "
+                    f"{self.state.global_step}. Lower the learning rate, check the data, or use bf16 in place of fp16; "
+                    "the checkpoints before this step are sound."
+                )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._declared_stages:
+            if self.state.global_step in self.stage_scheduler.boundaries and self.args.logging_strategy != "no":
+                self.control.should_log = True  # no logged average mixes two stages
+            if self.control.should_save:
+                self._finite_terms()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    # ---- evaluation ----
+
+    def evaluation_loop(self, dataloader, description, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        """As `Trainer`, with accuracy on the labels that count and, given a teacher, agreement and divergence."""
+        self._comparison = TeacherComparison()
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        compared = {f"{metric_key_prefix}_{name}": value for name, value in self._comparison.compute().items()}
+        output.metrics.update({name: value for name, value in compared.items() if name not in output.metrics})
+        if self._declared_stages:
+            loss = {name: value for name, value in output.metrics.items() if name == f"{metric_key_prefix}_loss"}
+            self._check_finite(loss | compared)
+            if not self.is_in_train:
+                self._release_models()
+        return output
+
+    def _compare_with_teacher(self, outputs, inputs) -> None:
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+        rows, labels = counted_rows(self.model, inputs)
+        if labels is None:
+            return
+        batch_size = len(inputs["labels"])
+        examples = rows // (logits.shape[:-1].numel() // batch_size)
+        _, teacher_logits = self._run_teacher(inputs, Stage(kl_weight=1.0), rows) if self.teacher else ({}, None)
+        student_logits = logits.flatten(0, -2)[rows]
+        self._comparison.update(self.accelerator, student_logits, teacher_logits, labels, examples, batch_size)
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Only the last stage competes: before it the head is untrained, and early stopping would end the run."""
+        if self._declared_stages and self.stage is not self.stage_scheduler.stages[-1]:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    # ---- files ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer`, with `projection_bank.safetensors` and `curriculum.json` beside the plain student."""
+        if self._declared_stages and self.stage_scheduler:
+            record = self._record()
+            if self.args.should_save:
+                folder = output_dir or self.args.output_dir
+                os.makedirs(folder, exist_ok=True)
+                write_record(folder, record)
+                if self.projection_bank is not None:
+                    self.projection_bank.save_pretrained(folder)
+        super().save_model(output_dir, _internal_call)
+
+    def _record(self) -> dict[str, Any]:
+        stages = [{"name": stage.name, **vars(stage)} for stage in self.stages]
+        bank, teacher = self.projection_bank, self.teacher
+        fixed = ("temperature", "divergence", "label_smoothing_factor", "train_prefix", "standardize_targets")
+        fixed += ("restart_schedule_per_stage", "stage_warmup_ratio")
+        return {
+            "method": self.args.method if self.args.stages is None else "stages",
+            "step": self.state.global_step,
+            "max_steps": self.stage_scheduler.max_steps,
+            "stages": stages,
+            "settings": {name: getattr(self.args, name) for name in fixed},
+            "teacher": teacher and {n: getattr(teacher, n) for n in ("name", "revision", "fingerprint")},
+            "projection_matrices": bank and bank.matrix_fingerprint,
+            "projection_bank": bank and bank.fingerprint,
+            **self._ledger.total_flops(self.accelerator),
+            "flops_per_input": self._ledger.flops_per_input,
+            "versions": {
+                "hf_curriculum_distill": importlib.metadata.version("hf_curriculum_distill"),
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+            },
+        }
+
+    def _resume(self, checkpoint: str) -> None:
+        record = read_record(checkpoint)
+        check_resumable(record, self._record(), checkpoint)
+        if self.projection_bank is not None:
+            bank = ProjectionBank.from_pretrained(checkpoint).to(self.args.device)
+            if self.projection_bank.frozen and self.projection_bank.fingerprint != bank.fingerprint:
+                raise ValueError(
+                    f"{checkpoint} was written with projection bank {bank.fingerprint[:12]}, but projection_bank is "
+                    f"{self.projection_bank.fingerprint[:12]}; pass the original bank, or none to use that one."
+                )
+            self.projection_bank = bank
+        world_size = self.args.world_size
+        self._ledger.flops = [record["student_flops"] / world_size, record["teacher_flops"] / world_size]
+        self._ledger.flops_per_input = {int(index): rates for index, rates in record["flops_per_input"].items()}
+        self._ledger.start(record["step"])
+
+    # ---- set-up ----
+
+    def _check_launch(self) -> None:
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process would run as nn.DataParallel, which this trainer doesn't "
+                "support; launch one process a GPU with `accelerate launch` or `torchrun`."
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "compute_loss_func was given together with teacher_model or stages, and both define the loss; leave "
+                "compute_loss_func out."
+            )
+
+    def _make_teacher(self, teacher_model) -> FrozenTeacher:
+        name = None
+        if isinstance(teacher_model, (str, os.PathLike)):
+            name = os.fspath(teacher_model)
+            teacher_model = load_teacher(name, self.model, self.args.teacher_dtype)
+        elif not isinstance(teacher_model, PreTrainedModel):
+            raise ValueError(
+                f"teacher_model is a {type(teacher_model).__name__}; pass a PreTrainedModel, or its name or folder."
+            )
+        elif self.args.teacher_dtype is not None:
+            teacher_model = teacher_model.to(getattr(torch, self.args.teacher_dtype))
+        check_teacher(self.model, teacher_model, self.processing_class, name)
+        return FrozenTeacher(teacher_model.to(self.args.device), name)
+
+    def _make_bank(self, given: ProjectionBank | None) -> ProjectionBank | None:
+        pairs = parse_layer_pairs(dict.fromkeys(pair for stage in self._declared_stages for pair in stage.hidden))
+        if not pairs:
+            if given is not None:
+                raise ValueError("projection_bank was given, but no stage matches hidden states; leave it out.")
+            return None
+        dims = self._student.hidden_size, self.teacher.partial_forward.hidden_size
+        if given is None:
+            each = [[dim] * len(pairs) for dim in dims]
+            given = ProjectionBank.create(pairs, *each, kind=self.args.projection, seed=self.args.projection_seed)
+        missing = [pair for pair in pairs if given.shapes.get(pair) != dims]
+        if missing:
+            raise ValueError(
+                f"projection_bank does not fit: the stages need {list(dims)} matrices [student, teacher] for the layer "
+                f"pairs {missing}, but it has {given.shapes}. Create it for this layer map and these models."
+            )
+        return given.to(self.args.device)
+
+    def _resolve_steps(self) -> None:
+        """Fix every stage's first step, if there is something to train on."""
+        if self.train_dataset is None:
+            return
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
+            raise ValueError("train_dataset is empty; there is nothing to train on.")
+        if self.args.max_steps > 0:
+            self.stage_scheduler = StageScheduler(self._declared_stages, self.args.max_steps)
+        elif hasattr(self.train_dataset, "__len__"):
+            self.set_initial_training_values(self.args, self.get_train_dataloader())
+        else:
+            raise ValueError(
+                "max_steps is not set and train_dataset has no length, so where stages end is unknown; set max_steps."
+            )
+        logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.teacher is not None:
+            teacher_inputs = inspect.signature(self.teacher.model.forward).parameters
+            self._signature_columns += [name for name in teacher_inputs if name not in self._signature_columns]
