@@ -1,0 +1,36 @@
+# make distill   the whole pipeline on real text, in minutes on two CPU cores
+# make test      lint and tests
+# Both make their own environment in .venv first; nothing else is needed than Python 3.10 or newer and a package index.
+
+PYTHON ?= python3
+BIN := .venv/bin
+QUICKSTART := recipes/configs/bert_large/quickstart.yaml
+
+.PHONY: test distill lint format clean
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2
+
+distill: .venv/installed
+	$(BIN)/accelerate launch --num_processes 1 recipes/bert_large.py --config $(QUICKSTART)
+	$(BIN)/python recipes/fill_mask.py runs/quickstart/student
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and alone, at its tested version, so that no other package brings another build of it
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

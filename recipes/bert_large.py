@@ -1,0 +1,276 @@
+"""Distil BERT-large into a BERT student on Wikipedia.
+
+The real job, on the GPUs of this machine:
+    accelerate launch recipes/bert_large.py
+A smaller student:
+    accelerate launch recipes/bert_large.py --student bert-6-768 --max_steps 50000
+The whole pipeline in minutes on two CPU cores, teacher included:
+    accelerate launch recipes/bert_large.py --config recipes/configs/bert_large/quickstart.yaml
+
+The defaults: teacher google-bert/bert-large-uncased, data wikimedia/wikipedia 20231101.en in packed blocks of 512
+tokens, 15 % of them masked (80/10/10), 32 x 512 = 16,384 tokens a step and process, bf16 on a GPU, fused AdamW.
+--compare_with one_shot trains a second student on the same data, in the same order, for the same number of steps.
+Any option can stand in a YAML file; the command line wins.
+"""
+
+import logging
+import os
+import re
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.metrics import CountedAccuracy
+from hf_curriculum_distill.report import format_table, plot_comparison, write_results
+from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
+
+logger = logging.getLogger("bert_large")
+
+PRESETS = {
+    "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "bert-large-narrow": {"hidden_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8},
+    "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "bert-6-768": {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12},
+}
+
+
+@dataclass
+class RecipeArguments:
+    teacher: str = field(
+        default="google-bert/bert-large-uncased", metadata={"help": "Teacher: a Hub model or a folder."}
+    )
+    teacher_size: str | None = field(
+        default=None,
+        metadata={"help": "Train a teacher of this size (as --student) into the folder --teacher, unless it is there."},
+    )
+    teacher_steps: int = field(default=1000, metadata={"help": "Steps of that training, on the labels."})
+    teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of that training."})
+    student: str = field(
+        default="bert-large",
+        metadata={
+            "help": f"Student: {', '.join(PRESETS)}, or bert-LAYERS-HIDDEN, or a config.json (all randomly "
+            "initialised), or a model's folder (its weights are the start)."
+        },
+    )
+    dropout: float = field(default=0.1, metadata={"help": "Dropout of models that are made by size."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the teacher's."})
+    dataset: str = field(
+        default="wikimedia/wikipedia",
+        metadata={"help": "Hub data set, or a local folder of parquet, JSON or text files."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration; 20231101.en for Wikipedia."})
+    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training instead of before."})
+    heldout_documents: int = field(
+        default=2000, metadata={"help": "Documents held out for evaluation where the data has no validation split."}
+    )
+    eval_blocks: int = field(default=1024, metadata={"help": "At most so many held-out blocks are evaluated."})
+    block_size: int = field(default=512, metadata={"help": "Tokens in a block."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
+    preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    compare_with: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Methods to train for comparison, each in a folder of its own below output_dir."},
+    )
+
+
+@dataclass
+class TrainingConfig(CurriculumDistillationConfig):
+    """The library's configuration with this job's defaults."""
+
+    output_dir: str | None = "runs/bert_large"
+    max_steps: int = 100_000
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 32
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.01
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.05
+    optim: str = "adamw_torch_fused"
+    bf16: bool = field(default_factory=lambda: torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    eval_strategy: str = "steps"
+    eval_steps: float = 2000
+    save_steps: float = 2000
+    save_total_limit: int | None = 2
+    logging_steps: float = 50
+    dataloader_num_workers: int = 4
+    report_to: str = "tensorboard"
+
+
+def main():
+    recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
+    logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.teacher)
+    with args.main_process_first(desc="data"):
+        train, heldout = load_data(recipe, tokenizer)
+    pipeline = {
+        "train_dataset": train,
+        "eval_dataset": heldout,
+        "processing_class": tokenizer,
+        "data_collator": MaskedBlocksCollator(tokenizer, recipe.mlm_probability),
+        "compute_metrics": masked_accuracy,
+        "preprocess_logits_for_metrics": first_choice,
+    }
+    teacher = find_teacher(recipe, args, pipeline)
+
+    runs = {args.method: args}
+    for method in recipe.compare_with:
+        baseline = {"method": method, "output_dir": f"{args.output_dir}-{method}", "push_to_hub": False}
+        runs.setdefault(method, replace(args, **baseline))
+    results = []
+    for run in runs.values():
+        results.append(distil(recipe, run, pipeline))
+        if args.should_save:
+            write_results(args.output_dir, results)
+    if args.should_save:
+        print("\n" + format_table([teacher, *results]))
+        finite = [result for result in results if result["finite"]]
+        if len(finite) > 1:
+            plot = os.path.join(args.output_dir, "comparison.png")
+            plot_comparison(finite, plot, f"{recipe.student} from {recipe.teacher}")
+            print(f"\nplot: {plot}")
+    if broken := [result for result in results if not result["finite"]]:
+        raise SystemExit("\n".join(f"{result['path']}: {result['error']}" for result in broken))
+
+
+def distil(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:
+    """Train one student; returns its object in results.json. A run that is not finite is reported as that."""
+    set_seed(args.seed)
+    student = make_model(recipe.student, recipe.dropout, pipeline["processing_class"])
+    trainer = CurriculumDistillationTrainer(model=student, args=args, teacher_model=recipe.teacher, **pipeline)
+    logger.info("%s: %s", args.output_dir, " -> ".join(stage.name for stage in trainer.stages))
+    run = {"method": args.method, "seed": args.seed, "path": args.output_dir}
+    start = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    except FloatingPointError as error:
+        return run | {"finite": False, "error": str(error)}
+    seconds = time.monotonic() - start
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    spent = next(entry for entry in reversed(trainer.state.log_history) if "student_flops" in entry)
+    steps = trainer.state.global_step
+    return run | {
+        **{name: metrics[name] for name in ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl")},
+        "samples": steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "steps": steps,
+        "student_flops": spent["student_flops"],
+        "teacher_flops": spent["teacher_flops"],
+        "seconds": seconds,
+        "finite": True,
+    }
+
+
+def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:
+    """The teacher's own accuracy; with --teacher_size, after training it on the labels if it is not there yet."""
+    args = replace(args, output_dir=recipe.teacher + "-training", save_strategy="no", eval_strategy="no")
+    if recipe.teacher_size is not None:
+        wanted = make_model(recipe.teacher_size, recipe.dropout, pipeline["processing_class"])
+        if os.path.isfile(os.path.join(recipe.teacher, "config.json")):
+            there = AutoConfig.from_pretrained(recipe.teacher)
+            for size in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+                if getattr(there, size) != getattr(wanted.config, size):
+                    raise SystemExit(
+                        f"{recipe.teacher} holds a teacher with {size}={getattr(there, size)}, but --teacher_size "
+                        f"{recipe.teacher_size} has {getattr(wanted.config, size)}; remove the folder or name another."
+                    )
+        else:
+            logger.info("%s: training a %s teacher on the labels", recipe.teacher, recipe.teacher_size)
+            labels = [{"label_weight": 1.0}]
+            steps, rate = recipe.teacher_steps, recipe.teacher_learning_rate
+            teacher_args = replace(args, stages=labels, max_steps=steps, learning_rate=rate)
+            trainer = CurriculumDistillationTrainer(model=wanted, args=teacher_args, **pipeline)
+            trainer.train()
+            trainer.save_model(recipe.teacher)
+            trainer.accelerator.wait_for_everyone()
+    model = AutoModelForMaskedLM.from_pretrained(recipe.teacher)
+    metrics = CurriculumDistillationTrainer(model=model, args=replace(args, stages=None), **pipeline).evaluate()
+    return {"method": "(teacher)", "eval_accuracy": metrics["eval_accuracy"]}
+
+
+def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
+    """A masked language model: a preset or a config.json, randomly initialised, or the weights of a model's folder."""
+    if os.path.isdir(size):
+        return AutoModelForMaskedLM.from_pretrained(size)
+    if os.path.isfile(size):
+        return AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(size))
+    if size in PRESETS:
+        shape = PRESETS[size]
+    elif match := re.fullmatch(r"bert-(\d+)-(\d+)", size):
+        layers, hidden = map(int, match.groups())
+        shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": max(1, hidden // 64)}
+    else:
+        raise SystemExit(
+            f"{size!r} is no model: use {', '.join(PRESETS)}, bert-LAYERS-HIDDEN, or a config.json or model folder "
+            "that exists."
+        )
+    config = BertConfig(
+        **shape,
+        intermediate_size=4 * shape["hidden_size"],
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return AutoModelForMaskedLM.from_config(config)
+
+
+def load_data(recipe: RecipeArguments, tokenizer) -> tuple[Dataset | IterableDataset, Dataset]:
+    """Packed training blocks, and held-out blocks that are masked once and for all."""
+    config = recipe.dataset_config
+    if config is None and recipe.dataset == "wikimedia/wikipedia":
+        config = "20231101.en"
+    documents = load_dataset(recipe.dataset, config, streaming=recipe.streaming)
+    train, num_heldout = documents["train"], recipe.heldout_documents
+    if "validation" in documents:
+        heldout = documents["validation"]
+    elif recipe.streaming:
+        train, heldout = train.skip(num_heldout), train.take(num_heldout)
+    else:
+        train, heldout = train.train_test_split(test_size=num_heldout, seed=0).values()
+    if recipe.streaming:
+        train = train.shuffle(seed=0, buffer_size=10_000)
+    pack = partial(pack_blocks, tokenizer=tokenizer, block_size=recipe.block_size, text_column=recipe.text_column)
+    train = pack(train, num_proc=recipe.preprocessing_workers)
+    blocks = list(islice(pack(heldout), recipe.eval_blocks))
+    if not blocks:
+        raise SystemExit(f"The held-out text fills no block of {recipe.block_size} tokens; raise --heldout_documents.")
+    return train, mask_once(blocks, tokenizer, recipe.mlm_probability, seed=0)
+
+
+def checkpoint_to_resume(args: TrainingConfig) -> str | None:
+    """--resume_from_checkpoint FOLDER, or any other value for each run's last checkpoint, if it has one."""
+    if args.resume_from_checkpoint is None or os.path.isdir(args.resume_from_checkpoint):
+        return args.resume_from_checkpoint
+    return get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+
+
+def first_choice(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def masked_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    flat = {"predictions": prediction.predictions.ravel(), "references": prediction.label_ids.ravel()}
+    return CountedAccuracy().compute(**flat)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Load a student with plain transformers and let it fill in blanks: python recipes/fill_mask.py FOLDER."""
+
+import sys
+
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+SENTENCES = (
+    "The capital of France is [MASK].",
+    "He was born in London, [MASK] 12 May 1901.",
+    "The album was released [MASK] the United States.",
+)
+
+
+def main():
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    folder = sys.argv[1]
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)
+    for sentence in SENTENCES:
+        answers = ", ".join(f"{answer['token_str']} ({answer['score']:.2f})" for answer in fill(sentence))
+        print(f"{sentence}  ->  {answers}")
+
+
+if __name__ == "__main__":
+    main()
