@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from hf_curriculum_distill.randomness import preserved_random_state
 
 
 @torch.no_grad()
@@ -22,23 +21,3 @@ def count_flops(forward: Callable[[], Any]) -> int:
     with preserved_random_state(), FlopCounterMode(display=False) as counter:
         forward()
     return counter.get_total_flops()
-
-
-@contextmanager
-def preserved_random_state(seed: int | None = None) -> Iterator[None]:
-    """Restore Python's, NumPy's and torch's random states (current accelerator included) on leaving.
-
-    With a seed, the block inside starts from it.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

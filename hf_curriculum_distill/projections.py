@@ -93,6 +93,15 @@ class ProjectionBank:
         """`{(student_layer, teacher_layer): (student_dim, teacher_dim)}`."""
         return {pair: tuple(p.weight.shape) for pair, p in self._projections.items()}
 
+    def check_fits(self, pairs: Iterable[LayerPair], student_dim: int, teacher_dim: int) -> None:
+        """Raise a `ValueError` unless there is a `[student_dim, teacher_dim]` matrix for each pair."""
+        missing = [pair for pair in pairs if self.shapes.get(pair) != (student_dim, teacher_dim)]
+        if missing:
+            raise ValueError(
+                f"The projection bank does not fit: layer pairs {missing} need [{student_dim}, {teacher_dim}] matrices "
+                f"(student, teacher), but it has {self.shapes}. Create it for this layer map and these models."
+            )
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over every pair, matrix, mean and standard deviation, to the bit."""

@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import transformers
+
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.projections import ProjectionBank
+from hf_curriculum_distill.stages import StageScheduler
+from hf_curriculum_distill.teachers import FrozenTeacher
+
 FILE_NAME = "curriculum.json"
 FORMAT_VERSION = 1
 
+# Settings that change what is learnt, beside the stages themselves.
+_SETTINGS = (
+    "temperature",
+    "divergence",
+    "label_smoothing_factor",
+    "train_prefix",
+    "standardize_targets",
+    "restart_schedule_per_stage",
+    "stage_warmup_ratio",
+)
+
 # What must be the same for a resumed run to equal one that was never interrupted.
 _FIXED = ("method", "max_steps", "stages", "settings", "teacher", "projection_matrices")
+
+
+def make_record(
+    args: CurriculumDistillationConfig,
+    stages: StageScheduler,
+    teacher: FrozenTeacher | None,
+    bank: ProjectionBank | None,
+    **progress: Any,
+) -> dict[str, Any]:
+    """What a run trains, as plain JSON values; `progress` is what changes while it does."""
+    return {
+        "method": args.method if args.stages is None else "stages",
+        "max_steps": stages.max_steps,
+        "stages": [{"name": stage.name, **dataclasses.asdict(stage)} for stage in stages.stages],
+        "settings": {name: getattr(args, name) for name in _SETTINGS},
+        "teacher": teacher and {name: getattr(teacher, name) for name in ("name", "revision", "fingerprint")},
+        "projection_matrices": bank and bank.matrix_fingerprint,
+        "projection_bank": bank and bank.fingerprint,
+        **progress,
+        "versions": {
+            "hf_curriculum_distill": importlib.metadata.version("hf_curriculum_distill"),
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    }
 
 
 def write_record(folder: str, record: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,27 @@ class FrozenTeacher:
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.revision = getattr(model.config, "_commit_hash", None)
         self.fingerprint = weights_fingerprint(model)
+
+    @classmethod
+    def prepare(
+        cls,
+        teacher: PreTrainedModel | str | os.PathLike,
+        student: PreTrainedModel,
+        dtype: str | None,
+        device: torch.device,
+        processing_class: Any = None,
+    ) -> FrozenTeacher:
+        """A teacher for this student, given as a model, or as the name or folder of one: loaded, checked and placed."""
+        name = None
+        if isinstance(teacher, (str, os.PathLike)):
+            name = os.fspath(teacher)
+            teacher = load_teacher(name, student, dtype)
+        elif not isinstance(teacher, PreTrainedModel):
+            raise ValueError(
+                f"teacher_model is a {type(teacher).__name__}; pass a PreTrainedModel, or its name or folder."
+            )
+        check_teacher(student, teacher, processing_class, name)
+        return cls(teacher.to(device=device, dtype=None if dtype is None else getattr(torch, dtype)), name)
 
     @torch.inference_mode()
     def __call__(

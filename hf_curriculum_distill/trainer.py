@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import itertools
 import logging
@@ -13,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from accelerate.utils import broadcast
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,16 +21,17 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.cost import count_flops, preserved_random_state
+from hf_curriculum_distill.cost import count_flops
 from hf_curriculum_distill.counting import answers_per_token, count, counted_rows, position_weights
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.ledger import Ledger
 from hf_curriculum_distill.metrics import TeacherComparison
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.record import check_resumable, read_record, write_record
+from hf_curriculum_distill.randomness import preserved_random_state
+from hf_curriculum_distill.record import check_resumable, make_record, read_record, write_record
 from hf_curriculum_distill.schedules import restarted_schedule
 from hf_curriculum_distill.stages import Stage, StageScheduler, parse_layer_pairs
-from hf_curriculum_distill.teachers import FrozenTeacher, check_teacher, load_teacher
+from hf_curriculum_distill.teachers import FrozenTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,9 @@ class CurriculumDistillationTrainer(Trainer):
         self._check_launch()
         self._student = PartialForward(self.model)
         if teacher_model is not None:
-            self.teacher = self._make_teacher(teacher_model)
+            self.teacher = FrozenTeacher.prepare(
+                teacher_model, self.model, self.args.teacher_dtype, self.args.device, self.processing_class
+            )
         depths = self._student.depth, None if self.teacher is None else self.teacher.partial_forward.depth
         self._declared_stages = self.args.resolve_stages(*depths)
         self.projection_bank = self._make_bank(projection_bank)
@@ -145,7 +146,7 @@ class CurriculumDistillationTrainer(Trainer):
         if not self._declared_stages:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
             self._compare_with_teacher(outputs, inputs)
             return (loss, outputs) if return_outputs else loss
 
@@ -170,6 +171,10 @@ class CurriculumDistillationTrainer(Trainer):
             terms["kl"] = divergence(logits, target_logits, self.args.temperature) / num_rows
             loss += stage.kl_weight * terms["kl"]
         if stage.label_weight:
+            if labels is None:
+                raise ValueError(
+                    f"Stage {stage.name!r} learns from labels, but the batch has none; check the collator."
+                )
             terms["label_loss"] = losses.cross_entropy(logits, labels, self.args.label_smoothing_factor) / num_rows
             loss += stage.label_weight * terms["label_loss"]
         self._ledger.add_terms(terms)
@@ -264,6 +269,8 @@ class CurriculumDistillationTrainer(Trainer):
         """As `Trainer`. Calibrates the projection bank first, or reads it from the checkpoint to resume from."""
         if not self._declared_stages:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        if isinstance(resume_from_checkpoint, os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # True: let Trainer complain
         if isinstance(resume_from_checkpoint, str):
@@ -356,7 +363,7 @@ class CurriculumDistillationTrainer(Trainer):
     def _compare_with_teacher(self, outputs, inputs) -> None:
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
         rows, labels = counted_rows(self.model, inputs)
-        if labels is None:
+        if labels is None or logits is None:
             return
         batch_size = len(inputs["labels"])
         examples = rows // (logits.shape[:-1].numel() // batch_size)
@@ -385,27 +392,15 @@ class CurriculumDistillationTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _record(self) -> dict[str, Any]:
-        stages = [{"name": stage.name, **vars(stage)} for stage in self.stages]
-        bank, teacher = self.projection_bank, self.teacher
-        fixed = ("temperature", "divergence", "label_smoothing_factor", "train_prefix", "standardize_targets")
-        fixed += ("restart_schedule_per_stage", "stage_warmup_ratio")
-        return {
-            "method": self.args.method if self.args.stages is None else "stages",
-            "step": self.state.global_step,
-            "max_steps": self.stage_scheduler.max_steps,
-            "stages": stages,
-            "settings": {name: getattr(self.args, name) for name in fixed},
-            "teacher": teacher and {n: getattr(teacher, n) for n in ("name", "revision", "fingerprint")},
-            "projection_matrices": bank and bank.matrix_fingerprint,
-            "projection_bank": bank and bank.fingerprint,
+        return make_record(
+            self.args,
+            self.stage_scheduler,
+            self.teacher,
+            self.projection_bank,
+            step=self.state.global_step,
             **self._ledger.total_flops(self.accelerator),
-            "flops_per_input": self._ledger.flops_per_input,
-            "versions": {
-                "hf_curriculum_distill": importlib.metadata.version("hf_curriculum_distill"),
-                "transformers": transformers.__version__,
-                "torch": torch.__version__,
-            },
-        }
+            flops_per_input=self._ledger.flops_per_input,
+        )
 
     def _resume(self, checkpoint: str) -> None:
         record = read_record(checkpoint)
@@ -437,20 +432,6 @@ class CurriculumDistillationTrainer(Trainer):
                 "compute_loss_func out."
             )
 
-    def _make_teacher(self, teacher_model) -> FrozenTeacher:
-        name = None
-        if isinstance(teacher_model, (str, os.PathLike)):
-            name = os.fspath(teacher_model)
-            teacher_model = load_teacher(name, self.model, self.args.teacher_dtype)
-        elif not isinstance(teacher_model, PreTrainedModel):
-            raise ValueError(
-                f"teacher_model is a {type(teacher_model).__name__}; pass a PreTrainedModel, or its name or folder."
-            )
-        elif self.args.teacher_dtype is not None:
-            teacher_model = teacher_model.to(getattr(torch, self.args.teacher_dtype))
-        check_teacher(self.model, teacher_model, self.processing_class, name)
-        return FrozenTeacher(teacher_model.to(self.args.device), name)
-
     def _make_bank(self, given: ProjectionBank | None) -> ProjectionBank | None:
         pairs = parse_layer_pairs(dict.fromkeys(pair for stage in self._declared_stages for pair in stage.hidden))
         if not pairs:
@@ -461,12 +442,7 @@ class CurriculumDistillationTrainer(Trainer):
         if given is None:
             each = [[dim] * len(pairs) for dim in dims]
             given = ProjectionBank.create(pairs, *each, kind=self.args.projection, seed=self.args.projection_seed)
-        missing = [pair for pair in pairs if given.shapes.get(pair) != dims]
-        if missing:
-            raise ValueError(
-                f"projection_bank does not fit: the stages need {list(dims)} matrices [student, teacher] for the layer "
-                f"pairs {missing}, but it has {given.shapes}. Create it for this layer map and these models."
-            )
+        given.check_fits(pairs, *dims)
         return given.to(self.args.device)
 
     def _resolve_steps(self) -> None:

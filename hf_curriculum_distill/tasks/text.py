@@ -10,6 +10,8 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, default_data_collator
 
+from hf_curriculum_distill.randomness import preserved_random_state
+
 
 def pack_blocks(
     documents: Dataset | IterableDataset,
@@ -54,9 +56,9 @@ class MaskedBlocksCollator:
     a random token, 10 % stay; every other label is -100.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.15, seed: int | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.15):
         self.tokenizer = tokenizer
-        self._masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability, seed=seed)
+        self._masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if "labels" in examples[0]:
@@ -71,5 +73,6 @@ def mask_once(
     blocks: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, mlm_probability: float, seed: int
 ) -> Dataset:
     """A held-out set masked once and for all, so that every evaluation of every method asks the same questions."""
-    masked = MaskedBlocksCollator(tokenizer, mlm_probability, seed=seed)(list(blocks))
+    with preserved_random_state(seed):
+        masked = MaskedBlocksCollator(tokenizer, mlm_probability)(list(blocks))
     return Dataset.from_dict({name: tensor.tolist() for name, tensor in masked.items()})
