@@ -128,7 +128,10 @@ class CurriculumDistillationConfig(TrainingArguments):
         for name in ("stages", "layer_map"):
             value = getattr(self, name)
             if isinstance(value, str) and value.startswith("["):
-                setattr(self, name, json.loads(value))
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name} is {value!r}, which is no valid JSON list ({error}).") from error
         self._check_choice("method", METHODS)
         self._check_choice("layer_order", LAYER_ORDERS)
         self._check_choice("divergence", tuple(DIVERGENCES))
@@ -144,13 +147,17 @@ class CurriculumDistillationConfig(TrainingArguments):
         self._check_range("temperature", 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
         self._check_range("hidden_weight_in_logit_stage", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
         self._check_range("label_loss_weight", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
-        self._check_range("calibration_samples", 1, math.inf, "whole", lambda x: x >= 1 and x == int(x))
+        self._check_range("calibration_samples", 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
         if self.restart_schedule_per_stage and self.lr_scheduler_type in _STATEFUL_SCHEDULES:
             raise ValueError(
                 f"restart_schedule_per_stage needs a schedule that is a function of the step, but lr_scheduler_type is "
                 f"{str(self.lr_scheduler_type)!r}; use one like 'cosine' or 'linear'."
             )
+        if self.num_layer_stages is not None:
+            self._check_range("num_layer_stages", 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
         if self.stages is not None:
+            if not isinstance(self.stages, (list, tuple)):
+                raise ValueError(f"stages is {self.stages!r}; write a list with a dict of Stage fields for each stage.")
             self.stages = [_stage_fields(stage, index) for index, stage in enumerate(self.stages)]
 
     @classmethod

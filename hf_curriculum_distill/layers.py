@@ -74,7 +74,7 @@ class PartialForward:
     def __init__(self, model: nn.Module):
         self.model = model
         self.blocks = find_block_stack(model)
-        self._inputs = inspect.signature(model.forward).parameters
+        self._inputs = frozenset(inspect.signature(model.forward).parameters)
         self._pending: _Request | None = None
         self._active: _Request | None = None
         self._handles: list[Any] = []
@@ -131,15 +131,14 @@ class PartialForward:
 
         @functools.wraps(original)
         def forward(module, *args, **kwargs):
-            if self._pending is None:
-                return original(*args, **kwargs)
-            return self._run(original, args, kwargs)
+            # not `original`, which is bound to this model: a deep copy shall run its own weights
+            own = functools.partial(original.__func__, module)
+            return own(*args, **kwargs) if self._pending is None else self._run(own, args, kwargs)
 
         # Trainer reads the inputs' names off the signature, from which binding drops the first parameter
-        inputs = inspect.signature(original).parameters.values()
-        forward.__signature__ = inspect.Signature(
-            [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *inputs]
-        )
+        signature = inspect.signature(original)
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
         self._original = model.__dict__.get("forward")
         model.forward = MethodType(forward, model)
         self._handles = [self.blocks[0].register_forward_pre_hook(self._record_input, with_kwargs=True)]

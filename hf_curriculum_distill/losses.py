@@ -32,9 +32,12 @@ def hidden_state_mse(student: Tensor, target: Tensor, mask: Tensor | None = None
 
     ```
     """
-    error = (student.float() - target.float()).square().mean(-1)
-    # `where` rather than a product: a padded position may hold inf or nan, and 0 * nan is nan
-    return error.sum() if mask is None else torch.where(mask != 0, error * mask, 0.0).sum()
+    error = student.float() - target.float()
+    if mask is None:
+        return error.square().mean(-1).sum()
+    # `where` rather than a product: a padded position may hold inf or nan, and 0 * nan is nan, in the gradient too
+    error = torch.where((mask != 0)[..., None], error, 0.0)
+    return (error.square().mean(-1) * mask).sum()
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

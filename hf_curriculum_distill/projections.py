@@ -149,14 +149,16 @@ class ProjectionBank:
             std = (moment.squares / moment.count).sqrt()
             if not torch.isfinite(std).all():
                 raise FloatingPointError(f"The teacher's hidden states at layer {pair[1]} are not finite.")
-            if not std.any():
+            # rounding alone makes constant states differ in their last bits
+            varies = std > 1e-6 * (moment.mean.square() + std.square()).sqrt()
+            if not varies.any():
                 raise ValueError(
                     f"The teacher's hidden states at layer {pair[1]} are the same at all {moment.count} calibration "
                     "positions, so there is nothing to learn from them. Check the teacher and the data."
                 )
             projection = self._projections[pair]
             projection.mean = moment.mean.float().to(projection.weight.device)
-            projection.std = torch.where(std > 0, std, 1.0).float().to(projection.weight.device)
+            projection.std = torch.where(varies, std, 1.0).float().to(projection.weight.device)
         return self.freeze()
 
     def project(self, student_layer: int, hidden: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from hf_curriculum_distill.stages import StageScheduler
 
 
 def restarted_schedule(
-    stages: StageScheduler, name: str, warmup_ratio: float, kwargs: dict[str, Any]
+    stages: StageScheduler, name: str, learning_rate: float, warmup_ratio: float, kwargs: dict[str, Any]
 ) -> Callable[[int], float]:
     """`step -> learning-rate factor`: transformers' schedule `name`, once over each stage with its own warm-up."""
     spans = [stages.span(index) for index in range(len(stages.stages))]
-    factors = [_factor(name, end - start, warmup_ratio, kwargs) for start, end in spans]
+    factors = [_factor(name, end - start, learning_rate, warmup_ratio, kwargs) for start, end in spans]
 
     def factor(step: int) -> float:
         index = stages.index_at(min(step, stages.max_steps - 1))
@@ -27,8 +27,10 @@ def restarted_schedule(
     return factor
 
 
-def _factor(name: str, num_steps: int, warmup_ratio: float, kwargs: dict[str, Any]) -> Callable[[int], float]:
-    throwaway = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+def _factor(
+    name: str, num_steps: int, learning_rate: float, warmup_ratio: float, kwargs: dict[str, Any]
+) -> Callable[[int], float]:
+    throwaway = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=learning_rate)
     schedule = get_scheduler(
         name,
         throwaway,

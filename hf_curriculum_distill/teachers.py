@@ -86,7 +86,7 @@ def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) 
     task = next((auto for auto, names in _TASKS.items() if type(student).__name__ in names.values()), None)
     auto = type(student) if task is None else getattr(transformers, task)
     kwargs = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    model, info = auto.from_pretrained(name, output_loading_info=True, **kwargs)
+    model, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise ValueError(

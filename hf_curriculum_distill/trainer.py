@@ -118,6 +118,7 @@ class CurriculumDistillationTrainer(Trainer):
             factor = restarted_schedule(
                 self.stage_scheduler,
                 self.args.lr_scheduler_type,
+                self.args.learning_rate,
                 self.args.stage_warmup_ratio,
                 self.args.lr_scheduler_kwargs or {},
             )
@@ -269,6 +270,7 @@ class CurriculumDistillationTrainer(Trainer):
         """As `Trainer`. Calibrates the projection bank first, or reads it from the checkpoint to resume from."""
         if not self._declared_stages:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._ledger = Ledger()
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
@@ -373,7 +375,7 @@ class CurriculumDistillationTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Only the last stage competes: before it the head is untrained, and early stopping would end the run."""
-        if self._declared_stages and self.stage is not self.stage_scheduler.stages[-1]:
+        if self._declared_stages and self._stage_index != len(self.stages) - 1:
             return False
         return super()._determine_best_metric(metrics, trial)
 

@@ -49,6 +49,7 @@ PRESETS = {
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "bert-6-768": {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12},
 }
+SIZE = r"bert-(\d+)-(\d+)"
 
 
 @dataclass
@@ -118,6 +119,11 @@ def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
     logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.teacher)
+    check_size(recipe.student)
+    runs = {args.method: args}
+    for method in recipe.compare_with:
+        baseline = {"method": method, "output_dir": f"{args.output_dir}-{method}", "push_to_hub": False}
+        runs.setdefault(method, replace(args, **baseline))
     with args.main_process_first(desc="data"):
         train, heldout = load_data(recipe, tokenizer)
     pipeline = {
@@ -130,10 +136,6 @@ def main():
     }
     teacher = find_teacher(recipe, args, pipeline)
 
-    runs = {args.method: args}
-    for method in recipe.compare_with:
-        baseline = {"method": method, "output_dir": f"{args.output_dir}-{method}", "push_to_hub": False}
-        runs.setdefault(method, replace(args, **baseline))
     results = []
     for run in runs.values():
         results.append(distil(recipe, run, pipeline))
@@ -208,20 +210,16 @@ def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) 
 
 def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
     """A masked language model: a preset or a config.json, randomly initialised, or the weights of a model's folder."""
+    check_size(size)
     if os.path.isdir(size):
         return AutoModelForMaskedLM.from_pretrained(size)
     if os.path.isfile(size):
         return AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(size))
     if size in PRESETS:
         shape = PRESETS[size]
-    elif match := re.fullmatch(r"bert-(\d+)-(\d+)", size):
-        layers, hidden = map(int, match.groups())
-        shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": max(1, hidden // 64)}
     else:
-        raise SystemExit(
-            f"{size!r} is no model: use {', '.join(PRESETS)}, bert-LAYERS-HIDDEN, or a config.json or model folder "
-            "that exists."
-        )
+        layers, hidden = map(int, re.fullmatch(SIZE, size).groups())
+        shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": max(1, hidden // 64)}
     config = BertConfig(
         **shape,
         intermediate_size=4 * shape["hidden_size"],
@@ -231,6 +229,14 @@ def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
         attention_probs_dropout_prob=dropout,
     )
     return AutoModelForMaskedLM.from_config(config)
+
+
+def check_size(size: str) -> None:
+    if not (os.path.exists(size) or size in PRESETS or re.fullmatch(SIZE, size)):
+        raise SystemExit(
+            f"{size!r} is no model: use {', '.join(PRESETS)}, bert-LAYERS-HIDDEN, or a config.json or model folder "
+            "that exists."
+        )
 
 
 def load_data(recipe: RecipeArguments, tokenizer) -> tuple[Dataset | IterableDataset, Dataset]:

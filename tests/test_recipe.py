@@ -78,7 +78,7 @@ def test_a_second_run_uses_the_teacher_that_is_there_and_resumes(finished):
         (["--method", "two_shot"], 2, "method is 'two_shot'; use one of 'curriculum', 'one_shot'"),
         (["--student", "bert-huge"], 1, "'bert-huge' is no model"),
         (["--teacher_size", "bert-3-32"], 1, "holds a teacher with num_hidden_layers=2"),
-        (["--block_size", "4000"], 1, "fills no block of 4000 tokens"),
+        (["--block_size", "100000"], 1, "fills no block of 100000 tokens"),
     ],
 )
 def test_wrong_options_are_said_before_training(finished, options, status, message):

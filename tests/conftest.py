@@ -1,0 +1,78 @@
+"""What the tests share: an offline, single-threaded environment, tiny models, tiny data."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import datasets
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from hf_curriculum_distill import CurriculumDistillationConfig
+
+torch.set_num_threads(1)
+datasets.disable_progress_bars()
+
+VOCAB_SIZE = 50
+STUDENT_DEPTH, TEACHER_DEPTH = 2, 4
+
+
+def tiny_bert(depth, width=16, dropout=0.0, seed=0, model_class=BertForMaskedLM, **config):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth}
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return model_class(BertConfig(num_attention_heads=2, max_position_embeddings=32, **sizes | dropouts | config))
+
+
+class StrictBert(BertForMaskedLM):
+    """A model that names its inputs and takes no others."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return super().forward(input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def masked_lm_examples(count, seed=0, length=12):
+    """Random tokens of which some are labelled; every third example ends in padding."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for index in range(count):
+        input_ids = torch.randint(5, VOCAB_SIZE, (length,), generator=generator)
+        attention_mask = torch.ones(length, dtype=torch.long)
+        if index % 3 == 2:
+            attention_mask[length - 1 - index % 5 :] = 0
+        labelled = (torch.rand(length, generator=generator) < 0.3) & attention_mask.bool()
+        labelled[index % 4] = True  # the numbers of labels differ between examples and are never 0
+        labels = torch.where(labelled, input_ids, -100)
+        input_ids = torch.where(labelled, 4, input_ids)
+        examples.append({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+    return examples
+
+
+@pytest.fixture
+def student():
+    return tiny_bert(STUDENT_DEPTH, seed=1)
+
+
+@pytest.fixture
+def teacher():
+    # a plain initialisation answers nearly the same everywhere; larger weights make it opinionated
+    return tiny_bert(TEACHER_DEPTH, width=24, seed=2, initializer_range=0.3)
+
+
+@pytest.fixture
+def examples():
+    return masked_lm_examples(64)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A [`CurriculumDistillationConfig`] of a short silent CPU run: `config(max_steps=8, ...)`."""
+
+    def make(folder="run", config_class=CurriculumDistillationConfig, **fields):
+        defaults = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_strategy": "no"}
+        silence = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+        return config_class(str(tmp_path / folder), **silence | defaults | fields)
+
+    return make

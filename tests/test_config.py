@@ -1,0 +1,192 @@
+"""Every knob: its other values are taken, its wrong ones refused by name."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_curriculum_distill import CurriculumDistillationConfig, Stage
+
+OTHER_VALUES = {
+    "logging_nan_inf_filter": [True],
+    "method": ["one_shot"],
+    "stages": [[{"hidden": [[1, 2]], "until": 0.5}, {"kl_weight": 1.0}]],
+    "layer_map": ["last", [[1, 2], [2, 4]]],
+    "num_layer_stages": [1, 2],
+    "layer_order": ["cumulative", "together", "last"],
+    "hidden_weight_in_logit_stage": [0.5, 1, 20.0],
+    "layer_stage_fraction": [0.01, 0.99],
+    "temperature": [0.5, 2, 4.0],
+    "divergence": ["reverse_kl", "jensen_shannon"],
+    "label_loss_weight": [0.5, 1],
+    "projection": ["rademacher", "orthogonal", "identity"],
+    "projection_seed": [1, 2**40],
+    "standardize_targets": [False],
+    "calibration_samples": [1, 10_000],
+    "train_prefix": ["block"],
+    "truncate": [False],
+    "restart_schedule_per_stage": [True],
+    "stage_warmup_ratio": [0.0, 0.99],
+    "teacher_dtype": ["float32", "bfloat16", "float16"],
+}
+
+WRONG_VALUES = {
+    "method": ["progressive_", None, ""],
+    "stages": [5, "kl", ["kl"], [{"kl_weigth": 1.0}], [{}], [{"kl_weight": -1.0}], '[{"kl_weight": 1.0'],
+    "layer_map": ["first", 3, None, [[1]], [[1, 2], [1, 3]], [1, 2], '[[1, 2], "x"]'],
+    "num_layer_stages": [0, -1, 1.5, True, "2"],
+    "layer_order": ["random", None],
+    "hidden_weight_in_logit_stage": [-0.1, math.inf, math.nan, "1", None],
+    "layer_stage_fraction": [0, 1, 0.0, 1.0, -0.5, 1.5, math.nan, True, "0.5"],
+    "temperature": [0, 0.0, -1.0, math.inf, math.nan, "2", None, True],
+    "divergence": ["kl", "forward", None],
+    "label_loss_weight": [-1, math.nan, math.inf, "1"],
+    "projection": ["learned", None],
+    "calibration_samples": [0, -3, 2.5, "256", math.nan, math.inf],
+    "train_prefix": ["all", None],
+    "stage_warmup_ratio": [-0.1, 1, 1.0, math.nan],
+    "teacher_dtype": ["int8", "bf16", "auto"],
+}
+
+
+def own_fields():
+    stock = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    fields = dataclasses.fields(CurriculumDistillationConfig)
+    return {f.name: f for f in fields if f.name not in stock or stock[f.name] != f.default}
+
+
+def test_every_field_of_ours_is_tried_and_says_what_it_does():
+    assert own_fields().keys() == OTHER_VALUES.keys()
+    assert all(field.metadata["help"] for field in own_fields().values())
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in OTHER_VALUES.items() for value in values])
+def test_other_values_are_taken(config, name, value):
+    given = copy.deepcopy(value)
+    made = getattr(config(**{name: value}), name)
+    assert value == given
+    assert made != own_fields()[name].default
+    if name != "stages":
+        assert made == given
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG_VALUES.items() for value in values])
+def test_wrong_values_are_refused_by_name(config, name, value):
+    with pytest.raises(ValueError, match=f"{name}|not a layer pair|name a student layer twice"):
+        config(**{name: value})
+
+
+def test_the_two_other_defaults(config):
+    assert config().ddp_find_unused_parameters is True
+    assert config(ddp_find_unused_parameters=False).ddp_find_unused_parameters is False
+    assert config().logging_nan_inf_filter is False
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau"])
+def test_a_schedule_with_a_memory_cannot_restart(config, schedule):
+    fields = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 1}
+    config(**fields)
+    with pytest.raises(ValueError, match="restart_schedule_per_stage needs a schedule that is a function of the step"):
+        config(restart_schedule_per_stage=True, **fields)
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ([{"kl_weight": 1.0}, {"kl_weigth": 1.0, "a": 1}], r"stages\[1\] has unknown fields \['a', 'kl_weigth'\]"),
+        ([{"kl_weight": 1.0, "until": 2.0}], r"stages\[0\]: Stage.until is 2.0"),
+        ([{"kl_weight": 1.0}, 3], r"stages\[1\] is 3; write each stage as a dict"),
+    ],
+)
+def test_a_wrong_stage_is_named_by_its_number(config, stages, message):
+    with pytest.raises(ValueError, match=message):
+        config(stages=stages)
+
+
+def test_stages_are_the_same_as_objects_dicts_and_json(config):
+    dicts = [{"hidden": [[1, 2], [2, 4]], "until": 0.5}, {"kl_weight": 1.0, "label_weight": 0.5}]
+    objects = [Stage(hidden=((1, 2), (2, 4)), until=0.5), Stage(kl_weight=1.0, label_weight=0.5)]
+    made = [config(stages=stages).stages for stages in (dicts, objects, json.dumps(dicts))]
+    assert made[0] == made[1] == made[2]
+    assert [Stage(**stage) for stage in made[0]] == objects
+
+
+@given(st.sampled_from(sorted(OTHER_VALUES)), st.data())
+def test_a_config_survives_its_own_json(name, data):
+    value = data.draw(st.sampled_from(OTHER_VALUES[name]))
+    made = CurriculumDistillationConfig("out", use_cpu=True, report_to="none", **{name: copy.deepcopy(value)})
+    read = json.loads(made.to_json_string())
+    again = CurriculumDistillationConfig("out", use_cpu=True, report_to="none", **{name: read[name]})
+    assert getattr(again, name) == getattr(made, name)
+
+
+def test_the_command_line_sets_every_kind_of_field(tmp_path):
+    stages = [{"hidden": [[1, 2]], "until": 4}, {"kl_weight": 1.0}]
+    command = ["--output_dir", str(tmp_path), "--use_cpu", "--temperature", "2.0", "--num_layer_stages", "3"]
+    command += ["--stages", json.dumps(stages), "--layer_map", "[[1, 2]]", "--truncate", "False"]
+    (args,) = HfArgumentParser(CurriculumDistillationConfig).parse_args_into_dataclasses(command)
+    assert (args.temperature, args.num_layer_stages, args.truncate) == (2.0, 3, False)
+    assert [Stage(**stage) for stage in args.stages] == [Stage(**stage) for stage in stages]
+    assert args.layer_map == [[1, 2]]
+
+
+def test_plain_arguments_become_a_config_with_the_same_values(config):
+    plain = config(
+        "plain",
+        TrainingArguments,
+        gradient_accumulation_steps=3,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 1e-5},
+        warmup_steps=5,
+        save_strategy="steps",
+        save_steps=4,
+        eval_strategy="steps",
+        eval_steps=4,
+        bf16=True,
+        optim="sgd",
+        seed=7,
+        accelerator_config={"split_batches": True},
+        label_names=["labels"],
+        metric_for_best_model="accuracy",
+        load_best_model_at_end=True,
+    )
+    before = json.loads(plain.to_json_string())
+    made = CurriculumDistillationConfig.from_training_arguments(plain)
+    assert json.loads(plain.to_json_string()) == before
+    after = json.loads(made.to_json_string())
+    assert {n: v for n, v in after.items() if n in before} == before | {
+        "logging_nan_inf_filter": False,
+        "ddp_find_unused_parameters": True,
+    }
+    assert made.device == plain.device
+
+
+# ---- what the fields stand for ----
+
+
+@pytest.mark.parametrize(
+    "fields, names",
+    [
+        ({}, ["layer 1", "layer 2", "layer 3", "kl"]),
+        ({"method": "one_shot", "label_loss_weight": 0.5}, ["kl + labels"]),
+        ({"num_layer_stages": 1}, ["layer 3", "kl"]),
+        ({"layer_map": "last", "num_layer_stages": 2}, ["layer 2", "layer 3", "kl"]),
+        ({"layer_map": [[1, 1], [3, 5]], "layer_order": "cumulative"}, ["layer 1", "layers 1, 3", "kl"]),
+        ({"layer_order": "together", "hidden_weight_in_logit_stage": 1.0}, ["layers 1-3", "kl + layers 1-3"]),
+        ({"stages": [{"label_weight": 1.0}], "method": "one_shot"}, ["labels"]),
+    ],
+)
+def test_fields_resolve_to_stages(config, fields, names):
+    assert [stage.name for stage in config(**fields).resolve_stages(3, 6)] == names
+
+
+def test_without_a_teacher_there_is_nothing_to_match(config):
+    assert config().resolve_stages(3, None) == ()
+    assert [stage.name for stage in config(stages=[{"label_weight": 1.0}]).resolve_stages(3, None)] == ["labels"]
+    with pytest.raises(ValueError, match=r"stages\[0\] \(kl\) matches a teacher, but no teacher_model was given"):
+        config(stages=[{"kl_weight": 1.0}]).resolve_stages(3, None)

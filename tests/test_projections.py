@@ -1,0 +1,310 @@
+"""The bank: drawn from its seed alone, measured once, frozen, bit-equal on disk."""
+
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hf_curriculum_distill import ProjectionBank
+from hf_curriculum_distill.projections import FILE_NAME, PROJECTIONS
+
+# what seed 0 draws for pair (1, 2) of widths 2 and 3
+KNOWN = {
+    "gaussian": [[-0.6629283, 0.8697559, -0.2701952], [-0.3167550, -0.8258203, -0.3035150]],
+    "rademacher": [[0.5773503, -0.5773503, -0.5773503], [0.5773503, 0.5773503, -0.5773503]],
+    "orthogonal": [[-0.5884960, 0.7721013, -0.2398582], [-0.6308375, -0.6240611, -0.4610767]],
+    "identity": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
+}
+
+every_kind = pytest.mark.parametrize("kind", PROJECTIONS)
+
+
+def weight(bank, pair=(1, 2)):
+    return bank.tensors()[f"layer_{pair[0]}_{pair[1]}.weight"]
+
+
+def batches(sizes, dim=6, seed=0, scale=1.0, offset=0.0):
+    """Calibration batches `(hidden states of layer 2 and 4, mask)`."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for size in sizes:
+        hidden = {t: torch.randn(size, 5, dim, generator=generator) * scale + offset for t in (2, 4)}
+        mask = torch.rand(size, 5, generator=generator) < 0.7
+        mask[:, 0] = True
+        made.append((hidden, mask))
+    return made
+
+
+def teacher(batch, layers):
+    return {layer: batch[0][layer] for layer in layers}, batch[1]
+
+
+def two_pairs(kind="gaussian", seed=0):
+    return ProjectionBank.create([(1, 2), (2, 4)], [4, 4], [6, 6], kind=kind, seed=seed)
+
+
+@every_kind
+@given(seed=st.integers(0, 2**40), global_seed=st.integers(0, 100))
+def test_a_matrix_depends_on_its_seed_and_pair_alone(kind, seed, global_seed):
+    torch.manual_seed(global_seed)
+    alone = ProjectionBank.create([(1, 2)], [4], [6], kind=kind, seed=seed)
+    torch.manual_seed(global_seed + 1)
+    among = ProjectionBank.create([(3, 5), (1, 2), (2, 4)], [3, 4, 2], [9, 6, 7], kind=kind, seed=seed)
+    assert torch.equal(weight(alone), weight(among))
+    state = torch.get_rng_state()
+    ProjectionBank.create([(1, 2)], [4], [6], kind=kind, seed=seed)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "orthogonal"])
+def test_other_seeds_and_other_pairs_are_other_matrices(kind):
+    bank = two_pairs(kind)
+    assert not torch.equal(weight(bank), weight(bank, (2, 4)))
+    assert not torch.equal(weight(bank), weight(two_pairs(kind, seed=1)))
+    assert two_pairs(kind).matrix_fingerprint != two_pairs(kind, seed=1).matrix_fingerprint
+
+
+def test_the_seed_gives_the_same_bank_on_every_machine():
+    drawn = {kind: weight(ProjectionBank.create([(1, 2)], [2], [3], kind=kind, seed=0)) for kind in PROJECTIONS}
+    expected = {kind: torch.tensor(KNOWN[kind]) for kind in PROJECTIONS}
+    for kind in PROJECTIONS:
+        torch.testing.assert_close(drawn[kind], expected[kind], rtol=0, atol=1e-6)
+
+
+def test_gaussian_entries_have_variance_one_over_the_teachers_width():
+    matrix = weight(ProjectionBank.create([(1, 2)], [400], [100], kind="gaussian"))
+    assert matrix.mean().item() == pytest.approx(0, abs=0.002)
+    assert matrix.var().item() == pytest.approx(1 / 100, rel=0.03)
+
+
+def test_rademacher_entries_are_plus_or_minus_one_over_the_root():
+    matrix = weight(ProjectionBank.create([(1, 2)], [64], [25], kind="rademacher"))
+    assert set(matrix.unique().tolist()) == set(torch.tensor([-0.2, 0.2]).tolist())
+    assert matrix.mean().item() == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize("rows, columns", [(4, 6), (6, 6), (1, 5)])
+def test_orthogonal_rows_are_orthonormal(rows, columns):
+    matrix = weight(ProjectionBank.create([(1, 2)], [rows], [columns], kind="orthogonal")).double()
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(rows).double(), atol=1e-6, rtol=0)
+
+
+def test_a_wider_students_orthogonal_columns_are_orthogonal_with_rows_of_mean_square_one():
+    matrix = weight(ProjectionBank.create([(1, 2)], [9], [4], kind="orthogonal")).double()
+    torch.testing.assert_close(matrix.T @ matrix, 9 / 4 * torch.eye(4).double(), atol=1e-6, rtol=0)
+    assert matrix.square().sum(1).mean().item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_identity_copies_the_first_units():
+    bank = ProjectionBank.create([(1, 2)], [4], [6], kind="identity").freeze()
+    hidden = torch.randn(2, 3, 6)
+    assert torch.equal(bank.project(1, hidden), hidden[..., :4])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([(1, 2)], [4], [6], "learned"), "projection is 'learned'; use one of gaussian, rademacher"),
+        (([(1, 2)], [4, 4], [6], "gaussian"), "1 layer pairs came with 2 student and 1 teacher dimensions"),
+        (([(1, 2), (1, 3)], [4, 4], [6, 6], "gaussian"), "name a student layer twice"),
+        (([(1, 2)], [7], [6], "identity"), "the student has 7 and the teacher 6"),
+    ],
+)
+def test_banks_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ProjectionBank.create(*arguments)
+
+
+# ---- fit ----
+
+
+@pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 0, 7], [11, 1]])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_fit_measures_the_slow_mean_and_deviation_however_the_sample_is_cut(sizes, offset):
+    (hidden, mask), *_ = batches([12], offset=offset)
+    cuts = torch.tensor(sizes).cumsum(0).tolist()
+    spans = [slice(end - size, end) for size, end in zip(sizes, cuts, strict=True)]
+    parts = [({layer: states[span] for layer, states in hidden.items()}, mask[span]) for span in spans]
+    bank = two_pairs().fit(teacher, parts)
+    for student_layer, teacher_layer in bank.layer_pairs:
+        states = [hidden[teacher_layer][b, i].double() for b in range(12) for i in range(5) if mask[b, i]]
+        matrix = weight(bank, (student_layer, teacher_layer)).double()
+        projected = [matrix @ state for state in states]
+        mean = sum(projected) / len(projected)
+        std = (sum((p - mean) ** 2 for p in projected) / len(projected)).sqrt()
+        tolerance = {"rtol": 1e-5, "atol": 1e-6 * (1 + offset)}
+        tensors = {n: bank.tensors()[f"layer_{student_layer}_{teacher_layer}.{n}"].double() for n in ("mean", "std")}
+        torch.testing.assert_close(tensors["mean"], mean, **tolerance)
+        torch.testing.assert_close(tensors["std"], std, **tolerance)
+
+
+@every_kind
+def test_projected_calibration_states_are_standardised(kind):
+    sample = batches([40], scale=3.0, offset=2.0)
+    bank = two_pairs(kind).fit(teacher, sample)
+    for student_layer, teacher_layer in bank.layer_pairs:
+        targets = bank.project(student_layer, sample[0][0][teacher_layer])[sample[0][1]]
+        torch.testing.assert_close(targets.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+        torch.testing.assert_close(targets.std(0, correction=0), torch.ones(4), atol=1e-5, rtol=0)
+
+
+@given(seed=st.integers(0, 1000))
+def test_project_is_the_standardised_product(seed):
+    bank = two_pairs().fit(teacher, batches([8], offset=1.0))
+    hidden = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(seed))
+    tensors = {name: tensor.double() for name, tensor in bank.tensors().items()}
+    expected = hidden.double() @ tensors["layer_2_4.weight"].T
+    expected = (expected - tensors["layer_2_4.mean"]) / tensors["layer_2_4.std"]
+    torch.testing.assert_close(bank.project(2, hidden).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_project_is_float32_whatever_comes_in():
+    bank = two_pairs().fit(teacher, batches([8]))
+    hidden = torch.randn(2, 3, 6).bfloat16()
+    plain = bank.project(1, hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = bank.project(1, hidden)
+    assert plain.dtype == autocast.dtype == torch.float32
+    assert torch.equal(plain, autocast)
+    assert torch.equal(plain, bank.project(1, hidden.float()))
+
+
+def test_fit_is_the_same_under_autocast():
+    plain = two_pairs().fit(teacher, batches([8]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert two_pairs().fit(teacher, batches([8])).fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize("value", [7.0, 0.1, -1e-3, 1234.567])
+def test_a_coordinate_that_never_varies_has_target_zero(value):
+    sample = batches([8, 3])
+    for hidden, _ in sample:
+        for states in hidden.values():
+            states[..., 1] = value
+    bank = two_pairs("identity").fit(teacher, sample)
+    targets = bank.project(1, sample[0][0][2])
+    torch.testing.assert_close(targets[..., 1], torch.zeros_like(targets[..., 1]), rtol=0, atol=1e-4)
+    assert torch.isfinite(targets).all()
+    assert bank.tensors()["layer_1_2.std"][1] == 1.0
+
+
+@every_kind
+def test_states_that_never_vary_are_refused(kind):
+    state = torch.randn(6, generator=torch.Generator().manual_seed(0)).expand(3, 5, 6)
+    with pytest.raises(ValueError, match="at layer 2 are the same at all 15 calibration positions"):
+        two_pairs(kind).fit(teacher, [({2: state, 4: state}, torch.ones(3, 5))])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_are_refused_where_they_count(bad):
+    sample = batches([8])
+    sample[0][1][3, 2] = False
+    sample[0][0][4][3, 2] = bad
+    two_pairs().fit(teacher, sample)
+    sample[0][1][3, 2] = True
+    with pytest.raises(FloatingPointError, match="hidden states at layer 4 are not finite"):
+        two_pairs().fit(teacher, sample)
+
+
+@pytest.mark.parametrize("sample", [[], [({2: torch.randn(2, 5, 6), 4: torch.randn(2, 5, 6)}, torch.zeros(2, 5))]])
+def test_an_empty_sample_is_refused(sample):
+    with pytest.raises(ValueError, match="calibration sample has no position that counts"):
+        two_pairs().fit(teacher, sample)
+
+
+def test_a_fitted_bank_never_changes():
+    bank = two_pairs().fit(teacher, batches([8]))
+    assert bank.frozen
+    before = bank.fingerprint
+    bank.project(1, torch.randn(2, 3, 6))
+    with pytest.raises(ValueError, match="fitted and frozen already"):
+        bank.fit(teacher, batches([8], seed=1))
+    assert bank.fingerprint == before
+    with pytest.raises(ValueError, match="fitted and frozen already"):
+        two_pairs().freeze().fit(teacher, batches([8]))
+
+
+def test_fit_changes_the_fingerprint_but_not_the_matrices():
+    fresh, fitted = two_pairs(), two_pairs().fit(teacher, batches([8]))
+    assert fresh.fingerprint != fitted.fingerprint
+    assert fresh.matrix_fingerprint == fitted.matrix_fingerprint
+    assert fitted.fingerprint == two_pairs().fit(teacher, batches([8])).fingerprint
+
+
+# ---- files ----
+
+
+@every_kind
+@pytest.mark.parametrize("fit", [True, False])
+def test_a_saved_bank_is_read_to_the_bit(kind, fit, tmp_path):
+    bank = two_pairs(kind, seed=3)
+    if fit:
+        bank.fit(teacher, batches([8]))
+    bank.save_pretrained(tmp_path)
+    read = ProjectionBank.from_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == [FILE_NAME]
+    assert read.tensors().keys() == bank.tensors().keys()
+    assert all(torch.equal(tensor, bank.tensors()[name]) for name, tensor in read.tensors().items())
+    assert (read.fingerprint, read.frozen) == (bank.fingerprint, fit)
+    assert (read.layer_pairs, read.shapes, read.metadata) == (bank.layer_pairs, bank.shapes, bank.metadata)
+    assert read.shapes == {(1, 2): (4, 6), (2, 4): (4, 6)}
+    assert read.metadata["kind"] == kind and read.metadata["seed"] == 3
+    hidden = torch.randn(2, 3, 6)
+    assert torch.equal(read.project(2, hidden), bank.project(2, hidden))
+
+
+def contents(folder):
+    with safe_open(os.path.join(folder, FILE_NAME), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", ["layer_1_2.weight", "layer_2_4.mean", "layer_2_4.std"])
+def test_a_changed_tensor_is_found(name, tmp_path):
+    two_pairs().fit(teacher, batches([8])).save_pretrained(tmp_path)
+    tensors, metadata = contents(tmp_path)
+    tensors[name].view(-1)[0] = torch.nextafter(tensors[name].view(-1)[0], torch.tensor(9.0))
+    save_file(tensors, tmp_path / FILE_NAME, metadata=metadata)
+    with pytest.raises(ValueError, match="does not match the fingerprint it was saved with"):
+        ProjectionBank.from_pretrained(tmp_path)
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    two_pairs().save_pretrained(tmp_path)
+    whole = (tmp_path / FILE_NAME).read_bytes()
+    for length in (0, 7, len(whole) // 2, len(whole) - 1):
+        (tmp_path / FILE_NAME).write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="is not a readable projection bank"):
+            ProjectionBank.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format_version": "2"}, "has format version 2, this library reads 1"),
+        ({"layer_pairs": json.dumps([[1, 2], [2, 4], [3, 6]])}, "is not a readable projection bank"),
+        ({"layer_pairs": "[["}, "is not a readable projection bank"),
+        ({"fingerprint": "0" * 64}, "does not match the fingerprint"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(change, message, tmp_path):
+    two_pairs().save_pretrained(tmp_path)
+    tensors, metadata = contents(tmp_path)
+    save_file(tensors, tmp_path / FILE_NAME, metadata=metadata | change)
+    with pytest.raises(ValueError, match=message):
+        ProjectionBank.from_pretrained(tmp_path)
+
+
+def test_a_file_without_metadata_is_refused(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / FILE_NAME)
+    with pytest.raises(ValueError, match="is not a readable projection bank"):
+        ProjectionBank.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_a_bank_is_an_oserror(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"There is no {FILE_NAME} in"):
+        ProjectionBank.from_pretrained(tmp_path)
