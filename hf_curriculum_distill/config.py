@@ -162,9 +162,18 @@ class CurriculumDistillationConfig(TrainingArguments):
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> CurriculumDistillationConfig:
-        """The same arguments with this library's defaults added; `args` itself is not changed."""
-        names = [f.name for f in dataclasses.fields(args) if f.init and f.name != "logging_nan_inf_filter"]
-        return cls(**{name: getattr(args, name) for name in names})
+        """The same arguments with this library's defaults added; `args` itself is not changed.
+
+        Raises:
+            ValueError: the arguments have fields that this class lacks.
+        """
+        names = {f.name for f in dataclasses.fields(args) if f.init}
+        if extra := sorted(names - {f.name for f in dataclasses.fields(cls)}):
+            raise ValueError(
+                f"args is a {type(args).__name__} with fields {', '.join(extra)}, which a {cls.__name__} lacks; pass that, "
+                "or a subclass of it with these fields."
+            )
+        return cls(**{name: getattr(args, name) for name in names - {"logging_nan_inf_filter"}})
 
     def resolve_stages(self, student_depth: int, teacher_depth: int | None) -> tuple[Stage, ...]:
         """The stages that `stages` or `method` stand for, between models of so many blocks (None: no teacher).

@@ -132,7 +132,7 @@ class PartialForward:
         @functools.wraps(original)
         def forward(module, *args, **kwargs):
             # not `original`, which is bound to this model: a deep copy shall run its own weights
-            own = functools.partial(original.__func__, module)
+            own = functools.partial(original.__func__, module) if hasattr(original, "__func__") else original
             return own(*args, **kwargs) if self._pending is None else self._run(own, args, kwargs)
 
         # Trainer reads the inputs' names off the signature, from which binding drops the first parameter

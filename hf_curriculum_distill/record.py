@@ -33,6 +33,7 @@ _SETTINGS = (
 
 # What must be the same for a resumed run to equal one that was never interrupted.
 _FIXED = ("method", "max_steps", "stages", "settings", "teacher", "projection_matrices")
+_MAY_MOVE = ("teacher.name", "teacher.revision")  # the same weights by another name are the same teacher
 
 
 def make_record(
@@ -109,4 +110,4 @@ def _differences(name: str, saved: Any, current: Any) -> list[str]:
     if isinstance(saved, dict) and isinstance(current, dict):
         keys = sorted(set(saved) | set(current))
         return [d for key in keys for d in _differences(f"{name}.{key}", saved.get(key), current.get(key))]
-    return [] if saved == current else [f"{name} changed from {saved!r} to {current!r}"]
+    return [] if saved == current or name in _MAY_MOVE else [f"{name} changed from {saved!r} to {current!r}"]

@@ -115,14 +115,15 @@ class CurriculumDistillationTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As `Trainer`; with `restart_schedule_per_stage`, one warm-up and decay in each stage."""
         if self._declared_stages and self.args.restart_schedule_per_stage and self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
             factor = restarted_schedule(
                 self.stage_scheduler,
                 self.args.lr_scheduler_type,
-                self.args.learning_rate,
+                optimizer.defaults["lr"],
                 self.args.stage_warmup_ratio,
                 self.args.lr_scheduler_kwargs or {},
             )
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self.lr_scheduler = LambdaLR(optimizer, factor)
             self._created_lr_scheduler = True
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
@@ -147,7 +148,7 @@ class CurriculumDistillationTrainer(Trainer):
         if not self._declared_stages:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
-            loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+            loss, outputs = super().compute_loss(model, self._for_student(inputs), return_outputs=True)
             self._compare_with_teacher(outputs, inputs)
             return (loss, outputs) if return_outputs else loss
 
@@ -185,12 +186,9 @@ class CurriculumDistillationTrainer(Trainer):
 
     def _run_student(self, model, inputs, stage: Stage, rows: Tensor | None):
         """Hidden states and logits of the stage. `model` is the student or what wraps it."""
-        answers = self.teacher.partial_forward if self.teacher else self._student
-        # what only the teacher's forward names is the teacher's; anything else goes to the student, as in Trainer
-        known = {n: v for n, v in self._questions(inputs).items() if self._student.accepts(n) or not answers.accepts(n)}
         return self._student(
             model,
-            known,
+            self._for_student(self._questions(inputs)),
             stage.student_layers,
             logits=stage.needs_logits,
             rows=rows,
@@ -211,6 +209,11 @@ class CurriculumDistillationTrainer(Trainer):
                 gather=answers_per_token(self.model, inputs),
                 truncate=self.args.truncate,
             )
+
+    def _for_student(self, inputs) -> dict[str, Any]:
+        """The inputs without those that only the teacher's forward names; the rest is the student's, as in Trainer."""
+        teachers = self.teacher.partial_forward if self.teacher else self._student
+        return {n: v for n, v in inputs.items() if self._student.accepts(n) or not teachers.accepts(n)}
 
     def _questions(self, inputs) -> dict[str, Any]:
         """The inputs without labels: no model computes a loss of its own here."""

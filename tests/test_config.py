@@ -8,7 +8,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_curriculum_distill import CurriculumDistillationConfig, Stage
 
@@ -190,3 +190,9 @@ def test_without_a_teacher_there_is_nothing_to_match(config):
     assert [stage.name for stage in config(stages=[{"label_weight": 1.0}]).resolve_stages(3, None)] == ["labels"]
     with pytest.raises(ValueError, match=r"stages\[0\] \(kl\) matches a teacher, but no teacher_model was given"):
         config(stages=[{"kl_weight": 1.0}]).resolve_stages(3, None)
+
+
+def test_arguments_of_another_trainer_are_refused_by_the_fields_they_add(tmp_path):
+    args = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, predict_with_generate=True)
+    with pytest.raises(ValueError, match="Seq2SeqTrainingArguments with fields .*predict_with_generate"):
+        CurriculumDistillationConfig.from_training_arguments(args)

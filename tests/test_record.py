@@ -76,3 +76,12 @@ def test_what_changed_is_said(change, messages, tmp_path):
     with pytest.raises(ValueError, match=r"^folder was written by a run with other settings") as error:
         check_resumable(read_record(tmp_path), RECORD | change, "folder")
     assert all(message in str(error.value) for message in messages)
+
+
+def test_a_teacher_that_moved_is_the_same_teacher():
+    saved = {"teacher": {"name": "here", "revision": None, "fingerprint": "a"}}
+    moved = {"teacher": {"name": "there", "revision": "main", "fingerprint": "a"}}
+    check_resumable(saved, moved, "folder")
+    moved["teacher"]["fingerprint"] = "b"
+    with pytest.raises(ValueError, match="teacher.fingerprint changed from 'a' to 'b'"):
+        check_resumable(saved, moved, "folder")
