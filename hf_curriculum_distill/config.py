@@ -170,8 +170,8 @@ class CurriculumDistillationConfig(TrainingArguments):
         names = {f.name for f in dataclasses.fields(args) if f.init}
         if extra := sorted(names - {f.name for f in dataclasses.fields(cls)}):
             raise ValueError(
-                f"args is a {type(args).__name__} with fields {', '.join(extra)}, which a {cls.__name__} lacks; pass that, "
-                "or a subclass of it with these fields."
+                f"args is a {type(args).__name__} with fields {', '.join(extra)}, which a {cls.__name__} lacks; pass "
+                "that, or a subclass of it with these fields."
             )
         return cls(**{name: getattr(args, name) for name in names - {"logging_nan_inf_filter"}})
 

@@ -194,5 +194,5 @@ def test_without_a_teacher_there_is_nothing_to_match(config):
 
 def test_arguments_of_another_trainer_are_refused_by_the_fields_they_add(tmp_path):
     args = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, predict_with_generate=True)
-    with pytest.raises(ValueError, match="Seq2SeqTrainingArguments with fields .*predict_with_generate"):
+    with pytest.raises(ValueError, match=r"Seq2SeqTrainingArguments with fields .*predict_with_generate"):
         CurriculumDistillationConfig.from_training_arguments(args)

@@ -83,5 +83,5 @@ def test_a_teacher_that_moved_is_the_same_teacher():
     moved = {"teacher": {"name": "there", "revision": "main", "fingerprint": "a"}}
     check_resumable(saved, moved, "folder")
     moved["teacher"]["fingerprint"] = "b"
-    with pytest.raises(ValueError, match="teacher.fingerprint changed from 'a' to 'b'"):
+    with pytest.raises(ValueError, match=r"teacher\.fingerprint changed from 'a' to 'b'"):
         check_resumable(saved, moved, "folder")
