@@ -14,7 +14,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2
 
 distill: .venv/installed
-	$(BIN)/accelerate launch --num_processes 1 recipes/bert_large.py --config $(QUICKSTART)
+	$(BIN)/accelerate launch --cpu --num_processes 1 recipes/bert_large.py --config $(QUICKSTART)
 	$(BIN)/python recipes/fill_mask.py runs/quickstart/student
 
 lint: .venv/installed

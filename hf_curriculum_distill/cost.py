@@ -6,17 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hf_curriculum_distill.randomness import preserved_random_state
 
-
-def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
 # torch counts the fused attention of every accelerator, but not the CPU's
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(
+        q, k, v
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *args, **kwargs: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter of operations in matrix products (a multiply-add is two), CPU attention included."""
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
 
 
 @torch.no_grad()
@@ -26,6 +33,6 @@ def count_flops(forward: Callable[[], Any]) -> int:
     The pass runs without gradients and leaves every random state as it was. A backward pass through the same blocks
     costs twice as much: one product for the inputs' gradient and one for the weights'.
     """
-    with preserved_random_state(), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with preserved_random_state(), flop_counter() as counter:
         forward()
     return counter.get_total_flops()

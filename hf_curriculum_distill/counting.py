@@ -62,11 +62,11 @@ def count(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """
     labels, mask = _aligned_labels(model, inputs), _token_mask(inputs)
     main = inputs[model.main_input_name]
-    positions = mask.sum() if mask is not None else torch.tensor(_num_units(inputs, main), device=main.device)
+    positions = mask.sum() if mask is not None else torch.full((), _num_units(inputs, main), device=main.device)
     if labels is not None:
         rows = labels.ne(-100).sum()
     else:
-        rows = positions if answers_per_token(model, inputs) else torch.tensor(len(main), device=main.device)
+        rows = positions if answers_per_token(model, inputs) else torch.full((), len(main), device=main.device)
     return torch.stack([positions, rows])
 
 

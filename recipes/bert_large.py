@@ -5,7 +5,7 @@ The real job, on the GPUs of this machine:
 A smaller student:
     accelerate launch recipes/bert_large.py --student bert-6-768 --max_steps 50000
 The whole pipeline in minutes on two CPU cores, teacher included:
-    accelerate launch recipes/bert_large.py --config recipes/configs/bert_large/quickstart.yaml
+    accelerate launch --cpu recipes/bert_large.py --config recipes/configs/bert_large/quickstart.yaml
 
 The defaults: teacher google-bert/bert-large-uncased, data wikimedia/wikipedia 20231101.en in packed blocks of 512
 tokens, 15 % of them masked (80/10/10), 32 x 512 = 16,384 tokens a step and process, bf16 on a GPU, fused AdamW.
