@@ -44,7 +44,7 @@ class _Request:
     """What the next forward pass shall return."""
 
     layers: tuple[int, ...]
-    logits: bool
+    whole: bool  # run to the end, head included
     rows: Tensor | None
     gather: bool
     frozen: int
@@ -117,8 +117,8 @@ class PartialForward:
         """
         if not self._handles:
             self.install()
-        stop = truncate and not logits
-        self._pending = _Request(tuple(layers), not stop, rows, gather and rows is not None, frozen)
+        whole = logits or not truncate
+        self._pending = _Request(tuple(layers), whole, rows, gather and rows is not None, frozen)
         try:
             hidden, scores = wrapped(**inputs)
         finally:
@@ -179,7 +179,7 @@ class PartialForward:
             torch.set_grad_enabled(request.grad_enabled)
         missing = [layer for layer in request.layers if layer not in request.hidden]
         assert not missing, f"{type(self.model).__name__} never ran blocks {missing}"
-        if not request.logits:
+        if not request.whole:
             return request.hidden, None
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         if request.gathered:
@@ -208,7 +208,7 @@ class PartialForward:
 
     @staticmethod
     def _maybe_stop(request: _Request, layer: int) -> None:
-        if layer == request.last and not request.logits:
+        if layer == request.last and not request.whole:
             raise _Stop
 
     def _gather_rows(self, module, args, output):

@@ -1,5 +1,6 @@
 """The real entry points, as subprocesses, in seconds."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,7 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import IterableDataset
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from hf_curriculum_distill.cli import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "recipes/configs/bert_large/quickstart.yaml"
@@ -24,6 +30,20 @@ def recipe(folder, *options):
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "recipes/bert_large.py"]
     paths = ["--config", QUICKSTART, "--teacher", str(folder / "teacher"), "--output_dir", str(folder / "student")]
     return run(*launch, *paths, *TINY.split(), *options)
+
+
+@pytest.fixture(scope="module")
+def bert_large():
+    """The recipe as a module."""
+    spec = importlib.util.spec_from_file_location("bert_large", ROOT / "recipes/bert_large.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "recipes/data/bert_uncased")
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +108,55 @@ def test_wrong_options_are_said_before_training(finished, options, status, messa
     assert done.returncode == status
     assert message in done.stderr
     assert not (folder / "wrong/model.safetensors").exists()
+
+
+def test_the_defaults_are_the_real_job(bert_large, tmp_path):
+    recipe, args = parse_arguments([bert_large.RecipeArguments, bert_large.TrainingConfig], [])
+    assert (recipe.teacher, recipe.dataset) == ("google-bert/bert-large-uncased", "wikimedia/wikipedia")
+    assert (recipe.block_size, recipe.mlm_probability, recipe.student) == (512, 0.15, "bert-large")
+    assert (args.method, args.layer_order, args.optim) == ("curriculum", "sequential", "adamw_torch_fused")
+    assert args.report_to == ["tensorboard"]
+    assert args.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "hidden", "heads"),
+    [("bert-large", 24, 1024, 16), ("bert-large-narrow", 24, 512, 8), ("bert-base", 12, 768, 12),
+     ("bert-6-768", 6, 768, 12), ("bert-4-256", 4, 256, 4)],
+)  # fmt: skip
+def test_students_are_made_by_size(bert_large, tokenizer, size, layers, hidden, heads):
+    with torch.device("meta"):
+        config = bert_large.make_model(size, 0.1, tokenizer).config
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, hidden, heads)
+    assert (config.intermediate_size, config.vocab_size) == (4 * hidden, 30522)
+
+
+def test_a_config_file_is_a_random_model_and_a_model_folder_is_its_weights(bert_large, tokenizer, finished):
+    student = finished[0] / "student"
+    again = bert_large.make_model(str(student), 0.0, tokenizer).state_dict()
+    fresh = bert_large.make_model(str(student / "config.json"), 0.0, tokenizer).state_dict()
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(again[name], load_file(student / "model.safetensors")[name])
+    assert fresh[name].shape == again[name].shape and not torch.equal(fresh[name], again[name])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_text_is_read_from_a_folder_and_some_of_it_held_out(bert_large, tokenizer, tmp_path, kind, streaming):
+    texts = [f"document {number} is about the number {number}" for number in range(40)]
+    if kind == "txt":
+        (tmp_path / "some.txt").write_text("\n".join(texts))
+    elif kind == "jsonl":
+        (tmp_path / "some.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    else:
+        bert_large.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "some.parquet")
+    recipe = bert_large.RecipeArguments(
+        dataset=str(tmp_path), block_size=10, heldout_documents=8, eval_blocks=3, streaming=streaming
+    )
+    train, heldout = bert_large.load_data(recipe, tokenizer)
+    assert isinstance(train, IterableDataset) == streaming
+    assert set(heldout.column_names) == {"input_ids", "labels"} and len(heldout) == 3
+    blocks = [row["input_ids"] for row in train]
+    assert {len(block) for block in blocks} == {10}
+    numbers = {word for block in blocks for word in tokenizer.decode(block).split() if word.isdigit()}
+    assert len(numbers) in (31, 32)  # the last block may leave one document's number out
