@@ -26,6 +26,19 @@ def tiny_bert(depth, width=16, dropout=0.0, seed=0, model_class=BertForMaskedLM,
     return model_class(BertConfig(num_attention_heads=2, max_position_embeddings=32, **sizes | dropouts | config))
 
 
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(actual, expected, **tolerance):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if tolerance:
+            torch.testing.assert_close(actual[name], tensor, **tolerance)
+        else:
+            assert torch.equal(actual[name], tensor), name
+
+
 class StrictBert(BertForMaskedLM):
     """A model that names its inputs and takes no others."""
 

@@ -7,7 +7,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import STUDENT_DEPTH, TEACHER_DEPTH, VOCAB_SIZE, StrictBert, masked_lm_examples, tiny_bert
+from conftest import (
+    STUDENT_DEPTH,
+    TEACHER_DEPTH,
+    VOCAB_SIZE,
+    StrictBert,
+    assert_same_weights,
+    masked_lm_examples,
+    tiny_bert,
+    weights,
+)
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 from transformers import (
@@ -28,19 +37,6 @@ EVERY_TERM = [
     {"label_weight": 1.0, "until": 7},
     {"kl_weight": 1.0},
 ]
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_weights(actual, expected, **tolerance):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        if tolerance:
-            torch.testing.assert_close(actual[name], tensor, **tolerance)
-        else:
-            assert torch.equal(actual[name], tensor), name
 
 
 def untimed(log_history):

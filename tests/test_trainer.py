@@ -11,7 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from conftest import STUDENT_DEPTH, TEACHER_DEPTH, VOCAB_SIZE, StrictBert, masked_lm_examples, tiny_bert
+from conftest import (
+    STUDENT_DEPTH,
+    TEACHER_DEPTH,
+    VOCAB_SIZE,
+    StrictBert,
+    assert_same_weights,
+    masked_lm_examples,
+    tiny_bert,
+    weights,
+)
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,19 +38,6 @@ STAGES = [
 
 def step_logs(trainer):
     return [log for log in trainer.state.log_history if "loss" in log]
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_weights(actual, expected, **tolerance):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        if tolerance:
-            torch.testing.assert_close(actual[name], tensor, **tolerance)
-        else:
-            assert torch.equal(actual[name], tensor), name
 
 
 def train(student, teacher, args, data, **kwargs):
