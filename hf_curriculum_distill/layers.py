@@ -181,6 +181,11 @@ class PartialForward:
         assert not missing, f"{type(self.model).__name__} never ran blocks {missing}"
         if not request.whole:
             return request.hidden, None
+        if isinstance(outputs, Mapping) and "logits" not in outputs:
+            raise ValueError(
+                f"{type(self.model).__name__} returns no logits, only {', '.join(outputs)}; use a model with one "
+                "head, like those of AutoModelForMaskedLM or AutoModelForSequenceClassification."
+            )
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         if request.gathered:
             logits = logits.squeeze(0)

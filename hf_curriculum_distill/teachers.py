@@ -144,7 +144,8 @@ def check_teacher(
 
 def _has_tokenizer(name: str) -> bool:
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
-    return any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files)
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return any(cached_file(name, file, **lenient) for file in files)
 
 
 def weights_fingerprint(model: nn.Module, samples: int = 64) -> str:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from architectures import ARCHITECTURES, DEPTH, build
 from torch import nn
-from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, BertModel
+from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, BertForPreTraining, BertModel
 
 from hf_curriculum_distill.layers import PartialForward, find_block_stack
 
@@ -324,3 +324,13 @@ def test_the_wrapper_is_what_runs():
     wrapper = Wrapper(model)
     PartialForward(model)(wrapper, batch, [1])
     assert wrapper.calls == 1
+
+
+def test_a_model_without_one_head_says_which_outputs_it_has():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForPreTraining(BertConfig(vocab_size=20, **sizes))
+    inputs = {"input_ids": torch.randint(0, 20, (2, 8))}
+    with pytest.raises(ValueError, match="BertForPreTraining returns no logits, only prediction_logits"):
+        PartialForward(model)(model, inputs, logits=True)
+    hidden, _ = PartialForward(model)(model, inputs, layers=(1,))  # layer stages need no head
+    assert hidden[1].shape == (2, 8, 16)
