@@ -14,6 +14,7 @@ class Ledger:
 
     Attributes:
         flops: student's and teacher's floating-point operations since the start of the run, of this process.
+        total_flops: the same of all processes, as of the last [`reduce_flops`].
         flops_per_input: the same for one element of the model's main input, by stage: measured once a stage.
     """
 
@@ -21,6 +22,7 @@ class Ledger:
         self._terms: dict[str, Tensor] = {}
         self._first_step = 0
         self.flops = [0.0, 0.0]
+        self.total_flops = {"student_flops": 0.0, "teacher_flops": 0.0}
         self.flops_per_input: dict[int, list[float]] = {}
 
     def start(self, step: int) -> None:
@@ -44,8 +46,9 @@ class Ledger:
         sums = accelerator.reduce(torch.stack(list(self._terms.values())).float(), "sum").tolist()
         return {name: total / max(1, step - self._first_step) for name, total in zip(self._terms, sums, strict=True)}
 
-    def total_flops(self, accelerator: Accelerator) -> dict[str, float]:
-        """Student's and teacher's floating-point operations of all processes since the start of the run."""
+    def reduce_flops(self, accelerator: Accelerator) -> dict[str, float]:
+        """Bring `total_flops` up to date and return it. Every process must take part."""
         dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
         totals = accelerator.reduce(torch.tensor(self.flops, dtype=dtype, device=accelerator.device), "sum").tolist()
-        return dict(zip(("student_flops", "teacher_flops"), totals, strict=True))
+        self.total_flops = dict(zip(self.total_flops, totals, strict=True))
+        return self.total_flops

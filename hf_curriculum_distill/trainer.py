@@ -321,9 +321,9 @@ class CurriculumDistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer`, with the stage, its loss terms and the operations so far beside the training loss."""
         if self._declared_stages and self.is_in_train and ("loss" in logs or "train_loss" in logs):
-            terms = self._finite_terms()
+            terms, flops = self._finite_terms(), self._ledger.reduce_flops(self.accelerator)
             if "loss" in logs:
-                logs |= {"stage": self._stage_index} | terms | self._ledger.total_flops(self.accelerator)
+                logs |= {"stage": self._stage_index} | terms | flops
                 self._ledger.start(self.state.global_step)
         super().log(logs, start_time)
 
@@ -346,8 +346,9 @@ class CurriculumDistillationTrainer(Trainer):
         if self._declared_stages:
             if self.state.global_step in self.stage_scheduler.boundaries and self.args.logging_strategy != "no":
                 self.control.should_log = True  # no logged average mixes two stages
-            if self.control.should_save:
+            if self.control.should_save or self.control.should_evaluate:
                 self._finite_terms()
+                self._ledger.reduce_flops(self.accelerator)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- evaluation ----
@@ -386,14 +387,12 @@ class CurriculumDistillationTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer`, with `projection_bank.safetensors` and `curriculum.json` beside the plain student."""
-        if self._declared_stages and self.stage_scheduler:
-            record = self._record()
-            if self.args.should_save:
-                folder = output_dir or self.args.output_dir
-                os.makedirs(folder, exist_ok=True)
-                write_record(folder, record)
-                if self.projection_bank is not None:
-                    self.projection_bank.save_pretrained(folder)
+        if self._declared_stages and self.stage_scheduler and self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            os.makedirs(folder, exist_ok=True)
+            write_record(folder, self._record())
+            if self.projection_bank is not None:
+                self.projection_bank.save_pretrained(folder)
         super().save_model(output_dir, _internal_call)
 
     def _record(self) -> dict[str, Any]:
@@ -403,7 +402,7 @@ class CurriculumDistillationTrainer(Trainer):
             self.teacher,
             self.projection_bank,
             step=self.state.global_step,
-            **self._ledger.total_flops(self.accelerator),
+            **self._ledger.total_flops,
             flops_per_input=self._ledger.flops_per_input,
         )
 
@@ -419,7 +418,8 @@ class CurriculumDistillationTrainer(Trainer):
                 )
             self.projection_bank = bank
         world_size = self.args.world_size
-        self._ledger.flops = [record["student_flops"] / world_size, record["teacher_flops"] / world_size]
+        self._ledger.total_flops = {name: record[name] for name in ("student_flops", "teacher_flops")}
+        self._ledger.flops = [total / world_size for total in self._ledger.total_flops.values()]
         self._ledger.flops_per_input = {int(index): rates for index, rates in record["flops_per_input"].items()}
         self._ledger.start(record["step"])
 

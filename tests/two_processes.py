@@ -51,8 +51,8 @@ def main():
         model=student, args=args, train_dataset=data[:16], eval_dataset=data[:7], teacher_model=teacher
     )
     trainer.train()
-    trainer.save_model()
-    if args.should_save:
+    if args.should_save:  # as many scripts do: saving must not wait for the other processes
+        trainer.save_model()
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
 
 
