@@ -185,6 +185,7 @@ def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) 
     """The teacher's own accuracy; with --teacher_size, after training it on the labels if it is not there yet."""
     args = replace(args, output_dir=recipe.teacher + "-training", save_strategy="no", eval_strategy="no")
     if recipe.teacher_size is not None:
+        set_seed(args.seed)
         wanted = make_model(recipe.teacher_size, recipe.dropout, pipeline["processing_class"])
         if os.path.isfile(os.path.join(recipe.teacher, "config.json")):
             there = AutoConfig.from_pretrained(recipe.teacher)

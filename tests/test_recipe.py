@@ -92,6 +92,15 @@ def test_a_second_run_uses_the_teacher_that_is_there_and_resumes(finished):
     assert all((again[name] == student[name]).all() for name in student)
 
 
+def test_the_same_seed_gives_the_same_teacher_and_student(finished, tmp_path):
+    folder, _ = finished
+    done = recipe(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for model in ("teacher", "student", "student-one_shot"):
+        first, again = (load_file(place / model / "model.safetensors") for place in (folder, tmp_path))
+        assert all(torch.equal(first[name], again[name]) for name in first), model
+
+
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
