@@ -21,7 +21,7 @@ from hf_curriculum_distill.stages import (
     resolve_layer_map,
 )
 
-METHODS = ("curriculum", "one_shot")
+METHODS = ("curriculum", "one_shot", "progressive", "online", "labels")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 # schedules that are no function of the step alone can't be restarted in each stage
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -44,14 +44,16 @@ class CurriculumDistillationConfig(TrainingArguments):
     method: str = field(
         default="curriculum",
         metadata={
-            "help": "What is matched when: 'curriculum' (hidden states layer by layer, then logits) or 'one_shot' "
-            "(logits only). Without a teacher: the model's own loss, exactly as transformers.Trainer."
+            "help": "Who teaches, and what is matched when: 'curriculum' (hidden states layer by layer, then logits), "
+            "'one_shot' (logits only), 'progressive' (logits of the teacher's checkpoints in turn), 'online' (logits "
+            "of a teacher that trains alongside) or 'labels' (no teacher's). Without a teacher: the model's own loss, "
+            "exactly as transformers.Trainer."
         },
     )
     stages: list | str | None = field(
         default=None,
         metadata={
-            "help": "Explicit stages, a list of Stage fields (JSON on the command line), instead of `method`: "
+            "help": "Explicit stages, a list of Stage fields (JSON on the command line), instead of those of `method`: "
             '[{"hidden": [[3, 6]], "until": 0.5}, {"kl_weight": 1.0}].'
         },
     )
@@ -69,6 +71,10 @@ class CurriculumDistillationConfig(TrainingArguments):
             "help": "How layer stages follow each other: 'sequential' (one pair a stage, lowest first), 'cumulative' "
             "(each keeps the earlier pairs), 'together' (one stage, all pairs) or 'last' (one stage, highest pair)."
         },
+    )
+    hidden_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the hidden-state MSE in layer stages; with SGD it scales their learning rate."},
     )
     hidden_weight_in_logit_stage: float = field(
         default=0.0,
@@ -120,12 +126,24 @@ class CurriculumDistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "The teacher's dtype: 'float32', 'bfloat16' or 'float16'; as it was saved by default."},
     )
+    teacher_schedule: list | str | None = field(
+        default="step",
+        metadata={
+            "help": "Which checkpoint teaches when, with method='progressive': 'step' (the next one at or after the "
+            "student's step), 'fraction' (the same after stretching the teacher's steps to the student's), or the "
+            "list of where each but the last stops, as steps or fractions of max_steps (JSON on the command line)."
+        },
+    )
+    teacher_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "With method='online': the teacher's peak learning rate; the student's by default."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True
-        for name in ("stages", "layer_map"):
+        for name in ("stages", "layer_map", "teacher_schedule"):
             value = getattr(self, name)
             if isinstance(value, str) and value.startswith("["):
                 try:
@@ -145,6 +163,7 @@ class CurriculumDistillationConfig(TrainingArguments):
         self._check_range("layer_stage_fraction", 0, 1, "both excluded", lambda x: 0 < x < 1)
         self._check_range("stage_warmup_ratio", 0, 1, "1 excluded", lambda x: 0 <= x < 1)
         self._check_range("temperature", 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
+        self._check_range("hidden_weight", 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
         self._check_range("hidden_weight_in_logit_stage", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
         self._check_range("label_loss_weight", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
         self._check_range("calibration_samples", 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
@@ -153,6 +172,7 @@ class CurriculumDistillationConfig(TrainingArguments):
                 f"restart_schedule_per_stage needs a schedule that is a function of the step, but lr_scheduler_type is "
                 f"{str(self.lr_scheduler_type)!r}; use one like 'cosine' or 'linear'."
             )
+        self._check_who_teaches()
         if self.num_layer_stages is not None:
             self._check_range("num_layer_stages", 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
         if self.stages is not None:
@@ -187,11 +207,15 @@ class CurriculumDistillationConfig(TrainingArguments):
             return ()
         else:
             logit_stage = {"kl_weight": 1.0, "label_weight": self.label_loss_weight}
-            if self.method == "one_shot":
+            if self.method == "labels":
+                return (Stage(label_weight=1.0),)
+            if self.method != "curriculum":
                 return (Stage(**logit_stage),)
             logit_stage["hidden_weight"] = self.hidden_weight_in_logit_stage
             pairs = resolve_layer_map(self.layer_map, self.num_layer_stages, student_depth, teacher_depth)
-            stages = tuple(curriculum_stages(pairs, self.layer_order, self.layer_stage_fraction, logit_stage))
+            stages = tuple(
+                curriculum_stages(pairs, self.layer_order, self.layer_stage_fraction, self.hidden_weight, logit_stage)
+            )
         for index, stage in enumerate(stages):
             if stage.needs_teacher and teacher_depth is None:
                 raise ValueError(
@@ -200,6 +224,33 @@ class CurriculumDistillationConfig(TrainingArguments):
                 )
             check_layer_range(stage.hidden, student_depth, teacher_depth or 0)
         return stages
+
+    def _check_who_teaches(self) -> None:
+        if not isinstance(self.teacher_schedule, (list, tuple)):
+            self._check_choice("teacher_schedule", ("step", "fraction"))
+        else:
+            for end in self.teacher_schedule:
+                whole = isinstance(end, int) and not isinstance(end, bool) and end >= 1
+                if not (whole or (isinstance(end, float) and 0 < end < 1)):
+                    raise ValueError(
+                        f"teacher_schedule has {end!r}; write a number of steps from 1, or a fraction of max_steps "
+                        "between 0 and 1."
+                    )
+        if self.teacher_learning_rate is not None:
+            self._check_range("teacher_learning_rate", 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
+        if self.method == "online":
+            if self.fp16:
+                raise ValueError("method='online' with fp16 has no loss scaling for the teacher; use bf16 or fp32.")
+            if self.teacher_dtype not in (None, "float32"):
+                raise ValueError(
+                    f"teacher_dtype is {self.teacher_dtype!r}, but method='online' trains the teacher, which needs "
+                    "'float32' weights; use bf16=True for speed."
+                )
+            if self.lr_scheduler_type in _STATEFUL_SCHEDULES:
+                raise ValueError(
+                    f"method='online' needs a schedule that is a function of the step, but lr_scheduler_type is "
+                    f"{str(self.lr_scheduler_type)!r}; use one like 'cosine' or 'linear'."
+                )
 
     def _check_choice(self, name: str, choices: tuple) -> None:
         if getattr(self, name) not in choices:

@@ -29,6 +29,8 @@ _SETTINGS = (
     "standardize_targets",
     "restart_schedule_per_stage",
     "stage_warmup_ratio",
+    "teacher_schedule",
+    "teacher_learning_rate",
 )
 
 # What must be the same for a resumed run to equal one that was never interrupted.

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that start anew in each stage."""
+"""Learning-rate schedules as functions of the step: nothing to save, nothing to drift."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def restarted_schedule(
 ) -> Callable[[int], float]:
     """`step -> learning-rate factor`: transformers' schedule `name`, once over each stage with its own warm-up."""
     spans = [stages.span(index) for index in range(len(stages.stages))]
-    factors = [_factor(name, end - start, learning_rate, warmup_ratio, kwargs) for start, end in spans]
+    factors = [
+        schedule_factor(name, end - start, learning_rate, math.ceil(warmup_ratio * (end - start)), kwargs)
+        for start, end in spans
+    ]
 
     def factor(step: int) -> float:
         index = stages.index_at(min(step, stages.max_steps - 1))
@@ -27,14 +30,15 @@ def restarted_schedule(
     return factor
 
 
-def _factor(
-    name: str, num_steps: int, learning_rate: float, warmup_ratio: float, kwargs: dict[str, Any]
+def schedule_factor(
+    name: str, num_steps: int, learning_rate: float, num_warmup_steps: int, kwargs: dict[str, Any]
 ) -> Callable[[int], float]:
+    """`step -> learning-rate factor` of transformers' schedule `name`."""
     throwaway = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=learning_rate)
     schedule = get_scheduler(
         name,
         throwaway,
-        num_warmup_steps=math.ceil(warmup_ratio * num_steps),
+        num_warmup_steps=num_warmup_steps,
         num_training_steps=num_steps,
         scheduler_specific_kwargs=kwargs,
     )

@@ -213,7 +213,11 @@ def check_layer_range(pairs: Iterable[LayerPair], student_depth: int, teacher_de
 
 
 def curriculum_stages(
-    pairs: Sequence[LayerPair], layer_order: str, layer_stage_fraction: float, logit_stage: Mapping[str, float]
+    pairs: Sequence[LayerPair],
+    layer_order: str,
+    layer_stage_fraction: float,
+    hidden_weight: float,
+    logit_stage: Mapping[str, float],
 ) -> list[Stage]:
     """The curriculum of Gupta & Karmalkar (2025): layer stages, then the logit stage.
 
@@ -226,7 +230,10 @@ def curriculum_stages(
         "together": [tuple(pairs)],
         "last": [tuple(pairs[-1:])],
     }[layer_order]
-    layers = [Stage(hidden=group, until=layer_stage_fraction * (i + 1) / len(groups)) for i, group in enumerate(groups)]
+    layers = [
+        Stage(hidden=group, hidden_weight=hidden_weight, until=layer_stage_fraction * (i + 1) / len(groups))
+        for i, group in enumerate(groups)
+    ]
     return [*layers, Stage(hidden=groups[-1] if logit_stage.get("hidden_weight") else (), **logit_stage)]
 
 

@@ -1,35 +1,33 @@
-"""The teacher behind one call: frozen, in eval mode, without gradients, never part of the student."""
+"""Who teaches: a frozen model, its checkpoints one after another, or a model that learns alongside the student."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto import modeling_auto
-from transformers.utils import cached_file
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_curriculum_distill import losses
+from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers import PartialForward
+from hf_curriculum_distill.loading import check_teacher, load_teacher, weights_fingerprint
 
-# auto class -> the class names it stands for
-_TASKS = {
-    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForAudioClassification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-}
+TeacherModel = PreTrainedModel | str | os.PathLike | Sequence[str | os.PathLike]
+
+OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 class FrozenTeacher:
-    """A trained model that only answers.
+    """A trained model that only answers: in eval mode, without gradients, never part of the student.
 
     Args:
         model: the teacher. It is put into eval mode and its parameters stop requiring gradients.
@@ -43,117 +41,242 @@ class FrozenTeacher:
         self.revision = getattr(model.config, "_commit_hash", None)
         self.fingerprint = weights_fingerprint(model)
 
-    @classmethod
-    def prepare(
-        cls,
-        teacher: PreTrainedModel | str | os.PathLike,
-        student: PreTrainedModel,
-        dtype: str | None,
-        device: torch.device,
-        processing_class: Any = None,
-    ) -> FrozenTeacher:
-        """A teacher for this student, given as a model, or as the name or folder of one: loaded, checked and placed."""
-        name = None
-        if isinstance(teacher, (str, os.PathLike)):
-            name = os.fspath(teacher)
-            teacher = load_teacher(name, student, dtype)
-        elif not isinstance(teacher, PreTrainedModel):
-            raise ValueError(
-                f"teacher_model is a {type(teacher).__name__}; pass a PreTrainedModel, or its name or folder."
-            )
-        check_teacher(student, teacher, processing_class, name)
-        return cls(teacher.to(device=device, dtype=None if dtype is None else getattr(torch, dtype)), name)
-
     @torch.inference_mode()
     def __call__(
         self, inputs: Mapping[str, Any], layers: Sequence[int] = (), **partial_forward: Any
     ) -> tuple[dict[int, Tensor], Tensor | None]:
         """Hidden states at `layers` and, if asked for, logits: see [`PartialForward`]. Inputs it lacks are dropped."""
+        return self.partial_forward(self.model, self._known(inputs), layers, **partial_forward)
+
+    def at(self, step: int | None) -> FrozenTeacher:
+        """The teacher of this optimizer step; None: the one that evaluations compare with."""
+        return self
+
+    def plan(self, max_steps: int) -> None:
+        """Learn how long the student's training is; a frozen teacher needs no plan."""
+
+    def _known(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         accepts = self.partial_forward.accepts
         known = {name: value for name, value in inputs.items() if accepts(name)}
-        if accepts("use_cache"):
-            known["use_cache"] = False
-        return self.partial_forward(self.model, known, layers, **partial_forward)
+        return known | {"use_cache": False} if accepts("use_cache") else known
 
 
-def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) -> PreTrainedModel:
-    """Load a teacher for the student's task from a folder or the Hub.
+class CheckpointTeacher(FrozenTeacher):
+    """Checkpoints of a teacher's own training, one after another (Panigrahi et al., 2025).
 
-    Raises:
-        OSError: there is no such model.
-        ValueError: the checkpoint has no weights for the task's head, which would leave them random.
-    """
-    task = next((auto for auto, names in _TASKS.items() if type(student).__name__ in names.values()), None)
-    auto = type(student) if task is None else getattr(transformers, task)
-    kwargs = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    model, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise ValueError(
-            f"The teacher {name!r} has no weights for {', '.join(lacking[:4])}{' ...' if len(lacking) > 4 else ''}; as "
-            f"a {type(model).__name__} these would be random. Use a checkpoint that was trained for this task."
-        )
-    return model
+    One model in memory, whose weights are exchanged. Evaluations compare with the last checkpoint.
 
-
-def check_teacher(
-    student: PreTrainedModel, teacher: PreTrainedModel, processing_class: Any = None, name: str | None = None
-) -> None:
-    """Whether the teacher's answers mean what the student's do.
+    Args:
+        folders: the checkpoints, in the order of their training.
+        load: reads one of them as a checked model, in its place.
+        schedule: see the config's `teacher_schedule`.
 
     Raises:
-        ValueError: they share parameters, or their vocabularies, numbers of labels or tokenizers differ, or their
-            outputs are not classes.
+        ValueError: the checkpoints are of different sizes, or the schedule doesn't fit them.
     """
-    ours = {id(parameter) for parameter in student.parameters()}
-    if any(id(parameter) in ours for parameter in teacher.parameters()):
-        raise ValueError("The teacher shares parameters with the student, so it would be trained; pass a copy.")
-    if "Classification" in type(student).__name__:
-        for who, model in (("student", student), ("teacher", teacher)):
-            kind = getattr(model.config, "problem_type", None)
-            if model.config.num_labels == 1 or kind in ("regression", "multi_label_classification"):
+
+    def __init__(
+        self, folders: Sequence[str], load: Callable[[str], PreTrainedModel], schedule: str | list[int | float]
+    ):
+        self._folders, self._load, self._schedule = list(folders), load, schedule
+        self._steps = [_steps_of(folder) for folder in self._folders] if isinstance(schedule, str) else []
+        if len(folders) > 1:
+            self._check_schedule()
+        digest = hashlib.sha256()
+        for folder in self._folders:
+            model = load(folder)
+            digest.update(weights_fingerprint(model).encode())
+        super().__init__(model, ", ".join(self._folders))
+        self.fingerprint = digest.hexdigest()
+        self._index = len(self._folders) - 1
+        self._ends: list[int] | None = None
+
+    def at(self, step: int | None) -> FrozenTeacher:
+        index = len(self._folders) - 1 if step is None else bisect_right(self._ends, step)
+        if index != self._index:
+            self.model.load_state_dict(self._load(self._folders[index]).state_dict())
+            self._index = index
+        return self
+
+    def plan(self, max_steps: int) -> None:
+        """Fix the student's step at which each checkpoint but the last stops teaching."""
+        if self._schedule == "step":
+            ends = self._steps[:-1]
+        elif self._schedule == "fraction":
+            ends = [round(step * max_steps / self._steps[-1]) for step in self._steps[:-1]]
+        else:
+            ends = [round(end * max_steps) if isinstance(end, float) else end for end in self._schedule]
+            if sorted(set(ends)) != ends or any(not 0 < end < max_steps for end in ends):
                 raise ValueError(
-                    f"The {who} has num_labels={model.config.num_labels} and problem_type={kind!r}; a divergence "
-                    "between class probabilities needs single-label classification with at least 2 classes."
+                    f"teacher_schedule is {self._schedule} (steps {ends} of {max_steps}); each checkpoint must stop "
+                    "teaching after the one before it and before max_steps."
                 )
-        if student.config.num_labels != teacher.config.num_labels:
+        self._ends = ends if len(self._folders) > 1 else []
+
+    def _check_schedule(self) -> None:
+        if isinstance(self._schedule, str):
+            if None in self._steps or sorted(set(self._steps)) != self._steps:
+                raise ValueError(
+                    f"teacher_schedule={self._schedule!r} needs folders named {PREFIX_CHECKPOINT_DIR}-STEP in "
+                    f"increasing order, but the checkpoints are {', '.join(self._folders)}; set teacher_schedule to "
+                    "the list of steps at which each but the last stops teaching."
+                )
+        elif len(self._schedule) != len(self._folders) - 1:
             raise ValueError(
-                f"The student has {student.config.num_labels} labels and the teacher {teacher.config.num_labels}; "
-                "their logits can't be compared. Load both with the same num_labels."
+                f"teacher_schedule has {len(self._schedule)} ends for {len(self._folders)} checkpoints; give one end "
+                "for each but the last."
             )
-        names = [{label.lower() for label in m.config.label2id} for m in (student, teacher)]
-        default = {f"label_{i}" for i in range(student.config.num_labels)}
-        if default not in names and student.config.label2id != teacher.config.label2id:
-            raise ValueError(
-                f"The student's label2id is {student.config.label2id} and the teacher's {teacher.config.label2id}; "
-                "class numbers must mean the same. Load both with the same label2id."
+
+
+class OnlineTeacher(FrozenTeacher):
+    """A teacher that learns the task from the labels while it teaches, with an optimizer of its own.
+
+    It answers in eval mode and without gradients, then trains on the same micro-batch; its gradients are summed over
+    processes here, because nothing wraps it.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str | None = None):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(model.float(), name)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._step = 0
+
+    def start(self, optimizer: torch.optim.Optimizer, learning_rate: Callable[[int], float]) -> None:
+        """Begin training with this optimizer; `learning_rate` is a function of the optimizer step."""
+        self._optimizer, self._learning_rate, self._step = optimizer, learning_rate, 0
+
+    def learn(
+        self,
+        inputs: Mapping[str, Any],
+        rows: Tensor,
+        labels: Tensor,
+        num_rows: Tensor,
+        gather: bool,
+        accelerator: Accelerator,
+        args: CurriculumDistillationConfig,
+    ) -> Tensor:
+        """Train on a micro-batch, with an optimizer step on the last one; returns its share of the mean loss."""
+        self.model.train()
+        with accelerator.autocast():
+            _, logits = self.partial_forward(self.model, self._known(inputs), logits=True, rows=rows, gather=gather)
+        loss = losses.cross_entropy(logits, labels, args.label_smoothing_factor) / num_rows
+        loss.backward()
+        self.model.eval()
+        if accelerator.sync_gradients:
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if args.world_size > 1:
+                over = "sum" if args.average_tokens_across_devices else "mean"  # num_rows is global, or this process's
+                for parameter in parameters:
+                    parameter.grad = accelerator.reduce(parameter.grad, over)
+            if args.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._learning_rate(self._step)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self._step += 1
+        return loss.detach()
+
+    def save(self, folder: str) -> None:
+        """Write the model and the optimizer's state, as safetensors both."""
+        self.model.save_pretrained(folder)
+        state = self._optimizer.state_dict()["state"]
+        tensors = {
+            f"{index}.{name}": torch.as_tensor(value).contiguous()
+            for index, values in state.items()
+            for name, value in values.items()
+            if value is not None
+        }
+        save_file(tensors, os.path.join(folder, OPTIMIZER_FILE))
+
+    def load(self, folder: str, step: int) -> None:
+        """Continue from what [`save`] wrote after so many optimizer steps; [`start`] comes first."""
+        if not os.path.isfile(os.path.join(folder, OPTIMIZER_FILE)):
+            raise FileNotFoundError(
+                f"{folder} holds no online teacher; method='online' resumes from the teacher's checkpoint beside the "
+                "student's. Start a new run, or restore that folder."
             )
-    vocabularies = [getattr(m.config.get_text_config(), "vocab_size", None) for m in (student, teacher)]
-    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        self.model.load_state_dict(type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict())
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in load_file(os.path.join(folder, OPTIMIZER_FILE)).items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = tensor
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._step = step
+
+
+def prepare_teacher(
+    teacher_model: TeacherModel,
+    student: PreTrainedModel,
+    args: CurriculumDistillationConfig,
+    processing_class: Any = None,
+) -> FrozenTeacher:
+    """The teacher for `args.method`, loaded, checked against the student and placed on `args.device`.
+
+    Raises:
+        ValueError: it doesn't fit the student or the method, or a folder holds no checkpoints.
+        OSError: there is no such model.
+    """
+    dtype = None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
+
+    def place(teacher: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
+        check_teacher(student, teacher, processing_class, name)
+        return teacher.to(device=args.device, dtype=dtype)
+
+    def load(name: str) -> PreTrainedModel:
+        return place(load_teacher(name, student, args.teacher_dtype), name)
+
+    if isinstance(teacher_model, PreTrainedModel):
+        kind = OnlineTeacher if args.method == "online" else FrozenTeacher
+        return kind(place(teacher_model))
+    if isinstance(teacher_model, (str, os.PathLike)):
+        name = os.fspath(teacher_model)
+        if args.method == "progressive":
+            return CheckpointTeacher(find_checkpoints(name), load, args.teacher_schedule)
+        kind = OnlineTeacher if args.method == "online" else FrozenTeacher
+        return kind(load(name), name)
+    folders = list(teacher_model) if isinstance(teacher_model, Sequence) else []
+    if not folders or not all(isinstance(folder, (str, os.PathLike)) for folder in folders):
         raise ValueError(
-            f"The student's vocabulary has {vocabularies[0]} entries and the teacher's {vocabularies[1]}; they must "
-            "read and predict the same tokens. Build the student with the teacher's tokenizer and vocab_size."
+            f"teacher_model is a {type(teacher_model).__name__}; pass a PreTrainedModel, its name or folder, or, for "
+            "method='progressive', a list of folders."
         )
-    comparable = isinstance(processing_class, PreTrainedTokenizerBase) and name is not None and _has_tokenizer(name)
-    if comparable and AutoTokenizer.from_pretrained(name).get_vocab() != processing_class.get_vocab():
+    if args.method != "progressive":
         raise ValueError(
-            f"The tokenizer of {name} and the processing_class map tokens to different ids; teacher and student must "
-            "read the same ids. Pass the teacher's tokenizer as processing_class."
+            f"teacher_model is a list of {len(folders)} checkpoints, but method is {args.method!r}; one teacher is "
+            "needed, or method='progressive'."
         )
+    return CheckpointTeacher([os.fspath(folder) for folder in folders], load, args.teacher_schedule)
 
 
-def _has_tokenizer(name: str) -> bool:
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
-    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return any(cached_file(name, file, **lenient) for file in files)
+def teacher_folder(checkpoint: str) -> str:
+    """Where an online teacher's state lies beside a student's checkpoint folder."""
+    output_dir, name = os.path.split(os.path.normpath(checkpoint))
+    return os.path.join(output_dir, "_teacher", name)
 
 
-def weights_fingerprint(model: nn.Module, samples: int = 64) -> str:
-    """SHA-256 over evenly spaced values of every parameter: training changes it, another device does not."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        spaced = flat[:: max(1, flat.numel() // samples)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(spaced.numpy().tobytes())
-    return digest.hexdigest()
+def find_checkpoints(name: str) -> list[str]:
+    """The `checkpoint-STEP` folders in a folder, by step; the name itself where it is one model.
+
+    Raises:
+        ValueError: the folder holds neither.
+    """
+    if not os.path.isdir(name):
+        return [name]
+    steps = {_steps_of(entry): entry for entry in os.listdir(name) if os.path.isdir(os.path.join(name, entry))}
+    if checkpoints := [os.path.join(name, steps[step]) for step in sorted(step for step in steps if step is not None)]:
+        return checkpoints
+    if os.path.isfile(os.path.join(name, "config.json")):
+        return [name]
+    there = ", ".join(sorted(os.listdir(name))[:8]) or "nothing"
+    raise ValueError(
+        f"{name} has no {PREFIX_CHECKPOINT_DIR}-STEP folders to learn from progressively, only: {there}; pass the "
+        "output_dir of the teacher's training, or a list of folders."
+    )
+
+
+def _steps_of(folder: str) -> int | None:
+    match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", os.path.basename(os.path.normpath(folder)))
+    return int(match[1]) if match else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import logging
 import math
 import os
 import random
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.config import CurriculumDistillationConfig
@@ -29,9 +31,9 @@ from hf_curriculum_distill.metrics import TeacherComparison
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.randomness import preserved_random_state
 from hf_curriculum_distill.record import check_resumable, make_record, read_record, write_record
-from hf_curriculum_distill.schedules import restarted_schedule
+from hf_curriculum_distill.schedules import restarted_schedule, schedule_factor
 from hf_curriculum_distill.stages import Stage, StageScheduler, parse_layer_pairs
-from hf_curriculum_distill.teachers import FrozenTeacher
+from hf_curriculum_distill.teachers import FrozenTeacher, OnlineTeacher, TeacherModel, prepare_teacher, teacher_folder
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +44,16 @@ class CurriculumDistillationTrainer(Trainer):
     Args:
         model, args, ...: as `transformers.Trainer`, in the same order. A plain `TrainingArguments` stands for a
             [`CurriculumDistillationConfig`] with this library's defaults.
-        teacher_model: a trained model for the student's task, or the name or folder of one. Without it (and without
-            explicit `args.stages`) this class *is* `transformers.Trainer`.
+        teacher_model: a trained model for the student's task, or the name or folder of one. With
+            `args.method="progressive"` also the output folder of the teacher's own training, or a list of checkpoint
+            folders; with `"online"` an untrained one. Without it (and without explicit `args.stages`) this class *is*
+            `transformers.Trainer`.
         projection_bank: a [`ProjectionBank`] to use in place of one drawn from `args.projection_seed`.
 
     Attributes:
         stages: the resolved list of [`Stage`].
         stage: the stage of the current optimizer step.
-        teacher: the [`FrozenTeacher`], or None.
+        teacher: the [`FrozenTeacher`] (a [`CheckpointTeacher`] or [`OnlineTeacher`] with these methods), or None.
         projection_bank: the bank, or None where no stage matches hidden states.
 
     Raises:
@@ -62,7 +66,7 @@ class CurriculumDistillationTrainer(Trainer):
         model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         *trainer_args: Any,
-        teacher_model: PreTrainedModel | str | os.PathLike | None = None,
+        teacher_model: TeacherModel | None = None,
         projection_bank: ProjectionBank | None = None,
         **trainer_kwargs: Any,
     ):
@@ -83,11 +87,14 @@ class CurriculumDistillationTrainer(Trainer):
         self._check_launch()
         self._student = PartialForward(self.model)
         if teacher_model is not None:
-            self.teacher = FrozenTeacher.prepare(
-                teacher_model, self.model, self.args.teacher_dtype, self.args.device, self.processing_class
-            )
+            self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)
         depths = self._student.depth, None if self.teacher is None else self.teacher.partial_forward.depth
         self._declared_stages = self.args.resolve_stages(*depths)
+        if self.args.method == "online" and self.args.standardize_targets and any(s.hidden for s in self.stages):
+            raise ValueError(
+                "stages match hidden states of an online teacher, and standardize_targets would measure them before it "
+                "has learnt anything; set standardize_targets=False."
+            )
         self.projection_bank = self._make_bank(projection_bank)
         # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
@@ -109,8 +116,13 @@ class CurriculumDistillationTrainer(Trainer):
     def set_initial_training_values(self, args, dataloader):
         values = super().set_initial_training_values(args, dataloader)
         if self._declared_stages:
-            self.stage_scheduler = StageScheduler(self._declared_stages, values[-1])
+            self._plan(values[-1])
         return values
+
+    def _plan(self, max_steps: int) -> None:
+        self.stage_scheduler = StageScheduler(self._declared_stages, max_steps)
+        if self.teacher is not None:
+            self.teacher.plan(max_steps)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As `Trainer`; with `restart_schedule_per_stage`, one warm-up and decay in each stage."""
@@ -179,6 +191,8 @@ class CurriculumDistillationTrainer(Trainer):
                 )
             terms["label_loss"] = losses.cross_entropy(logits, labels, self.args.label_smoothing_factor) / num_rows
             loss += stage.label_weight * terms["label_loss"]
+        if isinstance(self.teacher, OnlineTeacher):
+            terms["teacher_loss"] = self._train_teacher(inputs, num_rows)
         self._ledger.add_terms(terms)
         if self.args.average_tokens_across_devices:
             loss *= self.accelerator.num_processes  # gradients are averaged over processes; the counts are global
@@ -200,8 +214,9 @@ class CurriculumDistillationTrainer(Trainer):
     def _run_teacher(self, inputs, stage: Stage, rows: Tensor | None):
         if not stage.needs_teacher:
             return {}, None
+        teacher = self.teacher.at(self.state.global_step if self.model.training else None)
         with self.accelerator.autocast():
-            return self.teacher(
+            return teacher(
                 self._questions(inputs),
                 stage.teacher_layers,
                 logits=bool(stage.kl_weight),
@@ -209,6 +224,13 @@ class CurriculumDistillationTrainer(Trainer):
                 gather=answers_per_token(self.model, inputs),
                 truncate=self.args.truncate,
             )
+
+    def _train_teacher(self, inputs, num_rows: Tensor) -> Tensor:
+        rows, labels = counted_rows(self.model, inputs)
+        if labels is None:
+            raise ValueError("An online teacher learns from labels, but the batch has none; check the collator.")
+        gather = answers_per_token(self.model, inputs)
+        return self.teacher.learn(self._questions(inputs), rows, labels, num_rows, gather, self.accelerator, self.args)
 
     def _for_student(self, inputs) -> dict[str, Any]:
         """The inputs without those that only the teacher's forward names; the rest is the student's, as in Trainer."""
@@ -258,11 +280,14 @@ class CurriculumDistillationTrainer(Trainer):
             below = Stage(hidden=[(frozen, 0)])
             backward -= 2 * count_flops(lambda: self._run_student(self._student.model, inputs, below, None))
         teacher = count_flops(lambda: self._run_teacher(inputs, stage, rows))
+        if isinstance(self.teacher, OnlineTeacher):
+            answered, _ = counted_rows(self.model, inputs)
+            teacher += 3 * count_flops(lambda: self._run_teacher(inputs, Stage(kl_weight=1.0), answered))
         num_inputs = inputs[self.model.main_input_name].numel()
         return [(forward + backward) / num_inputs, teacher / num_inputs]
 
     def floating_point_ops(self, inputs) -> float:
-        """Operations of student (forward and backward) and teacher (forward) on this micro-batch."""
+        """Operations of student (forward and backward) and teacher (forward; online also its own training)."""
         if not self._declared_stages:
             return super().floating_point_ops(inputs)
         return self._ledger.add_flops(self._stage_index, inputs[self.model.main_input_name].numel())
@@ -274,6 +299,8 @@ class CurriculumDistillationTrainer(Trainer):
         if not self._declared_stages:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         self._ledger = Ledger()
+        if isinstance(self.teacher, OnlineTeacher):
+            self._start_teacher()
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
@@ -287,6 +314,27 @@ class CurriculumDistillationTrainer(Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._release_models()
+
+    def _start_teacher(self) -> None:
+        """Give an online teacher its optimizer: as the student's, but for the learning rate."""
+        args, model = copy.copy(self.args), self.teacher.model
+        args.learning_rate = self.args.teacher_learning_rate or self.args.learning_rate
+        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        decayed = self.get_decay_parameter_names(model)
+        groups = [
+            {"params": [p for name, p in trained if name in decayed], "weight_decay": args.weight_decay},
+            {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+        ]
+        max_steps = self.stage_scheduler.max_steps
+        factor = schedule_factor(
+            args.lr_scheduler_type,
+            max_steps,
+            args.learning_rate,
+            args.get_warmup_steps(max_steps),
+            args.lr_scheduler_kwargs or {},
+        )
+        self.teacher.start(optimizer_class(groups, **kwargs), lambda step: args.learning_rate * factor(step))
 
     def _release_models(self) -> None:
         self._student.remove()
@@ -304,7 +352,7 @@ class CurriculumDistillationTrainer(Trainer):
         def teacher(batch, layers):
             batch = self._prepare_inputs(batch)
             with self.accelerator.autocast():
-                hidden, _ = self.teacher(self._questions(batch), layers)
+                hidden, _ = self.teacher.at(None)(self._questions(batch), layers)
             return hidden, position_weights(self.model, batch, hidden[layers[0]])
 
         with preserved_random_state(self.args.projection_seed):
@@ -395,6 +443,22 @@ class CurriculumDistillationTrainer(Trainer):
                 self.projection_bank.save_pretrained(folder)
         super().save_model(output_dir, _internal_call)
 
+    def _save_checkpoint(self, model, trial) -> None:
+        """As `Trainer`; an online teacher's checkpoint goes into a folder of its own, and goes when the student's does.
+
+        The folder's name starts with an underscore, which keeps it from the Hub.
+        """
+        online = isinstance(self.teacher, OnlineTeacher) and not self.args.save_only_model
+        if online and self.args.should_save:
+            students = self._get_output_dir(trial=trial)
+            folder = teacher_folder(os.path.join(students, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+            self.teacher.save(folder)
+        super()._save_checkpoint(model, trial)
+        if online and self.args.should_save:
+            teachers = os.path.dirname(folder)
+            for name in set(os.listdir(teachers)) - set(os.listdir(students)):
+                shutil.rmtree(os.path.join(teachers, name))
+
     def _record(self) -> dict[str, Any]:
         return make_record(
             self.args,
@@ -417,6 +481,8 @@ class CurriculumDistillationTrainer(Trainer):
                     f"{self.projection_bank.fingerprint[:12]}; pass the original bank, or none to use that one."
                 )
             self.projection_bank = bank
+        if isinstance(self.teacher, OnlineTeacher):
+            self.teacher.load(teacher_folder(checkpoint), record["step"])
         world_size = self.args.world_size
         self._ledger.total_flops = {name: record[name] for name in ("student_flops", "teacher_flops")}
         self._ledger.flops = [total / world_size for total in self._ledger.total_flops.values()]
@@ -457,7 +523,7 @@ class CurriculumDistillationTrainer(Trainer):
         if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
             raise ValueError("train_dataset is empty; there is nothing to train on.")
         if self.args.max_steps > 0:
-            self.stage_scheduler = StageScheduler(self._declared_stages, self.args.max_steps)
+            self._plan(self.args.max_steps)
         elif hasattr(self.train_dataset, "__len__"):
             self.set_initial_training_values(self.args, self.get_train_dataloader())
         else:

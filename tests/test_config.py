@@ -14,11 +14,12 @@ from hf_curriculum_distill import CurriculumDistillationConfig, Stage
 
 OTHER_VALUES = {
     "logging_nan_inf_filter": [True],
-    "method": ["one_shot"],
+    "method": ["one_shot", "progressive", "online", "labels"],
     "stages": [[{"hidden": [[1, 2]], "until": 0.5}, {"kl_weight": 1.0}]],
     "layer_map": ["last", [[1, 2], [2, 4]]],
     "num_layer_stages": [1, 2],
     "layer_order": ["cumulative", "together", "last"],
+    "hidden_weight": [0.5, 2, 20.0],
     "hidden_weight_in_logit_stage": [0.5, 1, 20.0],
     "layer_stage_fraction": [0.01, 0.99],
     "temperature": [0.5, 2, 4.0],
@@ -33,6 +34,8 @@ OTHER_VALUES = {
     "restart_schedule_per_stage": [True],
     "stage_warmup_ratio": [0.0, 0.99],
     "teacher_dtype": ["float32", "bfloat16", "float16"],
+    "teacher_schedule": ["fraction", [3, 7], [0.25, 0.5], []],
+    "teacher_learning_rate": [1e-3, 1],
 }
 
 WRONG_VALUES = {
@@ -41,6 +44,7 @@ WRONG_VALUES = {
     "layer_map": ["first", 3, None, [[1]], [[1, 2], [1, 3]], [1, 2], '[[1, 2], "x"]'],
     "num_layer_stages": [0, -1, 1.5, True, "2"],
     "layer_order": ["random", None],
+    "hidden_weight": [0, -0.1, math.inf, math.nan, "1", None],
     "hidden_weight_in_logit_stage": [-0.1, math.inf, math.nan, "1", None],
     "layer_stage_fraction": [0, 1, 0.0, 1.0, -0.5, 1.5, math.nan, True, "0.5"],
     "temperature": [0, 0.0, -1.0, math.inf, math.nan, "2", None, True],
@@ -51,6 +55,8 @@ WRONG_VALUES = {
     "train_prefix": ["all", None],
     "stage_warmup_ratio": [-0.1, 1, 1.0, math.nan],
     "teacher_dtype": ["int8", "bf16", "auto"],
+    "teacher_schedule": ["steps", None, 3, [0], [1.0], [True], ["2"], '[1, 2'],
+    "teacher_learning_rate": [0, -1.0, math.nan, math.inf, "1"],
 }
 
 
