@@ -80,6 +80,13 @@ class CurriculumDistillationConfig(TrainingArguments):
         default=0.0,
         metadata={"help": "Weight of the last layer stage's hidden-state MSE in the logit stage."},
     )
+    hidden_positions: str = field(
+        default="tokens",
+        metadata={
+            "help": "Where hidden states are matched: 'tokens' (all that are not padding) or 'labels' (only tokens "
+            "whose label counts, as the masked ones)."
+        },
+    )
     layer_stage_fraction: float = field(
         default=0.5, metadata={"help": "Share of the steps given to the layer stages, split equally among them."}
     )
@@ -154,6 +161,7 @@ class CurriculumDistillationConfig(TrainingArguments):
         self._check_choice("layer_order", LAYER_ORDERS)
         self._check_choice("divergence", tuple(DIVERGENCES))
         self._check_choice("projection", PROJECTIONS)
+        self._check_choice("hidden_positions", ("tokens", "labels"))
         self._check_choice("train_prefix", ("joint", "block"))
         self._check_choice("teacher_dtype", (None, *TEACHER_DTYPES))
         if isinstance(self.layer_map, list):

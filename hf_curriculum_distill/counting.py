@@ -88,6 +88,22 @@ def position_weights(model: nn.Module, inputs: Mapping[str, Any], hidden: Tensor
     return mask
 
 
+def label_weights(model: nn.Module, inputs: Mapping[str, Any], hidden: Tensor) -> Tensor:
+    """1 for each hidden state `[batch, length]` that answers a label, else 0; they sum to the second of [`count`].
+
+    Raises:
+        ValueError: the batch has no label for each token.
+    """
+    labels = _aligned_labels(model, inputs)
+    if labels is None or labels.shape != hidden.shape[:2]:
+        raise ValueError(
+            "hidden_positions='labels' matches hidden states where a token's label counts, but the batch has "
+            f"{'no labels' if labels is None else f'labels of shape {tuple(labels.shape)}'} for hidden states of shape "
+            f"{tuple(hidden.shape[:2])}; use hidden_positions='tokens'."
+        )
+    return labels.ne(-100)
+
+
 def _token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     mask = inputs.get("attention_mask")
     return mask.bool() if mask is not None and mask.dim() == 2 and "input_ids" in inputs else None

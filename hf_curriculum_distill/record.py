@@ -26,6 +26,7 @@ _SETTINGS = (
     "divergence",
     "label_smoothing_factor",
     "train_prefix",
+    "hidden_positions",
     "standardize_targets",
     "restart_schedule_per_stage",
     "stage_warmup_ratio",

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import count_flops
-from hf_curriculum_distill.counting import answers_per_token, count, counted_rows, position_weights
+from hf_curriculum_distill.counting import answers_per_token, count, counted_rows, label_weights, position_weights
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.ledger import Ledger
 from hf_curriculum_distill.metrics import TeacherComparison
@@ -173,12 +173,13 @@ class CurriculumDistillationTrainer(Trainer):
         num_positions, num_rows = counts.clamp(min=1)
         terms, loss = {}, 0.0
         if stage.hidden:
+            num_matched = num_rows if self.args.hidden_positions == "labels" else num_positions
             errors = []
             for student_layer, teacher_layer in stage.hidden:
                 target = self.projection_bank.project(student_layer, target_hidden[teacher_layer])
-                weights = position_weights(self.model, inputs, target)
+                weights = self._weigh(self.model, inputs, target)
                 errors.append(losses.hidden_state_mse(hidden[student_layer], target, weights))
-            terms["hidden_mse"] = torch.stack(errors).mean() / num_positions
+            terms["hidden_mse"] = torch.stack(errors).mean() / num_matched
             loss += stage.hidden_weight * terms["hidden_mse"]
         if stage.kl_weight:
             divergence = losses.DIVERGENCES[self.args.divergence]
@@ -197,6 +198,10 @@ class CurriculumDistillationTrainer(Trainer):
         if self.args.average_tokens_across_devices:
             loss *= self.accelerator.num_processes  # gradients are averaged over processes; the counts are global
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    @property
+    def _weigh(self):
+        return label_weights if self.args.hidden_positions == "labels" else position_weights
 
     def _run_student(self, model, inputs, stage: Stage, rows: Tensor | None):
         """Hidden states and logits of the stage. `model` is the student or what wraps it."""
@@ -353,7 +358,7 @@ class CurriculumDistillationTrainer(Trainer):
             batch = self._prepare_inputs(batch)
             with self.accelerator.autocast():
                 hidden, _ = self.teacher.at(None)(self._questions(batch), layers)
-            return hidden, position_weights(self.model, batch, hidden[layers[0]])
+            return hidden, self._weigh(self.model, batch, hidden[layers[0]])
 
         with preserved_random_state(self.args.projection_seed):
             if hasattr(data, "__len__"):

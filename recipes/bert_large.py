@@ -16,7 +16,6 @@ Any option can stand in a YAML file; the command line wins.
 import logging
 import os
 import re
-import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -33,12 +32,12 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.metrics import CountedAccuracy
 from hf_curriculum_distill.report import format_table, plot_comparison, write_results
+from hf_curriculum_distill.runs import train_student
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
 
 logger = logging.getLogger("bert_large")
@@ -153,32 +152,12 @@ def main():
 
 
 def distil(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:
-    """Train one student; returns its object in results.json. A run that is not finite is reported as that."""
+    """Train one student; returns its object in results.json."""
     set_seed(args.seed)
     student = make_model(recipe.student, recipe.dropout, pipeline["processing_class"])
     trainer = CurriculumDistillationTrainer(model=student, args=args, teacher_model=recipe.teacher, **pipeline)
     logger.info("%s: %s", args.output_dir, " -> ".join(stage.name for stage in trainer.stages))
-    run = {"method": args.method, "seed": args.seed, "path": args.output_dir}
-    start = time.monotonic()
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    except FloatingPointError as error:
-        return run | {"finite": False, "error": str(error)}
-    seconds = time.monotonic() - start
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    spent = next(entry for entry in reversed(trainer.state.log_history) if "student_flops" in entry)
-    steps = trainer.state.global_step
-    return run | {
-        **{name: metrics[name] for name in ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl")},
-        "samples": steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "steps": steps,
-        "student_flops": spent["student_flops"],
-        "teacher_flops": spent["teacher_flops"],
-        "seconds": seconds,
-        "finite": True,
-    }
+    return train_student(trainer, args.method)
 
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:
@@ -261,13 +240,6 @@ def load_data(recipe: RecipeArguments, tokenizer) -> tuple[Dataset | IterableDat
     if not blocks:
         raise SystemExit(f"The held-out text fills no block of {recipe.block_size} tokens; raise --heldout_documents.")
     return train, mask_once(blocks, tokenizer, recipe.mlm_probability, seed=0)
-
-
-def checkpoint_to_resume(args: TrainingConfig) -> str | None:
-    """--resume_from_checkpoint FOLDER, or any other value for each run's last checkpoint, if it has one."""
-    if args.resume_from_checkpoint is None or os.path.isdir(args.resume_from_checkpoint):
-        return args.resume_from_checkpoint
-    return get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
 
 
 def first_choice(logits: Tensor, labels: Tensor) -> Tensor:

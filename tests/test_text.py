@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
 
@@ -77,3 +77,29 @@ def test_a_held_out_set_is_masked_once_and_the_same_for_every_run(tokenizer):
     collated = MaskedBlocksCollator(tokenizer, 0.15)(list(first))
     assert collated["labels"].tolist() == first["labels"]
     assert collated["input_ids"].tolist() == first["input_ids"]
+
+
+def test_blocks_of_one_length_are_masked_with_hugging_faces_draws(tokenizer):
+    ids = torch.randint(1000, 30000, (8, 16), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(3)
+    batch = MaskedBlocksCollator(tokenizer, 0.15)([{"input_ids": row} for row in ids.tolist()])
+    torch.manual_seed(3)
+    masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    input_ids, labels = masking.torch_mask_tokens(ids, special_tokens_mask=torch.zeros(ids.shape))
+    assert torch.equal(batch["input_ids"], input_ids)
+    assert torch.equal(batch["labels"], labels)
+
+
+def test_examples_of_different_lengths_are_padded_and_need_a_padding_token(tokenizer):
+    examples = [{"input_ids": [101, *range(2000, 2000 + length), 102]} for length in (3, 5)]
+    batch = MaskedBlocksCollator(tokenizer, 1.0)(examples)
+    assert batch["attention_mask"].tolist() == [[1] * 5 + [0, 0], [1] * 7]
+    assert batch["labels"][0].tolist() == [-100, 2000, 2001, 2002, -100, -100, -100]
+    assert batch["input_ids"][0, 5:].tolist() == [tokenizer.pad_token_id] * 2
+    unpadded = AutoTokenizer.from_pretrained(VOCABULARY)
+    unpadded.pad_token = None
+    with pytest.raises(ValueError, match=r"5 to 7 tokens but .* has no \[PAD\]"):
+        MaskedBlocksCollator(unpadded)(examples)
+    for wrong in ([], [-1], [len(tokenizer)]):
+        with pytest.raises(ValueError, match="random_ids is"):
+            MaskedBlocksCollator(tokenizer, random_ids=wrong)

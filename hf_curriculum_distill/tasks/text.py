@@ -1,4 +1,4 @@
-"""Text for masked language modelling: packed blocks without padding, masked as BERT does (Devlin et al., 2019)."""
+"""Text for masked language modelling: packed blocks or single sentences, masked as BERT does (Devlin et al., 2019)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, default_data_collator
 
 from hf_curriculum_distill.randomness import preserved_random_state
@@ -50,29 +51,76 @@ def pack_blocks(
 
 
 class MaskedBlocksCollator:
-    """Packed blocks -> `input_ids` and `labels`, `[batch, block_size]`; examples that have labels stay as they are.
+    """Blocks or sentences -> `input_ids` and `labels`, `[batch, length]`; examples that have labels stay as they are.
 
     Of the tokens that are not special, a share `mlm_probability` is to be predicted: 80 % of them become [MASK], 10 %
-    a random token, 10 % stay; every other label is -100.
+    a random token, 10 % stay; every other label is -100. The random token is any of the vocabulary, special ones too,
+    which matters if it is tiny: `random_ids` are then those to draw from.
+
+    Examples of different lengths are padded to the longest, with label -100 there and an `attention_mask`.
+
+    Raises:
+        ValueError: `random_ids` are not in the vocabulary, or lengths differ and the tokenizer has no [PAD] token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.15):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        mlm_probability: float = 0.15,
+        random_ids: Sequence[int] | None = None,
+    ):
+        if random_ids is not None and not (random_ids and 0 <= min(random_ids) <= max(random_ids) < len(tokenizer)):
+            raise ValueError(f"random_ids is {random_ids}; give ids from 0 to {len(tokenizer) - 1}, or None for all.")
         self.tokenizer = tokenizer
-        self._masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
+        self.random_ids = None if random_ids is None else torch.tensor(random_ids)
+        self._masking = DataCollatorForLanguageModeling(
+            tokenizer, mlm_probability=mlm_probability, random_replace_prob=0.1 if random_ids is None else 0.0
+        )
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        if "labels" in examples[0]:
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        same_length, labelled = bool((lengths == lengths[0]).all()), "labels" in examples[0]
+        if same_length and labelled:
             return default_data_collator(list(examples))
-        blocks = torch.tensor([example["input_ids"] for example in examples])
-        special = torch.isin(blocks, torch.tensor(self.tokenizer.all_special_ids))
-        input_ids, labels = self._masking.torch_mask_tokens(blocks, special_tokens_mask=special)
+        if not same_length and self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"The examples have {lengths.min()} to {lengths.max()} tokens but {type(self.tokenizer).__name__} has "
+                "no [PAD] token; set its pad_token or give blocks of one length."
+            )
+        ids = _padded(examples, "input_ids", self.tokenizer.pad_token_id)
+        batch = {"input_ids": ids, "labels": _padded(examples, "labels", -100)} if labelled else self._mask(ids)
+        if not same_length:
+            batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        return batch
+
+    def _mask(self, ids: Tensor) -> dict[str, Tensor]:
+        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
+        input_ids, labels = self._masking.torch_mask_tokens(ids, special_tokens_mask=special)
+        if self.random_ids is not None:
+            # A token to predict is still itself in 20 % of the cases: half of them get a random one.
+            random = (input_ids == labels) & (torch.rand(labels.shape) < 0.5)
+            input_ids[random] = self.random_ids[torch.randint(len(self.random_ids), labels.shape)][random]
         return {"input_ids": input_ids, "labels": labels}
 
 
+def _padded(examples: Sequence[dict[str, Any]], name: str, padding: int | None) -> Tensor:
+    rows = [torch.as_tensor(example[name], dtype=torch.long) for example in examples]
+    return pad_sequence(rows, batch_first=True, padding_value=0 if padding is None else padding)
+
+
 def mask_once(
-    blocks: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, mlm_probability: float, seed: int
+    blocks: Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    mlm_probability: float,
+    seed: int,
+    random_ids: Sequence[int] | None = None,
 ) -> Dataset:
     """A held-out set masked once and for all, so that every evaluation of every method asks the same questions."""
+    blocks = list(blocks)
     with preserved_random_state(seed):
-        masked = MaskedBlocksCollator(tokenizer, mlm_probability)(list(blocks))
-    return Dataset.from_dict({name: tensor.tolist() for name, tensor in masked.items()})
+        masked = MaskedBlocksCollator(tokenizer, mlm_probability, random_ids)(blocks)
+    lengths = [len(block["input_ids"]) for block in blocks]
+    columns = {name: masked[name].tolist() for name in ("input_ids", "labels")}
+    return Dataset.from_dict(
+        {name: [row[:length] for row, length in zip(rows, lengths, strict=True)] for name, rows in columns.items()}
+    )

@@ -1,0 +1,97 @@
+"""Several methods on equal footing: which runs a comparison consists of, and one run's object in `results.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_curriculum_distill.config import METHODS, CurriculumDistillationConfig
+from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
+
+_METRICS = ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl")
+
+
+def plan_runs(
+    args: CurriculumDistillationConfig,
+    methods: Sequence[str],
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> dict[str, list[CurriculumDistillationConfig]]:
+    """The arguments of each method's runs, one a seed, in folders `<output_dir>/<method>/seed-<seed>`.
+
+    Args:
+        args: what all runs share.
+        methods: names to train: methods of the library or names in `variants`.
+        variants: name -> fields of `args` that differ: `{"last layer": {"layer_order": "last"}}`.
+        seeds: `args.seed` alone by default.
+
+    Raises:
+        ValueError: a name is no method, a field is unknown, or a value is wrong.
+    """
+    variants = variants or {}
+    known = [field.name for field in dataclasses.fields(args) if field.init]
+    for name, overrides in variants.items():
+        for field in overrides or {}:
+            if field not in known:
+                near = difflib.get_close_matches(field, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else "."
+                raise ValueError(f"variants.{name} sets {field!r}, which is no training argument{hint}")
+    runs: dict[str, list[CurriculumDistillationConfig]] = {}
+    for method in dict.fromkeys(methods):
+        if method not in variants and method not in METHODS:
+            names = ", ".join(dict.fromkeys([*variants, *METHODS]))
+            raise ValueError(f"methods names {method!r}; use {names}, or describe it in variants.")
+        own = {"method": method} if method in METHODS else {}
+        folder = os.path.join(args.output_dir, method.replace(" ", "_"))
+        runs[method] = [
+            dataclasses.replace(
+                args,
+                **own | dict(variants.get(method) or {}),
+                seed=seed,
+                output_dir=os.path.join(folder, f"seed-{seed}"),
+            )
+            for seed in ([args.seed] if seeds is None else seeds)
+        ]
+    return runs
+
+
+def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[str, Any]:
+    """Train, evaluate and save a student; returns its object in `results.json`.
+
+    With `args.resume_from_checkpoint` training goes on from that folder or, for any other value, from the run's last
+    checkpoint if it has one. A run that is not finite is returned as that, with the error and without metrics.
+    """
+    args = trainer.args
+    run = {"method": method, "seed": args.seed, "path": args.output_dir}
+    start = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=_checkpoint_to_resume(args))
+    except FloatingPointError as error:
+        return run | {"finite": False, "error": str(error)}
+    seconds = time.monotonic() - start
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    spent = next(entry for entry in reversed(trainer.state.log_history) if "student_flops" in entry)
+    steps = trainer.state.global_step
+    return run | {
+        **{name: metrics[name] for name in _METRICS if name in metrics},
+        "samples": steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "steps": steps,
+        "student_flops": spent["student_flops"],
+        "teacher_flops": spent["teacher_flops"],
+        "seconds": seconds,
+        "finite": True,
+    }
+
+
+def _checkpoint_to_resume(args: CurriculumDistillationConfig) -> str | None:
+    if args.resume_from_checkpoint is None or os.path.isdir(args.resume_from_checkpoint):
+        return args.resume_from_checkpoint
+    return get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None

@@ -1,0 +1,256 @@
+"""Sparse parity: a teacher that found the hidden coordinates, and students that learn from it by several methods.
+
+Teacher, three methods, three seeds each, (50, 6)-parity, two CPU cores, under 2 minutes:
+    accelerate launch --cpu recipes/sparse_parity.py --config recipes/configs/sparse_parity/demo.yaml
+What comes out: results.json, a table, a plot; again with `hf-curriculum-distill compare runs/sparse_parity/demo`.
+
+The label is the parity of `sparsity` of `dimension` random bits. A network of finite width sees nothing of it in the
+loss for a long time and then learns it in a short transition. Every example is fresh; the teacher is trained on labels
+alone until it is right on --teacher_accuracy of held-out examples, and is kept for the next launch.
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass, field, replace
+
+import transformers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, TrainerCallback, set_seed
+
+from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.report import format_table, write_results
+from hf_curriculum_distill.runs import plan_runs, train_student
+from hf_curriculum_distill.tasks.parity import (
+    ParityMLPConfig,
+    ParityMLPForSequenceClassification,
+    SparseParity,
+    draw_support,
+    stack,
+)
+from hf_curriculum_distill.teachers import find_checkpoints
+
+logger = logging.getLogger("sparse_parity")
+
+HELDOUT_SEED, TEACHER_SEED = 2**40, 2**41  # no student's seed draws the same examples
+
+
+@dataclass
+class RecipeArguments:
+    dimension: int = field(default=50, metadata={"help": "Bits of an example."})
+    sparsity: int = field(default=6, metadata={"help": "Bits whose parity is the label."})
+    support: list[int] | None = field(default=None, metadata={"help": "Those bits, counted from 0; drawn by default."})
+    support_seed: int = field(default=0, metadata={"help": "Seed that draws the support."})
+    model: str = field(
+        default="mlp", metadata={"help": "'mlp' (one hidden layer) or 'transformer' (GPT-2 that reads bits as tokens)."}
+    )
+    teacher_width: int = field(default=1000, metadata={"help": "The teacher's hidden size."})
+    student_width: int = field(default=100, metadata={"help": "The student's hidden size."})
+    num_layers: int = field(default=1, metadata={"help": "Blocks of teacher and student."})
+    head_dim: int = field(default=8, metadata={"help": "Width of a transformer's attention heads."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Deviation of a transformer's initial weights."})
+    teacher: str = field(
+        default="runs/sparse_parity/teacher", metadata={"help": "The teacher's folder: used if trained, else written."}
+    )
+    teacher_max_samples: int = field(default=30_000_000, metadata={"help": "Examples after which the teacher failed."})
+    teacher_save_samples: int = field(default=100_000, metadata={"help": "Examples between its checkpoints."})
+    teacher_accuracy: float = field(default=0.995, metadata={"help": "Held-out accuracy at which it is trained."})
+    teacher_batch_size: int = field(default=64, metadata={"help": "Examples a step of the teacher's training."})
+    teacher_rate: float = field(default=0.5, metadata={"help": "Learning rate of the teacher's training."})
+    heldout_examples: int = field(default=4096, metadata={"help": "Examples of every evaluation."})
+    methods: list[str] = field(
+        default_factory=lambda: ["curriculum", "one_shot"],
+        metadata={"help": "What to compare: methods of the library, or names from `variants`."},
+    )
+    variants: dict | str | None = field(
+        default=None, metadata={"help": "Name -> training arguments in which it differs (JSON on the command line)."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of students and their data."})
+
+    def __post_init__(self):
+        if self.support is None:
+            self.support = draw_support(self.dimension, self.sparsity, self.support_seed)
+        if isinstance(self.variants, str):
+            self.variants = json.loads(self.variants)
+        if self.model not in ("mlp", "transformer"):
+            raise ValueError(f"model is {self.model!r}; use 'mlp' or 'transformer'.")
+        if len(self.support) != self.sparsity:
+            raise ValueError(
+                f"support names {len(self.support)} bits, but sparsity is {self.sparsity}; make them equal."
+            )
+
+
+@dataclass
+class TrainingConfig(CurriculumDistillationConfig):
+    """The library's configuration with this job's defaults."""
+
+    output_dir: str | None = "runs/sparse_parity/run"
+    max_steps: int = 3125
+    per_device_train_batch_size: int = 64
+    per_device_eval_batch_size: int = 4096
+    learning_rate: float = 0.5
+    optim: str = "sgd"
+    max_grad_norm: float = 0.0
+    lr_scheduler_type: str = "cosine"
+    restart_schedule_per_stage: bool = True
+    stage_warmup_ratio: float = 0.0
+    layer_stage_fraction: float = 0.25
+    calibration_samples: int = 4096
+    eval_strategy: str = "steps"
+    eval_steps: float = 0.1
+    logging_steps: float = 0.1
+    save_strategy: str = "no"
+    remove_unused_columns: bool | None = False
+    disable_tqdm: bool | None = True
+    report_to: str = "none"
+
+
+def main():
+    recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
+    logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
+    transformers.utils.logging.disable_progress_bar()  # one line a run says more here than a bar a checkpoint
+    try:
+        runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
+    except (ValueError, TypeError) as error:
+        raise SystemExit(str(error)) from error
+    logger.info("(%d, %d)-parity of bits %s", recipe.dimension, recipe.sparsity, recipe.support)
+    checkpoints = trained_teacher(recipe, args)
+
+    results = []
+    for method, seeds in runs.items():
+        for run in seeds:
+            results.append(distil(recipe, run, method, checkpoints))
+            logger.info("%s, seed %d: %s", method, run.seed, describe(results[-1]))
+            if args.should_save:
+                write_results(args.output_dir, results)
+    if args.should_save:
+        print("\n" + format_table(results))
+
+
+def describe(result: dict) -> str:
+    if not result["finite"]:
+        return result["error"]
+    return f"accuracy {result['eval_accuracy']:.4f} after {result['samples']:,} examples, {result['seconds']:.0f} s"
+
+
+def distil(recipe: RecipeArguments, args: TrainingConfig, method: str, checkpoints: list[str]) -> dict:
+    """Train one student on fresh examples."""
+    teacher = checkpoints if args.method == "progressive" else checkpoints[-1]
+    set_seed(args.seed)
+    trainer = CurriculumDistillationTrainer(
+        model=make_model(recipe, recipe.student_width),
+        args=args,
+        teacher_model=teacher,
+        **data(recipe, args.max_steps * args.train_batch_size * args.world_size, args.seed),
+    )
+    return train_student(trainer, method)
+
+
+def trained_teacher(recipe: RecipeArguments, args: TrainingConfig) -> list[str]:
+    """Two checkpoints of the teacher: one inside its transition, and the last."""
+    state = os.path.join(recipe.teacher, "trainer_state.json")
+    if not os.path.isfile(state):
+        train_teacher(recipe, args)
+    config = transformers.AutoConfig if recipe.model == "transformer" else ParityMLPConfig
+    there = config.from_pretrained(recipe.teacher).support
+    if there != recipe.support:
+        raise SystemExit(
+            f"{recipe.teacher} holds a teacher of the parity of bits {there}, but the bits are {recipe.support}; "
+            "name another folder in --teacher."
+        )
+    with open(state, encoding="utf-8") as file:
+        accuracy = {e["step"]: e["eval_accuracy"] for e in json.load(file)["log_history"] if "eval_accuracy" in e}
+    last = find_checkpoints(recipe.teacher)[-1]
+    inside = min(accuracy, key=lambda step: abs(accuracy[step] - 0.75))
+    logger.info(
+        "Teacher: accuracy %.4f at step %d; inside its transition: %.3f at step %d",
+        accuracy[max(accuracy)], max(accuracy), accuracy[inside], inside,
+    )  # fmt: skip
+    return [os.path.join(recipe.teacher, f"checkpoint-{inside}"), last]
+
+
+def train_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
+    """Train on labels until --teacher_accuracy, with a checkpoint every --teacher_save_samples."""
+    batch = recipe.teacher_batch_size
+    every = max(1, recipe.teacher_save_samples // batch)
+    teacher_args = replace(
+        args,
+        output_dir=recipe.teacher,
+        stages=[{"label_weight": 1.0}],
+        max_steps=recipe.teacher_max_samples // batch,
+        per_device_train_batch_size=batch,
+        learning_rate=recipe.teacher_rate,
+        lr_scheduler_type="constant",
+        restart_schedule_per_stage=False,
+        eval_strategy="steps",
+        eval_steps=every,
+        logging_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_only_model=True,
+        disable_tqdm=args.disable_tqdm,
+    )
+    logger.info("%s: training a teacher on labels", recipe.teacher)
+    set_seed(recipe.support_seed)
+    trainer = CurriculumDistillationTrainer(
+        model=make_model(recipe, recipe.teacher_width),
+        args=teacher_args,
+        callbacks=[StopWhenTrained(recipe.teacher_accuracy)],
+        **data(recipe, recipe.teacher_max_samples, TEACHER_SEED + recipe.support_seed),
+    )
+    trainer.train()
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    if accuracy < recipe.teacher_accuracy:
+        raise SystemExit(
+            f"The teacher's held-out accuracy is {accuracy:.4f} after {recipe.teacher_max_samples:,} examples, below "
+            f"{recipe.teacher_accuracy}; raise --teacher_max_samples or change --teacher_rate."
+        )
+    trainer.save_model()
+    trainer.save_state()
+
+
+class StopWhenTrained(TrainerCallback):
+    """Ends training, with a checkpoint, at the first evaluation that is good enough."""
+
+    def __init__(self, accuracy: float):
+        self.accuracy = accuracy
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        logger.info("step %d: held-out accuracy %.4f", state.global_step, metrics["eval_accuracy"])
+        if metrics["eval_accuracy"] >= self.accuracy:
+            control.should_training_stop = control.should_save = True
+
+
+def make_model(recipe: RecipeArguments, width: int) -> PreTrainedModel:
+    if recipe.model == "mlp":
+        sizes = {"input_size": recipe.dimension, "hidden_size": width, "num_hidden_layers": recipe.num_layers}
+        return ParityMLPForSequenceClassification(ParityMLPConfig(**sizes, support=recipe.support))
+    config = GPT2Config(
+        vocab_size=2,
+        n_positions=recipe.dimension + 1,
+        n_embd=width,
+        n_layer=recipe.num_layers,
+        n_head=width // recipe.head_dim,
+        initializer_range=recipe.initializer_range,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        support=recipe.support,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def data(recipe: RecipeArguments, num_examples: int, seed: int) -> dict:
+    """Fresh training examples and the held-out ones, as the Trainer's arguments."""
+    task = {"dimension": recipe.dimension, "support": recipe.support, "as_tokens": recipe.model == "transformer"}
+    return {
+        "train_dataset": SparseParity(num_examples, seed=seed, **task),
+        "eval_dataset": SparseParity(recipe.heldout_examples, seed=HELDOUT_SEED, **task),
+        "data_collator": stack,
+    }
+
+
+if __name__ == "__main__":
+    main()
