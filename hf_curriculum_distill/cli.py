@@ -1,15 +1,65 @@
-"""The command line of the recipes: a YAML file gives defaults, the command line wins, unknown keys are errors."""
+"""Command lines: `hf-curriculum-distill compare`, and the options of the recipes.
+
+In a recipe a YAML file gives defaults, the command line wins, unknown keys are errors.
+"""
 
 from __future__ import annotations
 
 import difflib
+import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+from hf_curriculum_distill.report import format_summary, plot_comparison
+from hf_curriculum_distill.results import read_results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`hf-curriculum-distill COMMAND ...`; whatever is wrong ends it with exit status 2 and a line that says what."""
+    parser = ArgumentParser("hf-curriculum-distill", description="Tools around distillation runs.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    about = "Compare finished runs: a table with one line a method, and a plot."
+    compare = commands.add_parser("compare", help=about, description=about, allow_abbrev=False)
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="A recipe's output folder, or the folder of one run.")
+    compare.add_argument("--metric", default="eval_accuracy", help="What is compared (default: %(default)s).")
+    compare.add_argument(
+        "--threshold", type=float, help="Its value to reach (default: the worst at which a run of the baseline ended)."
+    )
+    compare.add_argument("--baseline", help="The method that the ratios compare with (default: one_shot, if there).")
+    compare.add_argument("--output", metavar="FOLDER", help="Where the plot is written (default: the first RUN).")
+    compare.set_defaults(command=_compare)
+
+    args = parser.parse_args(argv)
+    try:
+        args.command(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _compare(args: Namespace) -> None:
+    results = read_results(args.runs)
+    methods = sorted({result["method"] for result in results})
+    if args.baseline not in (None, *methods):
+        raise ValueError(f"--baseline is {args.baseline!r}, but the runs' methods are {', '.join(methods)}.")
+    baseline = args.baseline or "one_shot"
+    print(format_summary(results, args.metric, args.threshold, baseline))
+    if not any(result["finite"] for result in results):
+        return
+    if find_spec("matplotlib") is None:
+        print('\nThe plot needs matplotlib: pip install "hf_curriculum_distill[plots]"')
+        return
+    output = args.output or args.runs[0]
+    os.makedirs(output, exist_ok=True)
+    path = os.path.join(output, "comparison.png")
+    plot_comparison(results, path, metric=args.metric, baseline=baseline)
+    print(f"\nplot: {path}, and as SVG")
 
 
 def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None, description: str = "") -> tuple:
@@ -60,3 +110,7 @@ def _check_option(key: str, parser: ArgumentParser, where: str) -> None:
         raise ValueError(
             f"{where} {key!r}, which is no option; " + (f"did you mean {near[0]}?" if near else "see --help.")
         )
+
+
+if __name__ == "__main__":
+    main()

@@ -143,7 +143,7 @@ class CurriculumDistillationConfig(TrainingArguments):
     )
     teacher_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "With method='online': the teacher's peak learning rate; the student's by default."},
+        metadata={"help": "The teacher's peak learning rate with method='online'; the student's by default."},
     )
 
     def __post_init__(self):

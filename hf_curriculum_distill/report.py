@@ -1,15 +1,20 @@
-"""Tables and plots of finished runs, from `results.json` and each run's `trainer_state.json`."""
+"""Tables and plots of finished runs."""
 
 from __future__ import annotations
 
-import json
-import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import chain, cycle, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-RESULTS_FILE = "results.json"
+from hf_curriculum_distill.results import average, read_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _COLUMNS = {
     "method": ("method", str),
     "eval_accuracy": ("accuracy", "{:.4f}".format),
@@ -19,14 +24,14 @@ _COLUMNS = {
     "flops": ("FLOPs", "{:.2e}".format),
     "seconds": ("seconds", "{:.0f}".format),
 }
-
-
-def write_results(folder: str, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write `results.json`: a list with one object per trained model."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, RESULTS_FILE), "w", encoding="utf-8") as file:
-        json.dump(list(results), file, indent=2)
-        file.write("\n")
+_AXIS_LABELS = {
+    "eval_accuracy": "held-out accuracy",
+    "eval_agreement": "held-out agreement with the teacher",
+    "eval_kl": "held-out KL from the teacher (nats)",
+    "eval_loss": "held-out loss",
+}
+_BASELINE_LOOK = ("-", "0.25")
+_LOOKS = tuple(product(("-", "--", ":"), ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")))
 
 
 def format_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -37,59 +42,124 @@ def format_table(results: Sequence[Mapping[str, Any]]) -> str:
         if "student_flops" in values:
             values["flops"] = values["student_flops"] + values["teacher_flops"]
         rows.append([show(values[name]) if name in values else "-" for name, (_, show) in _COLUMNS.items()])
+    return _align(rows)
+
+
+def format_summary(
+    results: Sequence[Mapping[str, Any]],
+    metric: str = "eval_accuracy",
+    threshold: float | None = None,
+    baseline: str = "one_shot",
+) -> str:
+    """One line a method: where its finite runs ended, and what it took them to reach a value of the metric.
+
+    A run reaches it at the first evaluation that is at least as good (for a loss or KL: at most as high). The cost is
+    the median over runs, of which those that never get there count as infinitely late. By default it is the worst
+    value at which a run of the baseline ended (without baseline: any run), which thus every one of them reaches.
+
+    Raises:
+        ValueError: a run was not evaluated by this metric, or its files are damaged.
+    """
+    methods, lower = read_curves(results, metric), metric.endswith(("loss", "kl"))
+    judges = methods.get(baseline) or list(chain(*methods.values()))
+    level = f"{threshold}"
+    if threshold is None and judges:
+        threshold = (max if lower else min)(curve.values[-1] for curve in judges)
+        whose = baseline if methods.get(baseline) else "all methods"
+        level = f"{threshold:.4g} (the {'highest' if lower else 'lowest'} final value of {whose})"
+    heading = [
+        f"{metric} at the end: mean ± sample standard deviation over runs; FLOPs of student and teacher",
+        f"to reach {level}: median over runs, if more than half of them do" if judges else "no run is finite",
+    ]
+    rows = [["method", "runs", metric, "samples", "FLOPs", "reach", "samples to reach", "FLOPs to reach"]]
+    if methods.get(baseline):
+        heading[1] += f"; ratio: cost of {baseline} / of the method"
+        rows[0] += ["samples ratio", "FLOPs ratio"]
+    reached = {m: [c.cost_to_reach(threshold, lower) for c in curves] for m, curves in methods.items()}
+    medians = {m: np.median(costs or [[np.inf, np.inf]], axis=0) for m, costs in reached.items()}
+    num_runs = Counter(result["method"] for result in results)
+    for method, curves in methods.items():
+        num_finite, total = len(curves), num_runs[method]
+        row = [method, f"{total}" if num_finite == total else f"{num_finite} of {total} finite"]
+        if curves:
+            finals = [curve.values[-1] for curve in curves]
+            deviation = f" ± {np.std(finals, ddof=1):.4f}" if num_finite > 1 else ""
+            num_reached = int(np.isfinite(reached[method]).all(1).sum())
+            row += [f"{np.mean(finals):.4f}{deviation}", *_show_cost(np.mean([c.costs[-1] for c in curves], axis=0))]
+            row += [f"{num_reached}/{num_finite}", *(_show_cost(medians[method]) if num_reached else ["never"] * 2)]
+            if methods.get(baseline) and np.isfinite([medians[baseline], medians[method]]).all():
+                row += [f"{ratio:.2f}" for ratio in medians[baseline] / medians[method]]
+        rows.append(row + ["-"] * (len(rows[0]) - len(row)))
+    return "\n".join([*heading, "", _align(rows)])
+
+
+def _show_cost(cost: np.ndarray) -> list[str]:
+    return [f"{cost[0]:,.0f}", f"{cost[1]:.2e}"] if np.isfinite(cost).all() else ["-", "-"]
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        lines.append("  ".join(cells))
+    lines = ["  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for first, *others in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def plot_comparison(results: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
-    """Held-out accuracy against samples and against FLOPs (student and teacher), as PNG; layer stages are shaded."""
-    import matplotlib
+def plot_comparison(
+    results: Sequence[Mapping[str, Any]],
+    path: str,
+    title: str | None = None,
+    metric: str = "eval_accuracy",
+    baseline: str = "one_shot",
+) -> Figure:
+    """The metric against samples and against FLOPs (student and teacher), as PNG at `path` and as SVG beside it.
 
-    matplotlib.use("Agg")  # no screen needed
-    from matplotlib import pyplot as plt
+    A line is the mean of a method's finite runs, the band goes from their lowest to their highest value, and a strip
+    on top shows the layer stages. Needs matplotlib.
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for result in results:
-        curve = _learning_curve(result)
-        for axis, xs in zip(axes, (curve["samples"], curve["flops"]), strict=True):
-            axis.plot(xs, curve["accuracy"], marker="o", markersize=3, label=result["method"])
-            for index, end in enumerate(curve["layer_stage_ends"]):
-                start = curve["layer_stage_ends"][index - 1] if index else 0
-                axis.axvspan(
-                    *(_at(curve, xs, step) for step in (start, end)), color="C7", alpha=0.12 + 0.06 * (index % 2)
-                )
-    axes[0].set(xlabel="training examples", ylabel="held-out accuracy on masked tokens")
-    axes[1].set(xlabel="floating-point operations, student and teacher")
-    axes[0].legend(frameon=False)
-    for axis in axes:
+    Raises:
+        ValueError: no run is finite, one was not evaluated by this metric, or its files are damaged.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    methods = {method: curves for method, curves in read_curves(results, metric).items() if curves}
+    if not methods:
+        raise ValueError("No run is finite, so there is nothing to plot.")
+    figure = Figure(figsize=(10, 4.8), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for index, axis in enumerate(axes):
+        first, last = np.transpose([curves[0].costs[[0, -1], index] for curves in methods.values()])
+        left = first.min() / 1.3 if last.max() > 10 * last.min() else 0.0
+        looks = cycle(_LOOKS)
+        strip = 1.01  # bottom of the next one, in heights of the axis
+        for method, curves in methods.items():
+            style, color = _BASELINE_LOOK if method == baseline else next(looks)
+            costs, values = average(curves)
+            x, label = costs[:, index], method if len(curves) == 1 else f"{method} ({len(curves)} runs)"
+            dots = {"marker": "o", "markersize": 3} if len(x) <= 40 else {}
+            axis.plot(x, values.mean(0), style, color=color, label=label, **dots)
+            if len(curves) > 1:
+                axis.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+            stages = [np.maximum(stage[:, index], left) for stage in curves[0].layer_stages]
+            for number, stage in enumerate(stages):
+                shade = {"facecolor": color, "alpha": (0.3, 0.55)[number % 2], "clip_on": False}
+                axis.axvspan(*stage, strip, strip + 0.025, **shade)
+            if stages:
+                text = {"transform": axis.get_xaxis_transform(), "va": "center", "color": color, "size": "small"}
+                axis.text(stages[-1][1], strip + 0.0125, "  layer stages", **text)
+                strip += 0.04
+        if left:
+            axis.set(xscale="log", xlim=(left, None))
+        elif index:
+            axis.ticklabel_format(axis="x", useMathText=True)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
+        axis.grid(color="0.9")
+    axes[0].set(xlabel="training examples", ylabel=_AXIS_LABELS.get(metric, metric))
+    axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes[1].set(xlabel="floating-point operations, student and teacher")
+    handles, labels = axes[0].get_legend_handles_labels()
+    note = "mean and range over runs" if any(len(curves) > 1 for curves in methods.values()) else None
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, title=note)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _learning_curve(result: Mapping[str, Any]) -> dict[str, list]:
-    """Evaluations of one run, by step, with the samples and operations spent until then."""
-    with open(os.path.join(result["path"], "trainer_state.json"), encoding="utf-8") as file:
-        history = json.load(file)["log_history"]
-    spent = {0: 0.0} | {e["step"]: e["student_flops"] + e["teacher_flops"] for e in history if "student_flops" in e}
-    evaluations = {e["step"]: e["eval_accuracy"] for e in history if "eval_accuracy" in e}
-    with open(os.path.join(result["path"], "curriculum.json"), encoding="utf-8") as file:
-        stages = json.load(file)["stages"]
-    steps = sorted(evaluations)
-    return {
-        "steps": steps,
-        "accuracy": [evaluations[step] for step in steps],
-        "samples": [step * result["samples"] / result["steps"] for step in steps],
-        "flops": [float(np.interp(step, list(spent), list(spent.values()))) for step in steps],
-        "layer_stage_ends": [stage["until"] for stage in stages if not (stage["kl_weight"] or stage["label_weight"])],
-    }
-
-
-def _at(curve: Mapping[str, list], xs: Sequence[float], step: int) -> float:
-    return float(np.interp(step, [0, *curve["steps"]], [0, *xs]))
+    for suffix in (".png", ".svg"):
+        figure.savefig(Path(path).with_suffix(suffix))
+    return figure

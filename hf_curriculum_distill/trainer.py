@@ -375,8 +375,9 @@ class CurriculumDistillationTrainer(Trainer):
         """As `Trainer`, with the stage, its loss terms and the operations so far beside the training loss."""
         if self._declared_stages and self.is_in_train and ("loss" in logs or "train_loss" in logs):
             terms, flops = self._finite_terms(), self._ledger.reduce_flops(self.accelerator)
+            logs |= flops
             if "loss" in logs:
-                logs |= {"stage": self._stage_index} | terms | flops
+                logs |= {"stage": self._stage_index} | terms
                 self._ledger.start(self.state.global_step)
         super().log(logs, start_time)
 
@@ -471,6 +472,7 @@ class CurriculumDistillationTrainer(Trainer):
             self.teacher,
             self.projection_bank,
             step=self.state.global_step,
+            samples_per_step=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             **self._ledger.total_flops,
             flops_per_input=self._ledger.flops_per_input,
         )

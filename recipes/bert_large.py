@@ -36,7 +36,8 @@ from transformers import (
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.metrics import CountedAccuracy
-from hf_curriculum_distill.report import format_table, plot_comparison, write_results
+from hf_curriculum_distill.report import format_table, plot_comparison
+from hf_curriculum_distill.results import write_results
 from hf_curriculum_distill.runs import train_student
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
 
@@ -61,7 +62,6 @@ class RecipeArguments:
         metadata={"help": "Train a teacher of this size (as --student) into the folder --teacher, unless it is there."},
     )
     teacher_steps: int = field(default=1000, metadata={"help": "Steps of that training, on the labels."})
-    teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of that training."})
     student: str = field(
         default="bert-large",
         metadata={
@@ -100,6 +100,7 @@ class TrainingConfig(CurriculumDistillationConfig):
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 32
     learning_rate: float = 2e-4
+    teacher_learning_rate: float | None = 1e-3
     weight_decay: float = 0.01
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.05
@@ -177,7 +178,7 @@ def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) 
         else:
             logger.info("%s: training a %s teacher on the labels", recipe.teacher, recipe.teacher_size)
             labels = [{"label_weight": 1.0}]
-            steps, rate = recipe.teacher_steps, recipe.teacher_learning_rate
+            steps, rate = recipe.teacher_steps, args.teacher_learning_rate
             teacher_args = replace(args, stages=labels, max_steps=steps, learning_rate=rate)
             trainer = CurriculumDistillationTrainer(model=wanted, args=teacher_args, **pipeline)
             trainer.train()

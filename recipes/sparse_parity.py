@@ -19,7 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, TrainerCa
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
-from hf_curriculum_distill.report import format_table, write_results
+from hf_curriculum_distill.report import format_table
+from hf_curriculum_distill.results import write_results
 from hf_curriculum_distill.runs import plan_runs, train_student
 from hf_curriculum_distill.tasks.parity import (
     ParityMLPConfig,
@@ -56,7 +57,6 @@ class RecipeArguments:
     teacher_save_samples: int = field(default=100_000, metadata={"help": "Examples between its checkpoints."})
     teacher_accuracy: float = field(default=0.995, metadata={"help": "Held-out accuracy at which it is trained."})
     teacher_batch_size: int = field(default=64, metadata={"help": "Examples a step of the teacher's training."})
-    teacher_rate: float = field(default=0.5, metadata={"help": "Learning rate of the teacher's training."})
     heldout_examples: int = field(default=4096, metadata={"help": "Examples of every evaluation."})
     methods: list[str] = field(
         default_factory=lambda: ["curriculum", "one_shot"],
@@ -89,6 +89,7 @@ class TrainingConfig(CurriculumDistillationConfig):
     per_device_train_batch_size: int = 64
     per_device_eval_batch_size: int = 4096
     learning_rate: float = 0.5
+    teacher_learning_rate: float | None = 0.5
     optim: str = "sgd"
     max_grad_norm: float = 0.0
     lr_scheduler_type: str = "cosine"
@@ -179,7 +180,7 @@ def train_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
         stages=[{"label_weight": 1.0}],
         max_steps=recipe.teacher_max_samples // batch,
         per_device_train_batch_size=batch,
-        learning_rate=recipe.teacher_rate,
+        learning_rate=args.teacher_learning_rate,
         lr_scheduler_type="constant",
         restart_schedule_per_stage=False,
         eval_strategy="steps",
@@ -203,7 +204,7 @@ def train_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
     if accuracy < recipe.teacher_accuracy:
         raise SystemExit(
             f"The teacher's held-out accuracy is {accuracy:.4f} after {recipe.teacher_max_samples:,} examples, below "
-            f"{recipe.teacher_accuracy}; raise --teacher_max_samples or change --teacher_rate."
+            f"{recipe.teacher_accuracy}; raise --teacher_max_samples or change --teacher_learning_rate."
         )
     trainer.save_model()
     trainer.save_state()

@@ -17,10 +17,17 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 class SparseParity(Dataset):
     """Uniform `x` in {-1, +1}^dimension and the parity of its coordinates in `support` (counted from 0).
 
-    Any example is a function of the seed and its number, so that a set has any length and takes no memory. One row
-    for `support=[0, 2]`: `{"inputs": [-1., 1., 1., -1.], "labels": 0}`; the label is 1 where the product of the
-    support's coordinates is +1. As tokens, for a causal language model: `{"input_ids": [0, 1, 1, 0, 0], "labels":
-    [-100, -100, -100, -100, 0]}`: the bits, then the parity as the one token that is asked for.
+    Any example is a function of the seed and its number, so that a set has any length and takes no memory. The label
+    is 1 where the product of the support's coordinates is +1. As tokens, for a causal language model: the bits, then
+    the parity as the one token that is asked for.
+
+    ```python
+    >>> SparseParity(1000, dimension=4, support=[0, 2], seed=32)[0]
+    {'inputs': tensor([-1.,  1.,  1., -1.]), 'labels': tensor(0)}
+    >>> {name: row.tolist() for name, row in SparseParity(1000, 4, [0, 2], 32, as_tokens=True)[0].items()}
+    {'input_ids': [0, 1, 1, 0, 0], 'labels': [-100, -100, -100, -100, 0]}
+
+    ```
 
     Args:
         num_examples: the length of the set.
