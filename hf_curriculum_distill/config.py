@@ -119,6 +119,10 @@ class CurriculumDistillationConfig(TrainingArguments):
             "previous stage's layer)."
         },
     )
+    freeze_matched_layers: bool = field(
+        default=False,
+        metadata={"help": "Whether the logit stage leaves all blocks up to the highest matched one as they are."},
+    )
     truncate: bool = field(
         default=True,
         metadata={"help": "Whether layer stages stop behind their last block; off: whole models, same loss."},

@@ -143,7 +143,6 @@ class PartialForward:
         model.forward = MethodType(forward, model)
         self._handles = [self.blocks[0].register_forward_pre_hook(self._record_input, with_kwargs=True)]
         for number, block in enumerate(self.blocks, start=1):
-            self._handles.append(block.register_forward_pre_hook(functools.partial(self._unfreeze, number)))
             self._handles.append(block.register_forward_hook(functools.partial(self._record_output, number)))
         self._handles += [m.register_forward_hook(self._gather_rows) for m in self._modules_before_head()]
 
@@ -200,14 +199,13 @@ class PartialForward:
             request.hidden[0] = args[0] if args else kwargs["hidden_states"]
             self._maybe_stop(request, 0)
 
-    def _unfreeze(self, number: int, block, args) -> None:
-        request = self._active
-        if request is not None and request.frozen and number == request.frozen + 1:
-            torch.set_grad_enabled(request.grad_enabled)
-
     def _record_output(self, number: int, block, args, output) -> None:
         request = self._active
-        if request is not None and number in request.layers:
+        if request is None:
+            return
+        if request.frozen and number == request.frozen:
+            torch.set_grad_enabled(request.grad_enabled)
+        if number in request.layers:
             request.hidden[number] = output if isinstance(output, Tensor) else output[0]
             self._maybe_stop(request, number)
 

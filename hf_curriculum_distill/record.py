@@ -26,6 +26,7 @@ _SETTINGS = (
     "divergence",
     "label_smoothing_factor",
     "train_prefix",
+    "freeze_matched_layers",
     "hidden_positions",
     "standardize_targets",
     "restart_schedule_per_stage",

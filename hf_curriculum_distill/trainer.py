@@ -250,10 +250,12 @@ class CurriculumDistillationTrainer(Trainer):
         return questions
 
     def _num_frozen_layers(self, stage: Stage) -> int:
-        if self.args.train_prefix == "joint" or stage.needs_logits:
+        matched = [max(s.student_layers) for s in self.stages[: self._stage_index] if s.hidden]
+        if stage.needs_logits:
+            return max(matched, default=0) if self.args.freeze_matched_layers else 0
+        if self.args.train_prefix == "joint":
             return 0
-        earlier = [max(s.student_layers) for s in self.stages[: self._stage_index] if s.hidden]
-        return max((layer for layer in earlier if layer < max(stage.student_layers)), default=0)
+        return max((layer for layer in matched if layer < max(stage.student_layers)), default=0)
 
     def _enter_stage(self, inputs) -> Stage:
         """The stage of this optimizer step; on its first batch, say so and measure its cost."""

@@ -2,7 +2,8 @@
 
 Teacher, three methods, three seeds each, (50, 6)-parity, two CPU cores, under 2 minutes:
     accelerate launch --cpu recipes/sparse_parity.py --config recipes/configs/sparse_parity/demo.yaml
-What comes out: results.json, a table, a plot; again with `hf-curriculum-distill compare runs/sparse_parity/demo`.
+Then a plot:
+    hf-curriculum-distill compare runs/sparse_parity/demo --threshold 0.99
 
 The label is the parity of `sparsity` of `dimension` random bits. A network of finite width sees nothing of it in the
 loss for a long time and then learns it in a short transition. Every example is fresh; the teacher is trained on labels
@@ -15,11 +16,12 @@ import os
 from dataclasses import dataclass, field, replace
 
 import transformers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, TrainerCallback, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
-from hf_curriculum_distill.report import format_table
+from hf_curriculum_distill.report import format_summary
 from hf_curriculum_distill.results import write_results
 from hf_curriculum_distill.runs import plan_runs, train_student
 from hf_curriculum_distill.tasks.parity import (
@@ -57,6 +59,13 @@ class RecipeArguments:
     teacher_save_samples: int = field(default=100_000, metadata={"help": "Examples between its checkpoints."})
     teacher_accuracy: float = field(default=0.995, metadata={"help": "Held-out accuracy at which it is trained."})
     teacher_batch_size: int = field(default=64, metadata={"help": "Examples a step of the teacher's training."})
+    first_checkpoint: str = field(
+        default="transition",
+        metadata={"help": "With method 'progressive', who teaches before the last: 'transition' or 'untrained'."},
+    )
+    shuffle_features: bool = field(
+        default=False, metadata={"help": "Whether hidden states are matched with those of another example (a control)."}
+    )
     heldout_examples: int = field(default=4096, metadata={"help": "Examples of every evaluation."})
     methods: list[str] = field(
         default_factory=lambda: ["curriculum", "one_shot"],
@@ -74,6 +83,10 @@ class RecipeArguments:
             self.variants = json.loads(self.variants)
         if self.model not in ("mlp", "transformer"):
             raise ValueError(f"model is {self.model!r}; use 'mlp' or 'transformer'.")
+        if self.first_checkpoint not in ("transition", "untrained"):
+            raise ValueError(f"first_checkpoint is {self.first_checkpoint!r}; use 'transition' or 'untrained'.")
+        if self.shuffle_features and self.model != "mlp":
+            raise ValueError("shuffle_features is there for model 'mlp' only; leave it out.")
         if len(self.support) != self.sparsity:
             raise ValueError(
                 f"support names {len(self.support)} bits, but sparsity is {self.sparsity}; make them equal."
@@ -108,7 +121,8 @@ class TrainingConfig(CurriculumDistillationConfig):
 
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
-    logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # one line a run says more here than a bar a checkpoint
     try:
         runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
@@ -125,7 +139,8 @@ def main():
             if args.should_save:
                 write_results(args.output_dir, results)
     if args.should_save:
-        print("\n" + format_table(results))
+        print("\n" + format_summary(results, threshold=0.99))
+        print(f"\nplot: hf-curriculum-distill compare {args.output_dir} --threshold 0.99")
 
 
 def describe(result: dict) -> str:
@@ -137,6 +152,8 @@ def describe(result: dict) -> str:
 def distil(recipe: RecipeArguments, args: TrainingConfig, method: str, checkpoints: list[str]) -> dict:
     """Train one student on fresh examples."""
     teacher = checkpoints if args.method == "progressive" else checkpoints[-1]
+    if recipe.shuffle_features:
+        teacher = ShuffledFeatures.from_pretrained(checkpoints[-1])
     set_seed(args.seed)
     trainer = CurriculumDistillationTrainer(
         model=make_model(recipe, recipe.student_width),
@@ -144,11 +161,12 @@ def distil(recipe: RecipeArguments, args: TrainingConfig, method: str, checkpoin
         teacher_model=teacher,
         **data(recipe, args.max_steps * args.train_batch_size * args.world_size, args.seed),
     )
+    trainer.remove_callback(PrinterCallback)
     return train_student(trainer, method)
 
 
 def trained_teacher(recipe: RecipeArguments, args: TrainingConfig) -> list[str]:
-    """Two checkpoints of the teacher: one inside its transition, and the last."""
+    """Two checkpoints of the teacher: --first_checkpoint and the last."""
     state = os.path.join(recipe.teacher, "trainer_state.json")
     if not os.path.isfile(state):
         train_teacher(recipe, args)
@@ -162,12 +180,12 @@ def trained_teacher(recipe: RecipeArguments, args: TrainingConfig) -> list[str]:
     with open(state, encoding="utf-8") as file:
         accuracy = {e["step"]: e["eval_accuracy"] for e in json.load(file)["log_history"] if "eval_accuracy" in e}
     last = find_checkpoints(recipe.teacher)[-1]
-    inside = min(accuracy, key=lambda step: abs(accuracy[step] - 0.75))
-    logger.info(
-        "Teacher: accuracy %.4f at step %d; inside its transition: %.3f at step %d",
-        accuracy[max(accuracy)], max(accuracy), accuracy[inside], inside,
-    )  # fmt: skip
-    return [os.path.join(recipe.teacher, f"checkpoint-{inside}"), last]
+    logger.info("Teacher: held-out accuracy %.4f at step %d", accuracy[max(accuracy)], max(accuracy))
+    first = 0
+    if recipe.first_checkpoint == "transition":
+        first = min(accuracy, key=lambda step: abs(accuracy[step] - 0.75))
+        logger.info("Inside its transition: %.4f at step %d", accuracy[first], first)
+    return [os.path.join(recipe.teacher, f"checkpoint-{first}"), last]
 
 
 def train_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
@@ -199,6 +217,8 @@ def train_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
         callbacks=[StopWhenTrained(recipe.teacher_accuracy)],
         **data(recipe, recipe.teacher_max_samples, TEACHER_SEED + recipe.support_seed),
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.save_model(os.path.join(recipe.teacher, "checkpoint-0"))
     trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"]
     if accuracy < recipe.teacher_accuracy:
@@ -208,6 +228,14 @@ def train_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
         )
     trainer.save_model()
     trainer.save_state()
+
+
+class ShuffledFeatures(ParityMLPForSequenceClassification):
+    """Right logits, but the hidden states on the way belong to the example before."""
+
+    def forward(self, inputs, labels=None):
+        logits = super().forward(inputs.roll(1, 0)).logits.roll(-1, 0)
+        return SequenceClassifierOutput(logits=logits)
 
 
 class StopWhenTrained(TrainerCallback):

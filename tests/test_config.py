@@ -31,6 +31,7 @@ OTHER_VALUES = {
     "standardize_targets": [False],
     "calibration_samples": [1, 10_000],
     "train_prefix": ["block"],
+    "freeze_matched_layers": [True],
     "truncate": [False],
     "restart_schedule_per_stage": [True],
     "stage_warmup_ratio": [0.0, 0.99],
@@ -57,7 +58,7 @@ WRONG_VALUES = {
     "train_prefix": ["all", None],
     "stage_warmup_ratio": [-0.1, 1, 1.0, math.nan],
     "teacher_dtype": ["int8", "bf16", "auto"],
-    "teacher_schedule": ["steps", None, 3, [0], [1.0], [True], ["2"], '[1, 2'],
+    "teacher_schedule": ["steps", None, 3, [0], [1.0], [True], ["2"], "[1, 2"],
     "teacher_learning_rate": [0, -1.0, math.nan, math.inf, "1"],
 }
 
