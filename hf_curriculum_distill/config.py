@@ -121,7 +121,10 @@ class CurriculumDistillationConfig(TrainingArguments):
     )
     freeze_matched_layers: bool = field(
         default=False,
-        metadata={"help": "Whether the logit stage leaves all blocks up to the highest matched one as they are."},
+        metadata={
+            "help": "Whether the logit stage leaves all blocks up to the highest matched one as they are; a head that "
+            "is tied to the embeddings still trains these."
+        },
     )
     truncate: bool = field(
         default=True,

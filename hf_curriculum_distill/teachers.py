@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.loading import check_teacher, load_teacher, weights_fingerprint
+from hf_curriculum_distill.schedules import schedule_factor
 
 TeacherModel = PreTrainedModel | str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -142,9 +144,30 @@ class OnlineTeacher(FrozenTeacher):
             parameter.requires_grad_(True)
         self._step = 0
 
-    def start(self, optimizer: torch.optim.Optimizer, learning_rate: Callable[[int], float]) -> None:
-        """Begin training with this optimizer; `learning_rate` is a function of the optimizer step."""
-        self._optimizer, self._learning_rate, self._step = optimizer, learning_rate, 0
+    def start(self, args: CurriculumDistillationConfig, max_steps: int, decayed: Collection[str]) -> None:
+        """Begin training: optimizer and schedule are the student's, but for `args.teacher_learning_rate`.
+
+        Args:
+            decayed: names of the parameters that weight decay applies to.
+        """
+        args = copy.copy(args)
+        args.learning_rate = args.teacher_learning_rate or args.learning_rate
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, self.model)
+        trained = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for name, p in trained if name in decayed], "weight_decay": args.weight_decay},
+            {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+        ]
+        self._optimizer = optimizer_class(groups, **options)
+        self._learning_rate = args.learning_rate
+        self._schedule = schedule_factor(
+            args.lr_scheduler_type,
+            max_steps,
+            args.learning_rate,
+            args.get_warmup_steps(max_steps),
+            args.lr_scheduler_kwargs or {},
+        )
+        self._step = 0
 
     def learn(
         self,
@@ -172,7 +195,7 @@ class OnlineTeacher(FrozenTeacher):
             if args.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             for group in self._optimizer.param_groups:
-                group["lr"] = self._learning_rate(self._step)
+                group["lr"] = self._learning_rate * self._schedule(self._step)
             self._optimizer.step()
             self._optimizer.zero_grad()
             self._step += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import logging
@@ -31,7 +30,7 @@ from hf_curriculum_distill.metrics import TeacherComparison
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.randomness import preserved_random_state
 from hf_curriculum_distill.record import check_resumable, make_record, read_record, write_record
-from hf_curriculum_distill.schedules import restarted_schedule, schedule_factor
+from hf_curriculum_distill.schedules import restarted_schedule
 from hf_curriculum_distill.stages import Stage, StageScheduler, parse_layer_pairs
 from hf_curriculum_distill.teachers import FrozenTeacher, OnlineTeacher, TeacherModel, prepare_teacher, teacher_folder
 
@@ -307,7 +306,8 @@ class CurriculumDistillationTrainer(Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         self._ledger = Ledger()
         if isinstance(self.teacher, OnlineTeacher):
-            self._start_teacher()
+            decayed = self.get_decay_parameter_names(self.teacher.model)
+            self.teacher.start(self.args, self.stage_scheduler.max_steps, decayed)
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
@@ -321,27 +321,6 @@ class CurriculumDistillationTrainer(Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._release_models()
-
-    def _start_teacher(self) -> None:
-        """Give an online teacher its optimizer: as the student's, but for the learning rate."""
-        args, model = copy.copy(self.args), self.teacher.model
-        args.learning_rate = self.args.teacher_learning_rate or self.args.learning_rate
-        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
-        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        decayed = self.get_decay_parameter_names(model)
-        groups = [
-            {"params": [p for name, p in trained if name in decayed], "weight_decay": args.weight_decay},
-            {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-        ]
-        max_steps = self.stage_scheduler.max_steps
-        factor = schedule_factor(
-            args.lr_scheduler_type,
-            max_steps,
-            args.learning_rate,
-            args.get_warmup_steps(max_steps),
-            args.lr_scheduler_kwargs or {},
-        )
-        self.teacher.start(optimizer_class(groups, **kwargs), lambda step: args.learning_rate * factor(step))
 
     def _release_models(self) -> None:
         self._student.remove()

@@ -363,7 +363,7 @@ def test_another_divergence_is_another_loss(config, student, teacher, examples, 
     assert losses["forward_kl"][1] == losses[divergence][1]  # evaluation means one thing
 
 
-def test_block_training_leaves_the_earlier_stages_blocks(config, teacher, examples):
+def test_frozen_blocks_stay_as_the_stages_before_left_them(config, teacher, examples):
     student, snapshots = tiny_bert(3, seed=1), {}
 
     class Snapshot(hf.TrainerCallback):
@@ -391,6 +391,13 @@ def test_block_training_leaves_the_earlier_stages_blocks(config, teacher, exampl
     assert moved(2, 4) == {2}
     assert moved(4, 6) == {3}
     assert moved(6, 8) == {"embeddings", 1, 2, 3, "head"}
+
+    student, snapshots[0] = tiny_bert(3, tie_word_embeddings=False), None
+    stages = [{"hidden": [[2, 4]], "until": 6}, {"kl_weight": 1.0}]
+    args = config(stages=stages, freeze_matched_layers=True, optim="sgd", learning_rate=0.5, weight_decay=0.1)
+    train(student, teacher, args, examples, callbacks=[Snapshot()])
+    assert moved(1, 6) == {"embeddings", 1, 2}
+    assert moved(6, 8) == {3, "head"}
 
 
 def test_each_stage_can_have_its_own_warm_up(config, student, teacher, examples):
