@@ -185,7 +185,7 @@ class CurriculumDistillationConfig(TrainingArguments):
         if self.restart_schedule_per_stage and self.lr_scheduler_type in _STATEFUL_SCHEDULES:
             raise ValueError(
                 f"restart_schedule_per_stage needs a schedule that is a function of the step, but lr_scheduler_type is "
-                f"{str(self.lr_scheduler_type)!r}; use one like 'cosine' or 'linear'."
+                f"{_schedule_name(self)!r}; use one like 'cosine' or 'linear'."
             )
         self._check_who_teaches()
         if self.num_layer_stages is not None:
@@ -264,7 +264,7 @@ class CurriculumDistillationConfig(TrainingArguments):
             if self.lr_scheduler_type in _STATEFUL_SCHEDULES:
                 raise ValueError(
                     f"method='online' needs a schedule that is a function of the step, but lr_scheduler_type is "
-                    f"{str(self.lr_scheduler_type)!r}; use one like 'cosine' or 'linear'."
+                    f"{_schedule_name(self)!r}; use one like 'cosine' or 'linear'."
                 )
 
     def _check_choice(self, name: str, choices: tuple) -> None:
@@ -275,6 +275,10 @@ class CurriculumDistillationConfig(TrainingArguments):
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise ValueError(f"{name} is {value!r}; it must be a number between {low} and {high} ({note}).")
+
+
+def _schedule_name(args: TrainingArguments) -> str:
+    return getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
 
 
 def _stage_fields(stage: Any, index: int) -> dict[str, Any]:

@@ -35,13 +35,15 @@ def plan_runs(
         ValueError: a name is no method, a field is unknown, or a value is wrong.
     """
     variants = variants or {}
-    known = [field.name for field in dataclasses.fields(args) if field.init]
+    known = {field.name for field in dataclasses.fields(args) if field.init} - {"seed", "output_dir"}
     for name, overrides in variants.items():
         for field in overrides or {}:
             if field not in known:
                 near = difflib.get_close_matches(field, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else "."
                 raise ValueError(f"variants.{name} sets {field!r}, which is no training argument{hint}")
+    if len({name.replace(" ", "_") for name in methods}) < len(set(methods)):
+        raise ValueError(f"methods are {', '.join(methods)}; two of these would share a folder, so rename one.")
     runs: dict[str, list[CurriculumDistillationConfig]] = {}
     for method in dict.fromkeys(methods):
         if method not in variants and method not in METHODS:
@@ -72,10 +74,10 @@ def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[s
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=_checkpoint_to_resume(args))
+        seconds = time.monotonic() - start
+        metrics = trainer.evaluate()
     except FloatingPointError as error:
         return run | {"finite": False, "error": str(error)}
-    seconds = time.monotonic() - start
-    metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
     spent = next(entry for entry in reversed(trainer.state.log_history) if "student_flops" in entry)

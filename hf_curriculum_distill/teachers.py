@@ -82,11 +82,18 @@ class CheckpointTeacher(FrozenTeacher):
     ):
         self._folders, self._load, self._schedule = list(folders), load, schedule
         self._steps = [_steps_of(folder) for folder in self._folders] if isinstance(schedule, str) else []
-        if len(folders) > 1:
+        if len(folders) > 1 or not isinstance(schedule, str):
             self._check_schedule()
-        digest = hashlib.sha256()
+        digest, sizes = hashlib.sha256(), None
         for folder in self._folders:
             model = load(folder)
+            own_sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+            sizes = sizes or own_sizes
+            if own_sizes != sizes:
+                raise ValueError(
+                    f"{self._folders[0]} and {folder} are models of different sizes; one model in memory takes the "
+                    "weights of each checkpoint in turn, so pass checkpoints of one training run."
+                )
             digest.update(weights_fingerprint(model).encode())
         super().__init__(model, ", ".join(self._folders))
         self.fingerprint = digest.hexdigest()
@@ -187,7 +194,7 @@ class OnlineTeacher(FrozenTeacher):
         loss.backward()
         self.model.eval()
         if accelerator.sync_gradients:
-            parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+            parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
             if args.world_size > 1:
                 over = "sum" if args.average_tokens_across_devices else "mean"  # num_rows is global, or this process's
                 for parameter in parameters:

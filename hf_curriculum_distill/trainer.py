@@ -192,7 +192,7 @@ class CurriculumDistillationTrainer(Trainer):
             terms["label_loss"] = losses.cross_entropy(logits, labels, self.args.label_smoothing_factor) / num_rows
             loss += stage.label_weight * terms["label_loss"]
         if isinstance(self.teacher, OnlineTeacher):
-            terms["teacher_loss"] = self._train_teacher(inputs, num_rows)
+            terms = {"teacher_loss": self._train_teacher(inputs, num_rows)} | terms  # first, for it explains the rest
         self._ledger.add_terms(terms)
         if self.args.average_tokens_across_devices:
             loss *= self.accelerator.num_processes  # gradients are averaged over processes; the counts are global
@@ -322,6 +322,11 @@ class CurriculumDistillationTrainer(Trainer):
         finally:
             self._release_models()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._declared_stages and self.state.global_step >= self.state.max_steps:
+            return  # a finished run that is resumed: Trainer would train one step more
+        super()._run_epoch(*args, **kwargs)
+
     def _release_models(self) -> None:
         self._student.remove()
         if self.teacher is not None:
@@ -444,7 +449,7 @@ class CurriculumDistillationTrainer(Trainer):
         if online and self.args.should_save:
             teachers = os.path.dirname(folder)
             for name in set(os.listdir(teachers)) - set(os.listdir(students)):
-                shutil.rmtree(os.path.join(teachers, name))
+                shutil.rmtree(os.path.join(teachers, name), ignore_errors=True)
 
     def _record(self) -> dict[str, Any]:
         return make_record(

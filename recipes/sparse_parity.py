@@ -31,7 +31,6 @@ from hf_curriculum_distill.tasks.parity import (
     draw_support,
     stack,
 )
-from hf_curriculum_distill.teachers import find_checkpoints
 
 logger = logging.getLogger("sparse_parity")
 
@@ -80,7 +79,10 @@ class RecipeArguments:
         if self.support is None:
             self.support = draw_support(self.dimension, self.sparsity, self.support_seed)
         if isinstance(self.variants, str):
-            self.variants = json.loads(self.variants)
+            try:
+                self.variants = json.loads(self.variants)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"variants is {self.variants!r}, which is no valid JSON ({error}).") from error
         if self.model not in ("mlp", "transformer"):
             raise ValueError(f"model is {self.model!r}; use 'mlp' or 'transformer'.")
         if self.first_checkpoint not in ("transition", "untrained"):
@@ -152,14 +154,17 @@ def describe(result: dict) -> str:
 def distil(recipe: RecipeArguments, args: TrainingConfig, method: str, checkpoints: list[str]) -> dict:
     """Train one student on fresh examples."""
     teacher = checkpoints if args.method == "progressive" else checkpoints[-1]
+    if args.method == "online":
+        teacher = make_model(recipe, recipe.teacher_width)
     if recipe.shuffle_features:
         teacher = ShuffledFeatures.from_pretrained(checkpoints[-1])
+    num_examples = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     set_seed(args.seed)
     trainer = CurriculumDistillationTrainer(
         model=make_model(recipe, recipe.student_width),
         args=args,
         teacher_model=teacher,
-        **data(recipe, args.max_steps * args.train_batch_size * args.world_size, args.seed),
+        **data(recipe, num_examples, args.seed),
     )
     trainer.remove_callback(PrinterCallback)
     return train_student(trainer, method)
@@ -179,13 +184,12 @@ def trained_teacher(recipe: RecipeArguments, args: TrainingConfig) -> list[str]:
         )
     with open(state, encoding="utf-8") as file:
         accuracy = {e["step"]: e["eval_accuracy"] for e in json.load(file)["log_history"] if "eval_accuracy" in e}
-    last = find_checkpoints(recipe.teacher)[-1]
     logger.info("Teacher: held-out accuracy %.4f at step %d", accuracy[max(accuracy)], max(accuracy))
     first = 0
     if recipe.first_checkpoint == "transition":
         first = min(accuracy, key=lambda step: abs(accuracy[step] - 0.75))
         logger.info("Inside its transition: %.4f at step %d", accuracy[first], first)
-    return [os.path.join(recipe.teacher, f"checkpoint-{first}"), last]
+    return [os.path.join(recipe.teacher, f"checkpoint-{step}") for step in (first, max(accuracy))]
 
 
 def train_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:

@@ -18,3 +18,14 @@ def test_stage_cost_prints_every_stage_and_target():
     rows = [line.split("|")[0].strip() for line in done.stdout.splitlines() if "|" in line]
     assert [row for row in rows if row.startswith(("layer", "kl", "half"))] == ["layer 1", "layer 2", "kl", "half-half"]
     assert sum("= " in line and ("<=" in line or ">=" in line) for line in done.stdout.splitlines()) == 4
+
+
+def test_small_model_overhead_prints_both_stages_and_targets():
+    sizes = "--dimension 8 --sparsity 2 --teacher_width 16 --student_width 8 --batch_size 4 --steps 3 --repeats 1"
+    command = [sys.executable, "benchmarks/small_model_overhead.py", *sizes.split(), "--processor_time"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]  # the losses of all three ways agree, or it ends with an error
+    rows = [line.split("|")[0].strip() for line in done.stdout.splitlines() if "|" in line]
+    assert [row for row in rows if row] == ["stage", "layer 1", "kl"]
+    assert sum("<=" in line for line in done.stdout.splitlines()) == 2

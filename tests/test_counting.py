@@ -1,15 +1,23 @@
 """What counts: rows and positions against plain loops, and the two sides of one fraction."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from architectures import build
+from conftest import assert_same_weights, tiny_bert, weights
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import default_collate
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.counting import (
     answers_per_token,
     count,
     counted_rows,
+    label_weights,
     position_weights,
     predicts_next_token,
 )
@@ -162,3 +170,180 @@ def test_the_counts_of_the_parts_add_up_to_the_whole(cut, seed):
     parts = [{name: tensor[part] for name, tensor in inputs.items()} for part in (slice(cut), slice(cut, None))]
     whole = count(MODELS["bert"], inputs)
     assert torch.equal(sum(count(MODELS["bert"], part) for part in parts), whole)
+
+
+# ---- hidden states where a label counts ----
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-tagger", "gpt2", "llama"])
+@given(seed=st.integers(0, 1000), padded=st.booleans())
+def test_a_label_is_answered_by_the_hidden_state_its_logits_come_from(name, seed, padded):
+    inputs = text(seed=seed, padded=padded)
+    shift = 1 if name in ("gpt2", "llama") else 0
+    expected = torch.zeros(3, 6)
+    for b in range(3):
+        for i in range(6 - shift):
+            if inputs["labels"][b, i + shift] != -100:
+                expected[b, i] = 1
+    counted = label_weights(MODELS[name], inputs, torch.zeros(3, 6, 8))
+    assert torch.equal(counted.float(), expected)
+    assert counted.sum() == count(MODELS[name], inputs)[1]
+    assert counted.flatten().nonzero().squeeze(1).tolist() == counted_rows(MODELS[name], inputs)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "name, inputs, shown",
+    [
+        ("bert", text(labels=None), "no labels"),
+        ("bert-classifier", text(labels="examples"), r"labels of shape \(3,\)"),
+        ("bert", text() | {"labels": torch.zeros(3, 4, dtype=torch.long)}, r"labels of shape \(3, 4\)"),
+    ],
+)
+def test_labels_that_are_not_one_a_token_cannot_choose_hidden_states(name, inputs, shown):
+    with pytest.raises(
+        ValueError, match=rf"hidden_positions='labels' .* has {shown} for hidden states of shape \(3, 6\)"
+    ):
+        label_weights(MODELS[name], inputs, torch.zeros(3, 6, 8))
+
+
+def gpt2(depth, width, seed):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 50, "n_embd": width, "n_layer": depth, "n_head": 2, "n_positions": 16}
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, bos_token_id=1, eos_token_id=2, initializer_range=0.2))
+
+
+def pair(task):
+    if task == "causal":
+        return gpt2(2, 16, seed=1), gpt2(4, 24, seed=2)
+    return tiny_bert(2, seed=1), tiny_bert(4, width=24, seed=2, initializer_range=0.3)
+
+
+def rows_by_hand(task, model, number, batch):
+    """The hidden states behind a block that answer a label, picked one by one: `[rows, width]`."""
+    blocks = model.transformer.h if task == "causal" else model.bert.encoder.layer
+    kept = []
+    hook = blocks[number - 1].register_forward_hook(lambda _, args, out: kept.append(out))
+    model(**batch)
+    hook.remove()
+    hidden, shift = kept[0] if isinstance(kept[0], torch.Tensor) else kept[0][0], 1 if task == "causal" else 0
+    chosen = []
+    for b, labels in enumerate(batch["labels"].tolist()):
+        for i in range(len(labels) - shift):
+            if labels[i + shift] != -100:
+                chosen.append(hidden[b, i])
+    return torch.stack(chosen)
+
+
+HIDDEN = [{"hidden": [[1, 2], [2, 4]]}]
+
+
+@pytest.mark.parametrize("task", ["masked", "causal"])
+def test_matching_where_labels_count_is_a_slow_reference_s_loss_and_gradient(config, examples, task):
+    student, teacher = pair(task)
+    reference, batch = copy.deepcopy(student), default_collate(examples[:16])
+    fields = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9, "max_steps": 1}
+    args = config(
+        stages=HIDDEN, hidden_positions="labels", per_device_train_batch_size=16, calibration_samples=16, **fields
+    )
+    trainer = CurriculumDistillationTrainer(student, args, train_dataset=examples[:16], teacher_model=teacher)
+    before = weights(student)
+    trainer.train()
+
+    bank, losses = trainer.projection_bank.tensors(), []
+    for ours, theirs in ((1, 2), (2, 4)):
+        with torch.no_grad():
+            answers = rows_by_hand(task, teacher, theirs, batch)
+        projected = answers.double() @ bank[f"layer_{ours}_{theirs}.weight"].double().T
+        # what calibration measured is those positions' mean and deviation, of all 16 examples
+        mean, std = projected.mean(0), projected.std(0, correction=0)
+        torch.testing.assert_close(bank[f"layer_{ours}_{theirs}.mean"].double(), mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bank[f"layer_{ours}_{theirs}.std"].double(), std, rtol=1e-4, atol=1e-5)
+        target = ((projected - mean) / std).float()
+        losses.append((rows_by_hand(task, reference, ours, batch) - target).square().mean())
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log["hidden_mse"] == pytest.approx(loss.item(), rel=1e-4)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for name, parameter in reference.named_parameters():
+        moved = before[name] - student.state_dict()[name]
+        expected = torch.zeros_like(moved) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["masked", "causal"])
+def test_matching_where_labels_count_does_not_depend_on_how_the_batch_is_cut(config, examples, task):
+    student, teacher = pair(task)
+    stages = [{**HIDDEN[0], "until": 2}, {"hidden": [[2, 4]], "hidden_weight": 0.5, "kl_weight": 1.0}]
+    runs = []
+    for size in (8, 4, 1):
+        fields = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_steps": 4}
+        args = config(f"{size}", stages=stages, hidden_positions="labels", optim="sgd", max_grad_norm=1e9, **fields)
+        trainer = CurriculumDistillationTrainer(
+            copy.deepcopy(student), args, train_dataset=examples, teacher_model=teacher
+        )
+        trainer.train()
+        runs.append([log for log in trainer.state.log_history if "loss" in log])
+    for cut in runs[1:]:
+        for actual, expected in zip(cut, runs[0], strict=True):
+            for name in ("loss", "grad_norm", "hidden_mse"):
+                assert actual[name] == pytest.approx(expected[name], rel=1e-3)
+
+
+def test_tokens_and_labels_are_different_places(config, examples, student, teacher):
+    losses = {}
+    for positions in ("tokens", "labels"):
+        args = config(positions, stages=HIDDEN, hidden_positions=positions, learning_rate=0.0, max_steps=1)
+        trainer = CurriculumDistillationTrainer(
+            copy.deepcopy(student), args, train_dataset=examples, teacher_model=teacher
+        )
+        trainer.train()
+        losses[positions] = trainer.state.log_history[0]["hidden_mse"], trainer.projection_bank.fingerprint
+    assert losses["tokens"][0] != pytest.approx(losses["labels"][0], rel=1e-3)
+    assert losses["tokens"][1] != losses["labels"][1]
+
+
+def test_a_classifier_has_no_place_where_labels_count(config, examples):
+    data = [example | {"labels": torch.tensor(index % 3)} for index, example in enumerate(examples)]
+    kind = {"model_class": BertForSequenceClassification, "num_labels": 3}
+    args = config(stages=HIDDEN, hidden_positions="labels")
+    trainer = CurriculumDistillationTrainer(
+        tiny_bert(2, seed=1, **kind), args, train_dataset=data, teacher_model=tiny_bert(4, seed=2, **kind)
+    )
+    with pytest.raises(ValueError, match=r"labels of shape \(4,\) for .* use hidden_positions='tokens'"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+# ---- how much a layer stage counts ----
+
+
+def test_a_weight_of_layer_stages_scales_their_loss_and_with_sgd_their_learning_rate(
+    config, examples, student, teacher
+):
+    def run(folder, **fields):
+        args = config(folder, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant", max_steps=4, **fields)
+        made = copy.deepcopy(student)
+        trainer = CurriculumDistillationTrainer(made, args, train_dataset=examples, teacher_model=teacher)
+        trainer.train()
+        return weights(made), [log for log in trainer.state.log_history if "loss" in log], trainer
+
+    # 4 = 2^2: exact, whatever is scaled. Layers alone, so that one learning rate is all there is
+    layers = [{"hidden": [[1, 2]], "until": 2}, {"hidden": [[2, 4]]}]
+    weighted = run("a", stages=[stage | {"hidden_weight": 4.0} for stage in layers], learning_rate=0.05)
+    faster = run("b", stages=layers, learning_rate=0.2)
+    assert_same_weights(weighted[0], faster[0], rtol=1e-5, atol=1e-7)
+    for heavy, plain in zip(weighted[1], faster[1], strict=True):
+        assert heavy["hidden_mse"] == pytest.approx(plain["hidden_mse"], rel=1e-5)
+        assert heavy["loss"] == pytest.approx(4 * plain["loss"], rel=1e-5)
+        assert heavy["grad_norm"] == pytest.approx(4 * plain["grad_norm"], rel=1e-5)
+
+    fields = {"hidden_weight": 4.0, "hidden_weight_in_logit_stage": 0.5, "learning_rate": 0.05}
+    _, logs, trainer = run("c", **fields)
+    assert [stage.hidden_weight for stage in trainer.stages] == [4.0, 4.0, 0.5]
+    ratios = [log["loss"] / log["hidden_mse"] for log in logs if "kl" not in log]
+    assert np.allclose(ratios, 4.0, rtol=1e-5)
+    for log in logs[2:]:
+        assert log["loss"] == pytest.approx(log["kl"] + 0.5 * log["hidden_mse"], rel=1e-5)
+    assert [log["loss"] for log in logs[:1]] == pytest.approx([4 * run("d")[1][0]["loss"]], rel=1e-5)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -17,6 +18,10 @@ def train(folder, processes, batch, accumulation):
     command = [sys.executable, *launch, str(SCRIPT), str(folder), str(batch), str(accumulation)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def read(folder):
     return json.loads((folder / "history.json").read_text()), load_file(folder / "model.safetensors")
 
 
@@ -25,16 +30,46 @@ def whole(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"), processes=1, batch=16, accumulation=1)
 
 
-@pytest.mark.parametrize(("processes", "batch", "accumulation"), [(1, 4, 4), (2, 8, 1), (2, 2, 4)])
-def test_loss_gradient_norm_and_weights_do_not_depend_on_how_the_batch_is_cut(
-    whole, tmp_path, processes, batch, accumulation
-):
-    history, weights = train(tmp_path, processes, batch, accumulation)
-    exact, expected = {"step", "stage", "eval_accuracy", "eval_agreement", "learning_rate"}, whole[0]
-    measured = {"loss", "grad_norm", "hidden_mse", "kl", "label_loss", "eval_loss", "eval_kl"} | exact
-    assert [entry["step"] for entry in history] == [entry["step"] for entry in expected]
-    for entry, reference in zip(history, expected, strict=True):
-        for name in measured & set(reference) - {"eval_loss"}:  # Trainer's eval_loss is a mean over batches' means
+@pytest.fixture(scope="module", params=[(1, 4, 4), (2, 8, 1), (2, 2, 4)], ids=str)
+def cut(request, tmp_path_factory):
+    """The folder of the same training with another number of processes, batch size and accumulation."""
+    return train(tmp_path_factory.mktemp("cut"), *request.param)
+
+
+def assert_same_training(actual, expected):
+    (history, weights), (reference_history, reference_weights) = read(actual), read(expected)
+    exact = {"step", "stage", "eval_accuracy", "eval_agreement", "learning_rate"}
+    measured = {"loss", "grad_norm", "hidden_mse", "kl", "label_loss", "teacher_loss", "eval_kl"} | exact
+    # not eval_loss: Trainer's is a mean over batches' means
+    assert [entry["step"] for entry in history] == [entry["step"] for entry in reference_history]
+    for entry, reference in zip(history, reference_history, strict=True):
+        for name in measured & set(reference):
             assert entry[name] == pytest.approx(reference[name], rel=2e-4, abs=1e-6), (name, reference["step"])
-    for name, weight in whole[1].items():
+    assert_close(weights, reference_weights)
+
+
+def assert_close(weights, expected):
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
         assert (weights[name] - weight).abs().max() < 2e-5, name
+
+
+def test_loss_gradient_norm_and_weights_do_not_depend_on_how_the_batch_is_cut(whole, cut):
+    assert_same_training(cut, whole)
+
+
+def test_an_online_teacher_does_not_either_and_is_the_same_on_every_process(whole, cut):
+    assert_same_training(cut / "online", whole / "online")
+    assert all("teacher_loss" in entry for entry in read(cut / "online")[0] if "loss" in entry)
+    (expected,) = (load_file(file) for file in (whole / "online").glob("teacher_*.safetensors"))
+    teachers = [load_file(file) for file in (cut / "online").glob("teacher_*.safetensors")]
+    for teacher in teachers:
+        assert_close(teacher, expected)
+        assert all(torch.equal(tensor, teachers[0][name]) for name, tensor in teacher.items())
+
+
+def test_an_online_teacher_resumes_on_every_process(cut):
+    assert_close(read(cut / "resumed")[1], read(cut / "online")[1])
+    for file in (cut / "online").glob("teacher_*.safetensors"):
+        teacher, expected = load_file(cut / "resumed" / file.name), load_file(file)
+        assert all(torch.equal(teacher[name], tensor) for name, tensor in expected.items())

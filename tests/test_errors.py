@@ -91,6 +91,20 @@ TRAINER_ARGUMENTS = (
             r"stages\[0\] \(layer 1\) matches a teacher, but no teacher_model was given",
         ),
         ({"teacher_model": torch.nn.Linear(2, 2)}, r"teacher_model is a Linear; pass a PreTrainedModel"),
+        ({"teacher_model": ["a", "b"]}, r"list of 2 checkpoints, but method is 'curriculum'; one teacher is needed"),
+        (
+            {"teacher_model": [tiny_bert(1)], "method": "progressive"},
+            r"teacher_model is a list; pass a PreTrainedModel",
+        ),
+        (
+            {"method": "online", "stages": [{"hidden": [[1, 2]]}]},
+            r"standardize_targets would measure them before it has learnt anything; set standardize_targets=False",
+        ),
+        ({"hidden_positions": "masked"}, r"hidden_positions is 'masked'; use one of 'tokens', 'labels'"),
+        ({"hidden_weight": 0.0}, r"hidden_weight is 0.0; it must be a number between 0 and inf \(0 excluded\)"),
+        ({"teacher_schedule": "steps"}, r"teacher_schedule is 'steps'; use one of 'step', 'fraction'"),
+        ({"teacher_schedule": [4, 1.5]}, r"teacher_schedule has 1.5; write a number of steps from 1, or a fraction"),
+        ({"teacher_learning_rate": 0.0}, r"teacher_learning_rate is 0.0; it must be a number between 0 and inf"),
         ({"method": "one_shot", "projection_bank": ProjectionBank.create([(1, 2)], [16], [24])}, r"no stage matches"),
     ],
 )
@@ -102,6 +116,31 @@ def test_arguments_that_do_not_fit_are_refused(build, fields, message):
 def test_a_bank_without_a_teacher_is_refused(build):
     with pytest.raises(ValueError, match="projection_bank was given without teacher_model"):
         build(teacher_model=None, projection_bank=ProjectionBank.create([(1, 2)], [16], [24]))
+
+
+def test_a_method_without_a_teacher_is_the_models_own_loss(build):
+    for method in ("progressive", "online", "labels"):
+        trainer = build(teacher_model=None, method=method)
+        assert trainer.teacher is None and trainer.stages == []
+
+
+@pytest.mark.parametrize("method", ["progressive", "online"])
+def test_a_missing_teacher_is_an_oserror_whoever_teaches(build, tmp_path, method):
+    with pytest.raises(OSError, match="nothing-here"):
+        build(teacher_model=tmp_path / "nothing-here", method=method)
+
+
+@pytest.mark.parametrize("method", ["progressive", "online", "labels"])
+def test_a_teacher_of_another_vocabulary_is_refused_whoever_teaches(build, tmp_path, method):
+    other = tiny_bert(4, vocab_size=VOCAB_SIZE + 3)
+    other.save_pretrained(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match=rf"vocabulary has {VOCAB_SIZE} entries and the teacher's {VOCAB_SIZE + 3}"):
+        build(teacher_model=tmp_path if method == "progressive" else other, method=method)
+
+
+def test_a_student_cannot_be_its_own_online_teacher(build, student):
+    with pytest.raises(ValueError, match="shares parameters with the student"):
+        build(teacher_model=student, method="online")
 
 
 @pytest.mark.parametrize(

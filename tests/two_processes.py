@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, set_seed
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
@@ -18,6 +19,8 @@ STAGES = [
     {"kl_weight": 1.0, "label_weight": 0.5, "hidden": [[2, 4]], "until": 6},
     {"kl_weight": 1.0},
 ]
+ONLINE = {"method": "online", "label_loss_weight": 0.5, "teacher_learning_rate": 2e-3, "max_grad_norm": 0.5}
+ONLINE |= {"lr_scheduler_type": "cosine", "save_strategy": "steps", "save_steps": 4}
 
 
 def bert(layers, hidden, seed):
@@ -39,21 +42,30 @@ def example(index):
 
 def main():
     folder, batch, accumulation = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    train(folder, batch, accumulation, stages=STAGES)
+    train(folder / "online", batch, accumulation, **ONLINE)
+    train(folder / "resumed", batch, accumulation, folder / "online" / "checkpoint-4", **ONLINE)
+
+
+def train(folder, batch, accumulation, checkpoint=None, **fields):
     data = [example(index) for index in range(20)]
     args = CurriculumDistillationConfig(
-        output_dir=str(folder), max_steps=8, stages=STAGES, per_device_train_batch_size=batch,
+        output_dir=str(folder), max_steps=8, per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation, per_device_eval_batch_size=3, logging_steps=1, report_to="none",
-        use_cpu=True, save_strategy="no", learning_rate=1e-3, weight_decay=0.1, train_sampling_strategy="sequential",
+        use_cpu=True, learning_rate=1e-3, weight_decay=0.1, train_sampling_strategy="sequential",
         disable_tqdm=True, eval_strategy="steps", eval_steps=8,
+        **{"save_strategy": "no"} | fields,
     )  # fmt: skip
     student, teacher = bert(2, 8, seed=1), bert(4, 16, seed=2)
     trainer = CurriculumDistillationTrainer(
         model=student, args=args, train_dataset=data[:16], eval_dataset=data[:7], teacher_model=teacher
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     if args.should_save:  # as many scripts do: saving must not wait for the other processes
         trainer.save_model()
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
+    if args.method == "online":  # every process trains it
+        save_file(dict(teacher.named_parameters()), folder / f"teacher_{args.process_index}.safetensors")
 
 
 if __name__ == "__main__":
