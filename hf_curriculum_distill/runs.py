@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_curriculum_distill.config import METHODS, CurriculumDistillationConfig
+from hf_curriculum_distill.results import write_results
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
+
+logger = logging.getLogger(__name__)
 
 _METRICS = ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl")
 
@@ -20,7 +25,7 @@ _METRICS = ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl")
 def plan_runs(
     args: CurriculumDistillationConfig,
     methods: Sequence[str],
-    variants: Mapping[str, Mapping[str, Any]] | None = None,
+    variants: Mapping[str, Mapping[str, Any] | None] | str | None = None,
     seeds: Sequence[int] | None = None,
 ) -> dict[str, list[CurriculumDistillationConfig]]:
     """The arguments of each method's runs, one a seed, in folders `<output_dir>/<method>/seed-<seed>`.
@@ -28,12 +33,17 @@ def plan_runs(
     Args:
         args: what all runs share.
         methods: names to train: methods of the library or names in `variants`.
-        variants: name -> fields of `args` that differ: `{"last layer": {"layer_order": "last"}}`.
+        variants: name -> fields of `args` that differ: `{"last layer": {"layer_order": "last"}}`, or that as JSON.
         seeds: `args.seed` alone by default.
 
     Raises:
         ValueError: a name is no method, a field is unknown, or a value is wrong.
     """
+    if isinstance(variants, str):
+        try:
+            variants = json.loads(variants)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"variants is {variants!r}, which is no valid JSON ({error}).") from error
     variants = variants or {}
     known = {field.name for field in dataclasses.fields(args) if field.init} - {"seed", "output_dir"}
     for name, overrides in variants.items():
@@ -61,6 +71,32 @@ def plan_runs(
             for seed in ([args.seed] if seeds is None else seeds)
         ]
     return runs
+
+
+def train_all(
+    runs: Mapping[str, Sequence[CurriculumDistillationConfig]],
+    distil: Callable[[CurriculumDistillationConfig, str], dict[str, Any]],
+    folder: str,
+) -> list[dict[str, Any]]:
+    """Train what [`plan_runs`] planned; say how each run ended, and keep `results.json` in `folder` up to date.
+
+    Args:
+        distil: trains the student of one run, given its arguments and its method: see [`train_student`].
+    """
+    results: list[dict[str, Any]] = []
+    for method, seeds in runs.items():
+        for args in seeds:
+            results.append(result := distil(args, method))
+            if args.should_save:
+                write_results(folder, results)
+                logger.info("%s, seed %d: %s", method, args.seed, _describe(result))
+    return results
+
+
+def _describe(result: Mapping[str, Any]) -> str:
+    if not result["finite"]:
+        return result["error"]
+    return f"accuracy {result['eval_accuracy']:.4f} after {result['samples']:,} examples, {result['seconds']:.0f} s"
 
 
 def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
@@ -22,8 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.report import format_summary
-from hf_curriculum_distill.results import write_results
-from hf_curriculum_distill.runs import plan_runs, train_student
+from hf_curriculum_distill.runs import plan_runs, train_all, train_student
 from hf_curriculum_distill.tasks.parity import (
     ParityMLPConfig,
     ParityMLPForSequenceClassification,
@@ -78,11 +78,6 @@ class RecipeArguments:
     def __post_init__(self):
         if self.support is None:
             self.support = draw_support(self.dimension, self.sparsity, self.support_seed)
-        if isinstance(self.variants, str):
-            try:
-                self.variants = json.loads(self.variants)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"variants is {self.variants!r}, which is no valid JSON ({error}).") from error
         if self.model not in ("mlp", "transformer"):
             raise ValueError(f"model is {self.model!r}; use 'mlp' or 'transformer'.")
         if self.first_checkpoint not in ("transition", "untrained"):
@@ -124,7 +119,8 @@ class TrainingConfig(CurriculumDistillationConfig):
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
     logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    for name in (logger.name, "hf_curriculum_distill.runs"):
+        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # one line a run says more here than a bar a checkpoint
     try:
         runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
@@ -133,25 +129,13 @@ def main():
     logger.info("(%d, %d)-parity of bits %s", recipe.dimension, recipe.sparsity, recipe.support)
     checkpoints = trained_teacher(recipe, args)
 
-    results = []
-    for method, seeds in runs.items():
-        for run in seeds:
-            results.append(distil(recipe, run, method, checkpoints))
-            logger.info("%s, seed %d: %s", method, run.seed, describe(results[-1]))
-            if args.should_save:
-                write_results(args.output_dir, results)
+    results = train_all(runs, partial(distil, recipe, checkpoints), args.output_dir)
     if args.should_save:
         print("\n" + format_summary(results, threshold=0.99))
         print(f"\nplot: hf-curriculum-distill compare {args.output_dir} --threshold 0.99")
 
 
-def describe(result: dict) -> str:
-    if not result["finite"]:
-        return result["error"]
-    return f"accuracy {result['eval_accuracy']:.4f} after {result['samples']:,} examples, {result['seconds']:.0f} s"
-
-
-def distil(recipe: RecipeArguments, args: TrainingConfig, method: str, checkpoints: list[str]) -> dict:
+def distil(recipe: RecipeArguments, checkpoints: list[str], args: TrainingConfig, method: str) -> dict:
     """Train one student on fresh examples."""
     teacher = checkpoints if args.method == "progressive" else checkpoints[-1]
     if args.method == "online":
