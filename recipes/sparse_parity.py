@@ -7,7 +7,7 @@ Then a plot:
 
 The label is the parity of `sparsity` of `dimension` random bits. A network of finite width sees nothing of it in the
 loss for a long time and then learns it in a short transition. Every example is fresh; the teacher is trained on labels
-alone until it is right on --teacher_accuracy of held-out examples, and is kept for the next launch.
+alone until it is right on --teacher_accuracy of held-out examples and some way beyond, and is kept for the next launch.
 """
 
 import json
@@ -57,6 +57,10 @@ class RecipeArguments:
     teacher_max_samples: int = field(default=30_000_000, metadata={"help": "Examples after which the teacher failed."})
     teacher_save_samples: int = field(default=100_000, metadata={"help": "Examples between its checkpoints."})
     teacher_accuracy: float = field(default=0.995, metadata={"help": "Held-out accuracy at which it is trained."})
+    teacher_finish_samples: int = field(
+        default=500_000,
+        metadata={"help": "Examples it goes on with after that: right behind the transition its logits tell more."},
+    )
     teacher_batch_size: int = field(default=64, metadata={"help": "Examples a step of the teacher's training."})
     first_checkpoint: str = field(
         default="transition",
@@ -202,7 +206,7 @@ def train_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
     trainer = CurriculumDistillationTrainer(
         model=make_model(recipe, recipe.teacher_width),
         args=teacher_args,
-        callbacks=[StopWhenTrained(recipe.teacher_accuracy)],
+        callbacks=[StopWhenTrained(recipe.teacher_accuracy, recipe.teacher_finish_samples // batch)],
         **data(recipe, recipe.teacher_max_samples, TEACHER_SEED + recipe.support_seed),
     )
     trainer.remove_callback(PrinterCallback)
@@ -227,14 +231,16 @@ class ShuffledFeatures(ParityMLPForSequenceClassification):
 
 
 class StopWhenTrained(TrainerCallback):
-    """Ends training, with a checkpoint, at the first evaluation that is good enough."""
+    """Ends training, with a checkpoint, so many steps after the first evaluation that is good enough."""
 
-    def __init__(self, accuracy: float):
-        self.accuracy = accuracy
+    def __init__(self, accuracy: float, num_more_steps: int):
+        self.accuracy, self.num_more_steps, self.end = accuracy, num_more_steps, None
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         logger.info("step %d: held-out accuracy %.4f", state.global_step, metrics["eval_accuracy"])
-        if metrics["eval_accuracy"] >= self.accuracy:
+        if self.end is None and metrics["eval_accuracy"] >= self.accuracy:
+            self.end = state.global_step + self.num_more_steps
+        if self.end is not None and state.global_step >= self.end:
             control.should_training_stop = control.should_save = True
 
 
