@@ -1,0 +1,308 @@
+"""Grammar: a masked language model that learnt to parse, and students that learn from it by several methods.
+
+Teacher, five methods, three seeds each, sentences of 22 letters, two CPU cores, about 10 minutes:
+    OMP_NUM_THREADS=2 accelerate launch --cpu recipes/pcfg.py --config recipes/configs/pcfg/demo.yaml
+What comes out: results.json and a table; again, with a plot, by `hf-curriculum-distill compare runs/pcfg/demo`.
+
+Sentences of a context-free grammar (see hf_curriculum_distill/tasks/pcfg.py), of whose letters 30 % are masked. Every
+seed draws as many sentences as its training takes, unless --train_sentences has it go through fewer of them in epochs.
+The teacher learns from labels and is kept for the next launch; its checkpoints teach the progressive method. Two sets
+are held out, each masked once: settings are chosen with --evaluate_on validation and reported with --evaluate_on test.
+Nothing that is trained sees a sentence of either.
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass, field, replace
+
+import pyarrow
+import pyarrow.compute
+import transformers
+from datasets import Dataset
+from transformers import BertConfig, BertForMaskedLM, PrinterCallback, TrainerCallback, set_seed
+
+from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.report import format_summary
+from hf_curriculum_distill.results import write_results
+from hf_curriculum_distill.runs import plan_runs, train_student
+from hf_curriculum_distill.tasks.pcfg import GRAMMARS, LETTER_IDS, Grammar, pcfg_dataset, pcfg_tokenizer
+from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once
+
+logger = logging.getLogger("pcfg")
+
+# No student's seed draws the same sentences.
+HELDOUT_SEEDS = {"validation": 2**40, "test": 2**40 + 1}
+TEACHER_SEED = 2**41
+LABELS = [{"label_weight": 1.0}]
+
+
+@dataclass
+class RecipeArguments:
+    grammar: str = field(default="cfg3b", metadata={"help": f"One of {', '.join(GRAMMARS)}."})
+    start: int | None = field(default=None, metadata={"help": "Symbol that becomes a sentence; the grammar's first."})
+    max_length: int = field(default=512, metadata={"help": "Letters after which a sentence is cut."})
+    num_layers: int = field(default=4, metadata={"help": "Blocks of teacher and student."})
+    head_dim: int = field(default=8, metadata={"help": "Width of an attention head."})
+    teacher_heads: int = field(
+        default=32, metadata={"help": "The teacher's heads; its hidden size is theirs together."}
+    )
+    student_heads: int = field(default=8, metadata={"help": "The student's heads; likewise."})
+    mlm_probability: float = field(default=0.3, metadata={"help": "Share of the letters that is masked."})
+    train_sentences: int | None = field(
+        default=None, metadata={"help": "Sentences of a training, in epochs; as many as its steps take by default."}
+    )
+    heldout_sentences: int = field(default=4096, metadata={"help": "Sentences of every evaluation."})
+    evaluate_on: str = field(
+        default="test", metadata={"help": "Held-out set: 'validation', to choose settings, or 'test', to report."}
+    )
+    teacher: str = field(
+        default="runs/pcfg/teacher", metadata={"help": "The teacher's folder: used if trained, else written."}
+    )
+    teacher_steps: int = field(default=16_000, metadata={"help": "Steps of the teacher's training, on the labels."})
+    teacher_save_steps: int = field(default=1000, metadata={"help": "Steps between its checkpoints."})
+    teacher_batch_size: int = field(default=512, metadata={"help": "Sentences a step of that training."})
+    teacher_seed: int = field(default=0, metadata={"help": "Seed of that training and its sentences."})
+    earlier_teachers: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Steps of the checkpoints (0: untrained) that teach before the last, if teacher_schedule is a list."
+        },
+    )
+    methods: list[str] = field(
+        default_factory=lambda: ["curriculum", "one_shot"],
+        metadata={"help": "What to compare: methods of the library, or names from `variants`."},
+    )
+    variants: dict | str | None = field(
+        default=None, metadata={"help": "Name -> training arguments in which it differs (JSON on the command line)."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of students and their data."})
+
+    def __post_init__(self):
+        if isinstance(self.variants, str):
+            self.variants = json.loads(self.variants)
+        if self.grammar not in GRAMMARS:
+            raise ValueError(f"grammar is {self.grammar!r}; use one of {', '.join(GRAMMARS)}.")
+        if self.evaluate_on not in HELDOUT_SEEDS:
+            raise ValueError(f"evaluate_on is {self.evaluate_on!r}; use 'validation' or 'test'.")
+        if self.teacher_steps % self.teacher_save_steps:
+            raise ValueError(
+                f"teacher_steps is {self.teacher_steps}, no multiple of teacher_save_steps, {self.teacher_save_steps}; "
+                "the last checkpoint must be the trained teacher."
+            )
+        if self.start is None:
+            self.start = GRAMMARS[self.grammar].start
+        _ = self.sentences_of  # raises
+
+    @property
+    def sentences_of(self) -> Grammar:
+        return GRAMMARS[self.grammar].started_at(self.start)
+
+
+@dataclass
+class TrainingConfig(CurriculumDistillationConfig):
+    """The library's configuration with this job's defaults."""
+
+    output_dir: str | None = "runs/pcfg/run"
+    max_steps: int = 4000
+    per_device_train_batch_size: int = 512
+    per_device_eval_batch_size: int = 512
+    learning_rate: float = 5e-3
+    teacher_learning_rate: float | None = 5e-3
+    adam_beta2: float = 0.95
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.06
+    eval_strategy: str = "steps"
+    eval_steps: float = 0.1
+    logging_steps: float = 0.1
+    save_strategy: str = "no"
+    disable_tqdm: bool | None = True
+    report_to: str = "none"
+
+
+def main():
+    recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()  # one line a run says more here than a bar a checkpoint
+    try:
+        runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
+    except (ValueError, TypeError) as error:
+        raise SystemExit(str(error)) from error
+    logger.info(
+        "%s from %d on: sentences of %.0f letters on average",
+        recipe.grammar, recipe.start, recipe.sentences_of.mean_length(),
+    )  # fmt: skip
+    find_teacher(recipe, args)
+
+    results = []
+    for method, seeds in runs.items():
+        for run in seeds:
+            results.append(distil(recipe, run, method))
+            logger.info("%s, seed %d: %s", method, run.seed, describe(results[-1]))
+            if args.should_save:
+                write_results(args.output_dir, results)
+    if args.should_save:
+        print("\n" + format_summary(results))
+        print(f"\nplot: hf-curriculum-distill compare {args.output_dir}")
+
+
+def describe(result: dict) -> str:
+    if not result["finite"]:
+        return result["error"]
+    return (
+        f"masked top-1 {result['eval_accuracy']:.4f} after {result['samples']:,} sentences, {result['seconds']:.0f} s"
+    )
+
+
+def distil(recipe: RecipeArguments, args: TrainingConfig, method: str) -> dict:
+    """Train one student on its seed's sentences."""
+    set_seed(args.seed)
+    trainer = CurriculumDistillationTrainer(
+        model=make_model(recipe, recipe.student_heads),
+        args=args,
+        teacher_model=who_teaches(recipe, args),
+        **data(recipe, recipe.evaluate_on, recipe.train_sentences or num_sentences(args), args.seed),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return train_student(trainer, method)
+
+
+def who_teaches(recipe: RecipeArguments, args: TrainingConfig) -> str | list[str] | BertForMaskedLM:
+    """The trained teacher; for `progressive` all its checkpoints or a few, for `online` one that is yet to learn."""
+    if args.method == "online":
+        return make_model(recipe, recipe.teacher_heads)
+    if args.method == "progressive" and isinstance(args.teacher_schedule, list):
+        steps = [*recipe.earlier_teachers, recipe.teacher_steps]
+        return [os.path.join(recipe.teacher, f"checkpoint-{step}") for step in steps]
+    return recipe.teacher
+
+
+def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
+    """Train the teacher if it is not there yet, check that it is the one asked for, say how good it is."""
+    set_seed(recipe.teacher_seed)
+    model = make_model(recipe, recipe.teacher_heads)
+    state = os.path.join(recipe.teacher, "trainer_state.json")
+    if not os.path.isfile(state):
+        train_teacher(recipe, args, model)
+    with open(state, encoding="utf-8") as file:
+        there = BertConfig.from_pretrained(recipe.teacher).to_dict() | {"steps": json.load(file)["global_step"]}
+    wanted = model.config.to_dict() | {"steps": recipe.teacher_steps}
+    for name in ("grammar", "start", "hidden_size", "num_hidden_layers", "num_attention_heads", "steps"):
+        if there.get(name) != wanted[name]:
+            raise SystemExit(
+                f"{recipe.teacher} holds a teacher with {name}={there.get(name)}, but the options ask for "
+                f"{wanted[name]}; name another folder in --teacher."
+            )
+    trainer = CurriculumDistillationTrainer(
+        model=BertForMaskedLM.from_pretrained(recipe.teacher),
+        args=replace(args, output_dir=recipe.teacher, stages=LABELS, eval_strategy="no"),
+        **data(recipe, recipe.evaluate_on),
+    )
+    trainer.remove_callback(PrinterCallback)
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    logger.info("Teacher: masked top-1 %.4f on the %s set", accuracy, recipe.evaluate_on)
+
+
+def train_teacher(recipe: RecipeArguments, args: TrainingConfig, model: BertForMaskedLM) -> None:
+    """Train on the labels of fresh sentences, with a checkpoint before it and every --teacher_save_steps."""
+    teacher_args = replace(
+        args,
+        output_dir=recipe.teacher,
+        stages=LABELS,
+        seed=recipe.teacher_seed,
+        max_steps=recipe.teacher_steps,
+        per_device_train_batch_size=recipe.teacher_batch_size,
+        learning_rate=args.teacher_learning_rate,
+        restart_schedule_per_stage=False,
+        eval_strategy="steps",
+        eval_steps=recipe.teacher_save_steps,
+        logging_steps=recipe.teacher_save_steps,
+        save_strategy="steps",
+        save_steps=recipe.teacher_save_steps,
+        save_total_limit=None,
+        save_only_model=True,
+    )
+    logger.info("%s: training a teacher on labels", recipe.teacher)
+    trainer = CurriculumDistillationTrainer(
+        model=model,
+        args=teacher_args,
+        callbacks=[SayAccuracy()],
+        **data(recipe, "validation", num_sentences(teacher_args), TEACHER_SEED + recipe.teacher_seed),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.save_model(os.path.join(recipe.teacher, "checkpoint-0"))
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.wait_for_everyone()
+
+
+def num_sentences(args: TrainingConfig) -> int:
+    """What a training takes."""
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+class SayAccuracy(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        logger.info("step %d: masked top-1 %.4f on the validation set", state.global_step, metrics["eval_accuracy"])
+
+
+def make_model(recipe: RecipeArguments, num_heads: int) -> BertForMaskedLM:
+    hidden_size = num_heads * recipe.head_dim
+    tokenizer = pcfg_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=num_heads,
+        max_position_embeddings=recipe.max_length,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        grammar=recipe.grammar,
+        start=recipe.start,
+    )
+    return BertForMaskedLM(config)
+
+
+def data(recipe: RecipeArguments, heldout: str, num_train: int | None = None, seed: int = 0) -> dict:
+    """Held-out sentences, masked once, and training sentences, masked anew each time, as the Trainer's arguments."""
+    tokenizer, grammar, max_length = pcfg_tokenizer(), recipe.sentences_of, recipe.max_length
+    test, validation = (
+        pcfg_dataset(grammar, recipe.heldout_sentences, HELDOUT_SEEDS[name], max_length)
+        for name in ("test", "validation")
+    )
+    held_out, train = test if heldout == "test" else without(validation, test), None
+    if num_train is not None:
+        train = without(pcfg_dataset(grammar, num_train, seed, max_length), test, validation)
+        if not len(train):
+            raise SystemExit("No sentence is left to train on; lower --heldout_sentences or take a larger grammar.")
+        if dropped := num_train - len(train):
+            logger.info("%d of %d training sentences are held out and left out", dropped, num_train)
+    return {
+        "train_dataset": train,
+        "eval_dataset": mask_once(held_out, tokenizer, recipe.mlm_probability, seed=0, random_ids=LETTER_IDS),
+        "data_collator": MaskedBlocksCollator(tokenizer, recipe.mlm_probability, LETTER_IDS),
+        "processing_class": tokenizer,
+    }
+
+
+def without(sentences: Dataset, *others: Dataset) -> Dataset:
+    """The sentences that are in none of the others; small grammars have few, and the same ones are drawn again."""
+    known = pyarrow.concat_arrays([as_strings(chunk) for other in others for chunk in other.data["input_ids"].chunks])
+    chunks = [as_strings(chunk) for chunk in sentences.data["input_ids"].chunks]
+    is_known = pyarrow.compute.is_in(pyarrow.chunked_array(chunks), value_set=known).to_numpy()
+    return sentences if not is_known.any() else sentences.select((~is_known).nonzero()[0])
+
+
+def as_strings(letters: pyarrow.ListArray) -> pyarrow.BinaryArray:
+    """The same bytes, seen as one string a sentence."""
+    _, offsets, _, ids = letters.buffers()
+    return pyarrow.BinaryArray.from_buffers(pyarrow.binary(), len(letters), [None, offsets, ids], offset=letters.offset)
+
+
+if __name__ == "__main__":
+    main()
