@@ -105,6 +105,10 @@ class CurriculumDistillationConfig(TrainingArguments):
         metadata={"help": "Kind of fixed matrix: 'gaussian', 'rademacher', 'orthogonal' or 'identity' (first units)."},
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of the projections and of the calibration sample."})
+    shared_projection: bool = field(
+        default=False,
+        metadata={"help": "Whether all layers have the same matrix, so that a residual stream keeps one basis."},
+    )
     standardize_targets: bool = field(
         default=True,
         metadata={"help": "Whether projected states are standardised (calibration sample's mean and deviation)."},

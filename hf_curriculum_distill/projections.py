@@ -60,12 +60,15 @@ class ProjectionBank:
         teacher_dims: Sequence[int],
         kind: str = "gaussian",
         seed: int = 0,
+        shared: bool = False,
     ) -> ProjectionBank:
         """Draw one matrix `[student_dim, teacher_dim]` a pair.
 
         Entries of `gaussian` and `rademacher` have variance `1 / teacher_dim`; `orthogonal` has orthonormal rows (or
         scaled orthonormal columns, where the student is wider); `identity` copies the first `student_dim` units.
-        A pair's matrix depends on the seed and the pair alone, on every machine.
+        A pair's matrix depends on the seed and the pair alone, on every machine; with `shared` on the seed alone, so
+        that pairs of the same dims have the same matrix. In a residual stream one layer's states are mostly the next
+        one's: a shared matrix keeps them in one basis, where a matrix for each layer makes every stage learn another.
 
         Raises:
             ValueError: unknown kind, dims that do not match the pairs, or `identity` for a student that is wider.
@@ -80,9 +83,9 @@ class ProjectionBank:
             )
         projections = {}
         for pair, student_dim, teacher_dim in zip(pairs, student_dims, teacher_dims, strict=True):
-            weight = _draw(kind, student_dim, teacher_dim, _pair_seed(seed, pair))
+            weight = _draw(kind, student_dim, teacher_dim, _pair_seed(seed, (0, 0) if shared else pair))
             projections[pair] = _Projection(weight, torch.zeros(student_dim), torch.ones(student_dim))
-        return cls(projections, {"kind": kind, "seed": seed}, frozen=False)
+        return cls(projections, {"kind": kind, "seed": seed, "shared": shared}, frozen=False)
 
     @property
     def layer_pairs(self) -> tuple[LayerPair, ...]:

@@ -505,7 +505,13 @@ class CurriculumDistillationTrainer(Trainer):
         dims = self._student.hidden_size, self.teacher.partial_forward.hidden_size
         if given is None:
             each = [[dim] * len(pairs) for dim in dims]
-            given = ProjectionBank.create(pairs, *each, kind=self.args.projection, seed=self.args.projection_seed)
+            given = ProjectionBank.create(
+                pairs,
+                *each,
+                kind=self.args.projection,
+                seed=self.args.projection_seed,
+                shared=self.args.shared_projection,
+            )
         given.check_fits(pairs, *dims)
         return given.to(self.args.device)
 

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pyarrow
 import pyarrow.compute
@@ -25,8 +26,7 @@ from transformers import BertConfig, BertForMaskedLM, PrinterCallback, TrainerCa
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.report import format_summary
-from hf_curriculum_distill.results import write_results
-from hf_curriculum_distill.runs import plan_runs, train_student
+from hf_curriculum_distill.runs import plan_runs, train_all, train_student
 from hf_curriculum_distill.tasks.pcfg import GRAMMARS, LETTER_IDS, Grammar, pcfg_dataset, pcfg_tokenizer
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once
 
@@ -80,8 +80,6 @@ class RecipeArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of students and their data."})
 
     def __post_init__(self):
-        if isinstance(self.variants, str):
-            self.variants = json.loads(self.variants)
         if self.grammar not in GRAMMARS:
             raise ValueError(f"grammar is {self.grammar!r}; use one of {', '.join(GRAMMARS)}.")
         if self.evaluate_on not in HELDOUT_SEEDS:
@@ -124,7 +122,8 @@ class TrainingConfig(CurriculumDistillationConfig):
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
     logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    for name in (logger.name, "hf_curriculum_distill.runs"):
+        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # one line a run says more here than a bar a checkpoint
     try:
         runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
@@ -136,24 +135,10 @@ def main():
     )  # fmt: skip
     find_teacher(recipe, args)
 
-    results = []
-    for method, seeds in runs.items():
-        for run in seeds:
-            results.append(distil(recipe, run, method))
-            logger.info("%s, seed %d: %s", method, run.seed, describe(results[-1]))
-            if args.should_save:
-                write_results(args.output_dir, results)
+    results = train_all(runs, partial(distil, recipe), args.output_dir)
     if args.should_save:
         print("\n" + format_summary(results))
         print(f"\nplot: hf-curriculum-distill compare {args.output_dir}")
-
-
-def describe(result: dict) -> str:
-    if not result["finite"]:
-        return result["error"]
-    return (
-        f"masked top-1 {result['eval_accuracy']:.4f} after {result['samples']:,} sentences, {result['seconds']:.0f} s"
-    )
 
 
 def distil(recipe: RecipeArguments, args: TrainingConfig, method: str) -> dict:

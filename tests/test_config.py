@@ -28,6 +28,7 @@ OTHER_VALUES = {
     "label_loss_weight": [0.5, 1],
     "projection": ["rademacher", "orthogonal", "identity"],
     "projection_seed": [1, 2**40],
+    "shared_projection": [True],
     "standardize_targets": [False],
     "calibration_samples": [1, 10_000],
     "train_prefix": ["block"],

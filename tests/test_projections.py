@@ -69,6 +69,20 @@ def test_other_seeds_and_other_pairs_are_other_matrices(kind):
     assert two_pairs(kind).matrix_fingerprint != two_pairs(kind, seed=1).matrix_fingerprint
 
 
+@every_kind
+def test_a_shared_matrix_is_that_of_every_pair_of_these_dims_and_of_no_other_seed(kind):
+    def shared(pairs, seed=0):
+        return ProjectionBank.create(pairs, [4] * len(pairs), [6] * len(pairs), kind=kind, seed=seed, shared=True)
+
+    bank = shared([(1, 2), (2, 4)])
+    assert torch.equal(weight(bank), weight(bank, (2, 4)))
+    assert torch.equal(weight(bank), weight(shared([(1, 2)])))
+    bank.fit(teacher, batches([8]))
+    assert not torch.equal(bank.tensors()["layer_1_2.std"], bank.tensors()["layer_2_4.std"])
+    if kind != "identity":
+        assert not torch.equal(weight(bank), weight(shared([(1, 2)], seed=1)))
+
+
 def test_the_seed_gives_the_same_bank_on_every_machine():
     drawn = {kind: weight(ProjectionBank.create([(1, 2)], [2], [3], kind=kind, seed=0)) for kind in PROJECTIONS}
     expected = {kind: torch.tensor(KNOWN[kind]) for kind in PROJECTIONS}

@@ -728,6 +728,7 @@ def test_a_resumed_run_is_one_that_was_never_interrupted(config, teacher, exampl
         ({"layer_map": [[1, 1], [2, 4]]}, r"stages changed from .*\[1, 2\].* to .*\[1, 1\]"),
         ({"temperature": 2.0}, "settings.temperature changed from 1.0 to 2.0"),
         ({"projection_seed": 3}, "projection_matrices changed"),
+        ({"shared_projection": True}, "projection_matrices changed"),
         ({"method": "one_shot"}, "method changed from 'curriculum' to 'one_shot'"),
         ({"train_prefix": "block"}, "settings.train_prefix changed from 'joint' to 'block'"),
         ({"restart_schedule_per_stage": True}, "settings.restart_schedule_per_stage changed from False to True"),
