@@ -163,13 +163,14 @@ def trained_teacher(recipe: RecipeArguments, args: TrainingConfig) -> list[str]:
     state = os.path.join(recipe.teacher, "trainer_state.json")
     if not os.path.isfile(state):
         train_teacher(recipe, args)
-    config = transformers.AutoConfig if recipe.model == "transformer" else ParityMLPConfig
-    there = config.from_pretrained(recipe.teacher).support
-    if there != recipe.support:
-        raise SystemExit(
-            f"{recipe.teacher} holds a teacher of the parity of bits {there}, but the bits are {recipe.support}; "
-            "name another folder in --teacher."
-        )
+    wanted = make_model(recipe, recipe.teacher_width).config
+    there = type(wanted).from_pretrained(recipe.teacher)
+    for name in ("support", "input_size", "n_positions", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(there, name, None) != getattr(wanted, name, None):
+            raise SystemExit(
+                f"{recipe.teacher} holds a teacher with {name}={getattr(there, name, None)}, but the options ask for "
+                f"{getattr(wanted, name, None)}; name another folder in --teacher."
+            )
     with open(state, encoding="utf-8") as file:
         accuracy = {e["step"]: e["eval_accuracy"] for e in json.load(file)["log_history"] if "eval_accuracy" in e}
     logger.info("Teacher: held-out accuracy %.4f at step %d", accuracy[max(accuracy)], max(accuracy))

@@ -146,7 +146,11 @@ def test_a_second_launch_uses_the_teacher_that_is_there_and_takes_variants_as_js
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["--support", "0", "7"], r"holds a teacher of the parity of bits \[.*\], but the bits are \[0, 7\]; name ano"),
+        (
+            ["--support", "0", "7"],
+            r"holds a teacher with support=\[.*\], but the options ask for \[0, 7\]; name another",
+        ),
+        (["--teacher_width", "64"], r"holds a teacher with hidden_size=32, but the options ask for 64; name another"),
         (["--methods", "two_shot"], r"methods names 'two_shot'; use curriculum"),
         (
             ["--methods", "a", "--variants", '{"a": {"learning_rat": 1}}'],
