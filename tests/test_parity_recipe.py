@@ -148,7 +148,7 @@ def test_a_second_launch_uses_the_teacher_that_is_there_and_takes_variants_as_js
     [
         (
             ["--support", "0", "7"],
-            r"holds a teacher with support=\[.*\], but the options ask for \[0, 7\]; name another",
+            r"holds a teacher with support=\[.*\], but the options ask for \[0, 7\]; name",
         ),
         (["--teacher_width", "64"], r"holds a teacher with hidden_size=32, but the options ask for 64; name another"),
         (["--methods", "two_shot"], r"methods names 'two_shot'; use curriculum"),
