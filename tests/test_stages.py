@@ -203,7 +203,8 @@ def test_layers_count_from_one_and_zero_is_the_embeddings():
 def test_the_curriculum_shares_its_fraction_and_ends_in_logits(depth, order, fraction, keep_hidden):
     pairs = tuple((i, 2 * i) for i in range(1, depth + 1))
     logit_stage = {"kl_weight": 1.0, "hidden_weight": 0.5 if keep_hidden else 0.0}
-    *layers, logits = curriculum_stages(pairs, order, fraction, logit_stage)
+    *layers, logits = curriculum_stages(pairs, order, fraction, 0.25, logit_stage)
+    assert {stage.hidden_weight for stage in layers} == {0.25}
     matched = [stage.hidden for stage in layers]
     assert (
         matched
