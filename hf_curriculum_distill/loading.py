@@ -1,16 +1,20 @@
-"""Load a teacher for the student's task, and check that its answers mean what the student's do."""
+"""From what was given as teacher to who teaches: loaded for the student's task, checked against it, placed."""
 
 from __future__ import annotations
 
-import hashlib
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
+
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.online import OnlineTeacher
+from hf_curriculum_distill.teachers import CheckpointTeacher, FrozenTeacher, find_checkpoints
 
 # auto class -> the class names it stands for
 _TASKS = {
@@ -22,6 +26,52 @@ _TASKS = {
     "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForAudioClassification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
 }
+
+TeacherModel = PreTrainedModel | str | os.PathLike | Sequence[str | os.PathLike]
+
+
+def prepare_teacher(
+    teacher_model: TeacherModel,
+    student: PreTrainedModel,
+    args: CurriculumDistillationConfig,
+    processing_class: Any = None,
+) -> FrozenTeacher:
+    """The teacher for `args.method`, loaded, checked against the student and placed on `args.device`.
+
+    Raises:
+        ValueError: it doesn't fit the student or the method, or a folder holds no checkpoints.
+        OSError: there is no such model.
+    """
+    dtype = None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
+
+    def place(teacher: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
+        check_teacher(student, teacher, processing_class, name)
+        return teacher.to(device=args.device, dtype=dtype)
+
+    def load(name: str) -> PreTrainedModel:
+        return place(load_teacher(name, student, args.teacher_dtype), name)
+
+    if isinstance(teacher_model, PreTrainedModel):
+        kind = OnlineTeacher if args.method == "online" else FrozenTeacher
+        return kind(place(teacher_model))
+    if isinstance(teacher_model, (str, os.PathLike)):
+        name = os.fspath(teacher_model)
+        if args.method == "progressive":
+            return CheckpointTeacher(find_checkpoints(name), load, args.teacher_schedule)
+        kind = OnlineTeacher if args.method == "online" else FrozenTeacher
+        return kind(load(name), name)
+    folders = list(teacher_model) if isinstance(teacher_model, Sequence) else []
+    if not folders or not all(isinstance(folder, (str, os.PathLike)) for folder in folders):
+        raise ValueError(
+            f"teacher_model is a {type(teacher_model).__name__}; pass a PreTrainedModel, its name or folder, or, for "
+            "method='progressive', a list of folders."
+        )
+    if args.method != "progressive":
+        raise ValueError(
+            f"teacher_model is a list of {len(folders)} checkpoints, but method is {args.method!r}; one teacher is "
+            "needed, or method='progressive'."
+        )
+    return CheckpointTeacher([os.fspath(folder) for folder in folders], load, args.teacher_schedule)
 
 
 def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) -> PreTrainedModel:
@@ -94,14 +144,3 @@ def _has_tokenizer(name: str) -> bool:
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     return any(cached_file(name, file, **lenient) for file in files)
-
-
-def weights_fingerprint(model: nn.Module, samples: int = 64) -> str:
-    """SHA-256 over evenly spaced values of every parameter: training changes it, another device does not."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        spaced = flat[:: max(1, flat.numel() // samples)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(spaced.numpy().tobytes())
-    return digest.hexdigest()

@@ -1,31 +1,20 @@
-"""Who teaches: a frozen model, its checkpoints one after another, or a model that learns alongside the student."""
+"""Who teaches: a frozen model, or its checkpoints one after another."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_curriculum_distill import losses
-from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers import PartialForward
-from hf_curriculum_distill.loading import check_teacher, load_teacher, weights_fingerprint
-from hf_curriculum_distill.schedules import schedule_factor
-
-TeacherModel = PreTrainedModel | str | os.PathLike | Sequence[str | os.PathLike]
-
-OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 class FrozenTeacher:
@@ -137,156 +126,6 @@ class CheckpointTeacher(FrozenTeacher):
             )
 
 
-class OnlineTeacher(FrozenTeacher):
-    """A teacher that learns the task from the labels while it teaches, with an optimizer of its own.
-
-    It answers in eval mode and without gradients, then trains on the same micro-batch; its gradients are summed over
-    processes here, because nothing wraps it.
-    """
-
-    def __init__(self, model: PreTrainedModel, name: str | None = None):
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        super().__init__(model.float(), name)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        self._step = 0
-
-    def start(self, args: CurriculumDistillationConfig, max_steps: int, decayed: Collection[str]) -> None:
-        """Begin training: optimizer and schedule are the student's, but for `args.teacher_learning_rate`.
-
-        Args:
-            decayed: names of the parameters that weight decay applies to.
-        """
-        args = copy.copy(args)
-        args.learning_rate = args.teacher_learning_rate or args.learning_rate
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, self.model)
-        trained = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for name, p in trained if name in decayed], "weight_decay": args.weight_decay},
-            {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-        ]
-        self._optimizer = optimizer_class(groups, **options)
-        self._learning_rate = args.learning_rate
-        self._schedule = schedule_factor(
-            args.lr_scheduler_type,
-            max_steps,
-            args.learning_rate,
-            args.get_warmup_steps(max_steps),
-            args.lr_scheduler_kwargs or {},
-        )
-        self._step = 0
-
-    def learn(
-        self,
-        inputs: Mapping[str, Any],
-        rows: Tensor,
-        labels: Tensor,
-        num_rows: Tensor,
-        gather: bool,
-        accelerator: Accelerator,
-        args: CurriculumDistillationConfig,
-    ) -> Tensor:
-        """Train on a micro-batch, with an optimizer step on the last one; returns its share of the mean loss."""
-        self.model.train()
-        with accelerator.autocast():
-            _, logits = self.partial_forward(self.model, self._known(inputs), logits=True, rows=rows, gather=gather)
-        loss = losses.cross_entropy(logits, labels, args.label_smoothing_factor) / num_rows
-        loss.backward()
-        self.model.eval()
-        if accelerator.sync_gradients:
-            parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-            if args.world_size > 1:
-                over = "sum" if args.average_tokens_across_devices else "mean"  # num_rows is global, or this process's
-                for parameter in parameters:
-                    parameter.grad = accelerator.reduce(parameter.grad, over)
-            if args.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._learning_rate * self._schedule(self._step)
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-            self._step += 1
-        return loss.detach()
-
-    def save(self, folder: str) -> None:
-        """Write the model and the optimizer's state, as safetensors both."""
-        self.model.save_pretrained(folder)
-        state = self._optimizer.state_dict()["state"]
-        tensors = {
-            f"{index}.{name}": torch.as_tensor(value).contiguous()
-            for index, values in state.items()
-            for name, value in values.items()
-            if value is not None
-        }
-        save_file(tensors, os.path.join(folder, OPTIMIZER_FILE))
-
-    def load(self, folder: str, step: int) -> None:
-        """Continue from what [`save`] wrote after so many optimizer steps; [`start`] comes first."""
-        if not os.path.isfile(os.path.join(folder, OPTIMIZER_FILE)):
-            raise FileNotFoundError(
-                f"{folder} holds no online teacher; method='online' resumes from the teacher's checkpoint beside the "
-                "student's. Start a new run, or restore that folder."
-            )
-        self.model.load_state_dict(type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict())
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in load_file(os.path.join(folder, OPTIMIZER_FILE)).items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = tensor
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self._step = step
-
-
-def prepare_teacher(
-    teacher_model: TeacherModel,
-    student: PreTrainedModel,
-    args: CurriculumDistillationConfig,
-    processing_class: Any = None,
-) -> FrozenTeacher:
-    """The teacher for `args.method`, loaded, checked against the student and placed on `args.device`.
-
-    Raises:
-        ValueError: it doesn't fit the student or the method, or a folder holds no checkpoints.
-        OSError: there is no such model.
-    """
-    dtype = None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
-
-    def place(teacher: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
-        check_teacher(student, teacher, processing_class, name)
-        return teacher.to(device=args.device, dtype=dtype)
-
-    def load(name: str) -> PreTrainedModel:
-        return place(load_teacher(name, student, args.teacher_dtype), name)
-
-    if isinstance(teacher_model, PreTrainedModel):
-        kind = OnlineTeacher if args.method == "online" else FrozenTeacher
-        return kind(place(teacher_model))
-    if isinstance(teacher_model, (str, os.PathLike)):
-        name = os.fspath(teacher_model)
-        if args.method == "progressive":
-            return CheckpointTeacher(find_checkpoints(name), load, args.teacher_schedule)
-        kind = OnlineTeacher if args.method == "online" else FrozenTeacher
-        return kind(load(name), name)
-    folders = list(teacher_model) if isinstance(teacher_model, Sequence) else []
-    if not folders or not all(isinstance(folder, (str, os.PathLike)) for folder in folders):
-        raise ValueError(
-            f"teacher_model is a {type(teacher_model).__name__}; pass a PreTrainedModel, its name or folder, or, for "
-            "method='progressive', a list of folders."
-        )
-    if args.method != "progressive":
-        raise ValueError(
-            f"teacher_model is a list of {len(folders)} checkpoints, but method is {args.method!r}; one teacher is "
-            "needed, or method='progressive'."
-        )
-    return CheckpointTeacher([os.fspath(folder) for folder in folders], load, args.teacher_schedule)
-
-
-def teacher_folder(checkpoint: str) -> str:
-    """Where an online teacher's state lies beside a student's checkpoint folder."""
-    output_dir, name = os.path.split(os.path.normpath(checkpoint))
-    return os.path.join(output_dir, "_teacher", name)
-
-
 def find_checkpoints(name: str) -> list[str]:
     """The `checkpoint-STEP` folders in a folder, by step; the name itself where it is one model.
 
@@ -310,3 +149,14 @@ def find_checkpoints(name: str) -> list[str]:
 def _steps_of(folder: str) -> int | None:
     match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", os.path.basename(os.path.normpath(folder)))
     return int(match[1]) if match else None
+
+
+def weights_fingerprint(model: nn.Module, samples: int = 64) -> str:
+    """SHA-256 over evenly spaced values of every parameter: training changes it, another device does not."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        spaced = flat[:: max(1, flat.numel() // samples)].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(spaced.numpy().tobytes())
+    return digest.hexdigest()

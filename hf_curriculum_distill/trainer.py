@@ -26,13 +26,15 @@ from hf_curriculum_distill.cost import count_flops
 from hf_curriculum_distill.counting import answers_per_token, count, counted_rows, label_weights, position_weights
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.ledger import Ledger
+from hf_curriculum_distill.loading import TeacherModel, prepare_teacher
 from hf_curriculum_distill.metrics import TeacherComparison
+from hf_curriculum_distill.online import OnlineTeacher, teacher_folder
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.randomness import preserved_random_state
 from hf_curriculum_distill.record import check_resumable, make_record, read_record, write_record
 from hf_curriculum_distill.schedules import restarted_schedule
 from hf_curriculum_distill.stages import Stage, StageScheduler, parse_layer_pairs
-from hf_curriculum_distill.teachers import FrozenTeacher, OnlineTeacher, TeacherModel, prepare_teacher, teacher_folder
+from hf_curriculum_distill.teachers import FrozenTeacher
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from transformers import (
     BertModel,
 )
 
-from hf_curriculum_distill.loading import check_teacher, load_teacher, weights_fingerprint
-from hf_curriculum_distill.teachers import FrozenTeacher
+from hf_curriculum_distill.loading import check_teacher, load_teacher
+from hf_curriculum_distill.teachers import FrozenTeacher, weights_fingerprint
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "wav2vec2", "mixtral"])

@@ -1,0 +1,127 @@
+"""A teacher that trains alongside the student: its optimizer, its steps, its checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+
+from hf_curriculum_distill import losses
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.schedules import schedule_factor
+from hf_curriculum_distill.teachers import FrozenTeacher
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+class OnlineTeacher(FrozenTeacher):
+    """A teacher that learns the task from the labels while it teaches, with an optimizer of its own.
+
+    It answers in eval mode and without gradients, then trains on the same micro-batch; its gradients are summed over
+    processes here, because nothing wraps it.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str | None = None):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(model.float(), name)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._step = 0
+
+    def start(self, args: CurriculumDistillationConfig, max_steps: int, decayed: Collection[str]) -> None:
+        """Begin training: optimizer and schedule are the student's, but for `args.teacher_learning_rate`.
+
+        Args:
+            decayed: names of the parameters that weight decay applies to.
+        """
+        args = copy.copy(args)
+        args.learning_rate = args.teacher_learning_rate or args.learning_rate
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, self.model)
+        trained = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for name, p in trained if name in decayed], "weight_decay": args.weight_decay},
+            {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+        ]
+        self._optimizer = optimizer_class(groups, **options)
+        self._learning_rate = args.learning_rate
+        self._schedule = schedule_factor(
+            args.lr_scheduler_type,
+            max_steps,
+            args.learning_rate,
+            args.get_warmup_steps(max_steps),
+            args.lr_scheduler_kwargs or {},
+        )
+        self._step = 0
+
+    def learn(
+        self,
+        inputs: Mapping[str, Any],
+        rows: Tensor,
+        labels: Tensor,
+        num_rows: Tensor,
+        gather: bool,
+        accelerator: Accelerator,
+        args: CurriculumDistillationConfig,
+    ) -> Tensor:
+        """Train on a micro-batch, with an optimizer step on the last one; returns its share of the mean loss."""
+        self.model.train()
+        with accelerator.autocast():
+            _, logits = self.partial_forward(self.model, self._known(inputs), logits=True, rows=rows, gather=gather)
+        loss = losses.cross_entropy(logits, labels, args.label_smoothing_factor) / num_rows
+        loss.backward()
+        self.model.eval()
+        if accelerator.sync_gradients:
+            parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+            if args.world_size > 1:
+                over = "sum" if args.average_tokens_across_devices else "mean"  # num_rows is global, or this process's
+                for parameter in parameters:
+                    parameter.grad = accelerator.reduce(parameter.grad, over)
+            if args.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._learning_rate * self._schedule(self._step)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self._step += 1
+        return loss.detach()
+
+    def save(self, folder: str) -> None:
+        """Write the model and the optimizer's state, as safetensors both."""
+        self.model.save_pretrained(folder)
+        state = self._optimizer.state_dict()["state"]
+        tensors = {
+            f"{index}.{name}": torch.as_tensor(value).contiguous()
+            for index, values in state.items()
+            for name, value in values.items()
+            if value is not None
+        }
+        save_file(tensors, os.path.join(folder, OPTIMIZER_FILE))
+
+    def load(self, folder: str, step: int) -> None:
+        """Continue from what [`save`] wrote after so many optimizer steps; [`start`] comes first."""
+        if not os.path.isfile(os.path.join(folder, OPTIMIZER_FILE)):
+            raise FileNotFoundError(
+                f"{folder} holds no online teacher; method='online' resumes from the teacher's checkpoint beside the "
+                "student's. Start a new run, or restore that folder."
+            )
+        self.model.load_state_dict(type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict())
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in load_file(os.path.join(folder, OPTIMIZER_FILE)).items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = tensor
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._step = step
+
+
+def teacher_folder(checkpoint: str) -> str:
+    """Where an online teacher's state lies beside a student's checkpoint folder."""
+    output_dir, name = os.path.split(os.path.normpath(checkpoint))
+    return os.path.join(output_dir, "_teacher", name)
