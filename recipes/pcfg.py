@@ -1,7 +1,7 @@
 """Grammar: a masked language model that learnt to parse, and students that learn from it by several methods.
 
-Teacher, five methods, three seeds each, sentences of 22 letters, two CPU cores, about 10 minutes:
-    OMP_NUM_THREADS=2 accelerate launch --cpu recipes/pcfg.py --config recipes/configs/pcfg/demo.yaml
+Teacher, five ways to learn, three seeds each, sentences of 22 letters, one CPU core, about 10 minutes:
+    accelerate launch --cpu recipes/pcfg.py --config recipes/configs/pcfg/demo.yaml
 What comes out: results.json and a table; again, with a plot, by `hf-curriculum-distill compare runs/pcfg/demo`.
 
 Sentences of a context-free grammar (see hf_curriculum_distill/tasks/pcfg.py), of whose letters 30 % are masked. Every
