@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -14,8 +18,9 @@ class Ledger:
 
     Attributes:
         flops: student's and teacher's floating-point operations since the start of the run, of this process.
-        total_flops: the same of all processes, as of the last [`reduce_flops`].
+        total_flops: the same of all processes, as of the last log or checkpoint.
         flops_per_input: the same for one element of the model's main input, by stage: measured once a stage.
+        unlogged: what each process has added up since the last log, as of the last checkpoint: plain JSON values.
     """
 
     def __init__(self):
@@ -24,9 +29,10 @@ class Ledger:
         self.flops = [0.0, 0.0]
         self.total_flops = {"student_flops": 0.0, "teacher_flops": 0.0}
         self.flops_per_input: dict[int, list[float]] = {}
+        self.unlogged: dict[str, Any] = {}
 
     def start(self, step: int) -> None:
-        """Forget the terms of an interrupted run; the next log averages from `step` on."""
+        """Forget the terms that were logged; the next log averages from `step` on."""
         self._terms, self._first_step = {}, step
 
     def add_terms(self, terms: Mapping[str, Tensor]) -> None:
@@ -48,7 +54,43 @@ class Ledger:
 
     def reduce_flops(self, accelerator: Accelerator) -> dict[str, float]:
         """Bring `total_flops` up to date and return it. Every process must take part."""
-        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        totals = accelerator.reduce(torch.tensor(self.flops, dtype=dtype, device=accelerator.device), "sum").tolist()
+        totals = accelerator.reduce(_on_device(self.flops, accelerator), "sum").tolist()
         self.total_flops = dict(zip(self.total_flops, totals, strict=True))
         return self.total_flops
+
+    def collect(self, accelerator: Accelerator, loss: Tensor) -> None:
+        """Bring `unlogged` and `total_flops` up to date before a checkpoint. Every process must take part.
+
+        Args:
+            loss: this process's loss since the last log, which Trainer adds up.
+        """
+        self.reduce_flops(accelerator)
+        own = [*self.flops, *(float(value) for value in (loss, *self._terms.values()))]
+        processes = accelerator.gather(_on_device(own, accelerator)[None]).tolist()
+        self.unlogged = {"first_step": self._first_step, "terms": list(self._terms), "processes": processes}
+
+    def restore(self, record: Mapping[str, Any], accelerator: Accelerator) -> float:
+        """Go on from a checkpoint's record; returns this process's loss since the last log."""
+        self.total_flops = {name: record[name] for name in self.total_flops}
+        self.flops_per_input = {int(index): rates for index, rates in record["flops_per_input"].items()}
+        self.start(record["unlogged"]["first_step"])
+        processes = record["unlogged"]["processes"]
+        if len(processes) == accelerator.num_processes:
+            own = processes[accelerator.process_index]
+        else:
+            logger.warning(
+                "The checkpoint is of %d processes and %d resume it: the data come in another order, and the next "
+                "logged averages are approximate.",
+                len(processes),
+                accelerator.num_processes,
+            )
+            own = [sum(values) / accelerator.num_processes for values in zip(*processes, strict=True)]
+        *self.flops, loss = own[:3]
+        for name, value in zip(record["unlogged"]["terms"], own[3:], strict=True):
+            self._terms[name] = torch.tensor(value, device=accelerator.device)
+        return loss
+
+
+def _on_device(values: list[float], accelerator: Accelerator) -> Tensor:
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    return torch.tensor(values, dtype=dtype, device=accelerator.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_curriculum_distill.schedules import schedule_factor
 from hf_curriculum_distill.teachers import FrozenTeacher
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+_FOLDER = "_teacher"  # the underscore keeps it from the Hub
 
 
 class OnlineTeacher(FrozenTeacher):
@@ -106,11 +108,6 @@ class OnlineTeacher(FrozenTeacher):
 
     def load(self, folder: str, step: int) -> None:
         """Continue from what [`save`] wrote after so many optimizer steps; [`start`] comes first."""
-        if not os.path.isfile(os.path.join(folder, OPTIMIZER_FILE)):
-            raise FileNotFoundError(
-                f"{folder} holds no online teacher; method='online' resumes from the teacher's checkpoint beside the "
-                "student's. Start a new run, or restore that folder."
-            )
         self.model.load_state_dict(type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict())
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in load_file(os.path.join(folder, OPTIMIZER_FILE)).items():
@@ -124,4 +121,12 @@ class OnlineTeacher(FrozenTeacher):
 def teacher_folder(checkpoint: str) -> str:
     """Where an online teacher's state lies beside a student's checkpoint folder."""
     output_dir, name = os.path.split(os.path.normpath(checkpoint))
-    return os.path.join(output_dir, "_teacher", name)
+    return os.path.join(output_dir, _FOLDER, name)
+
+
+def remove_old_teachers(output_dir: str) -> None:
+    """Remove the states whose student's checkpoint is gone."""
+    teachers = os.path.join(output_dir, _FOLDER)
+    old = set(os.listdir(teachers)) - set(os.listdir(output_dir)) if os.path.isdir(teachers) else ()
+    for name in old:
+        shutil.rmtree(os.path.join(teachers, name), ignore_errors=True)

@@ -1,7 +1,8 @@
-"""Random draws that leave the run's own random states, hence its data order and dropout, alone."""
+"""Random draws kept apart, so that what one part of a run draws changes nothing in another."""
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
 
     With a seed, the block inside starts from it.
     """
-    python, numpy = random.getstate(), np.random.get_state()
+    host = _host_states()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         if seed is not None:
@@ -26,5 +27,48 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+            _set_host_states(host)
+
+
+class RandomStream:
+    """Random states of the host that go on, whenever they are active, where they stopped the last time.
+
+    Loading data draws from such a stream, so that it neither changes what training draws (dropout) nor depends on it.
+    """
+
+    def __init__(self):
+        self._states = None
+
+    def restart(self, *seed: object) -> None:
+        with self:
+            seed_host(*seed)
+
+    def __enter__(self) -> None:
+        self._exchange()
+
+    def __exit__(self, *_) -> None:
+        self._exchange()
+
+    def _exchange(self) -> None:
+        states = _host_states()
+        if self._states is not None:
+            _set_host_states(self._states)
+        self._states = states
+
+
+def seed_host(*seed: object) -> None:
+    """Start Python's, NumPy's and torch's generators of the host from anything that prints the same every time."""
+    number = int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "big")
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.default_generator.manual_seed(number)
+
+
+def _host_states() -> tuple:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_host_states(states: tuple) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])

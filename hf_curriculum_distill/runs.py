@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from hf_curriculum_distill.config import METHODS, CurriculumDistillationConfig
 from hf_curriculum_distill.results import write_results
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
@@ -109,7 +107,8 @@ def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[s
     run = {"method": method, "seed": args.seed, "path": args.output_dir}
     start = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=_checkpoint_to_resume(args))
+        resumed = args.resume_from_checkpoint
+        trainer.train(resume_from_checkpoint=resumed if resumed is None or os.path.isdir(resumed) else True)
         seconds = time.monotonic() - start
         metrics = trainer.evaluate()
     except FloatingPointError as error:
@@ -127,9 +126,3 @@ def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[s
         "seconds": seconds,
         "finite": True,
     }
-
-
-def _checkpoint_to_resume(args: CurriculumDistillationConfig) -> str | None:
-    if args.resume_from_checkpoint is None or os.path.isdir(args.resume_from_checkpoint):
-        return args.resume_from_checkpoint
-    return get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None

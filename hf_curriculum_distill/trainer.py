@@ -8,19 +8,21 @@ import logging
 import math
 import os
 import random
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import broadcast
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from hf_curriculum_distill import losses
+from hf_curriculum_distill.batches import SeededBatches
+from hf_curriculum_distill.checkpoints import check_writable, find_last_checkpoint, list_files, read_whole
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import count_flops
 from hf_curriculum_distill.counting import answers_per_token, count, counted_rows, label_weights, position_weights
@@ -28,10 +30,10 @@ from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.ledger import Ledger
 from hf_curriculum_distill.loading import TeacherModel, prepare_teacher
 from hf_curriculum_distill.metrics import TeacherComparison
-from hf_curriculum_distill.online import OnlineTeacher, teacher_folder
+from hf_curriculum_distill.online import OnlineTeacher, remove_old_teachers, teacher_folder
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.randomness import preserved_random_state
-from hf_curriculum_distill.record import check_resumable, make_record, read_record, write_record
+from hf_curriculum_distill.randomness import RandomStream, preserved_random_state
+from hf_curriculum_distill.record import check_resumable, make_record, write_record
 from hf_curriculum_distill.schedules import restarted_schedule
 from hf_curriculum_distill.stages import Stage, StageScheduler, parse_layer_pairs
 from hf_curriculum_distill.teachers import FrozenTeacher
@@ -75,6 +77,7 @@ class CurriculumDistillationTrainer(Trainer):
         self.stage_scheduler: StageScheduler | None = None
         self.teacher: FrozenTeacher | None = None
         self.projection_bank: ProjectionBank | None = None
+        self._resumed: dict[str, Any] | None = None
         distils = teacher_model is not None or getattr(args, "stages", None) is not None
         if distils:
             args = TrainingArguments("tmp_trainer") if args is None else args
@@ -100,6 +103,10 @@ class CurriculumDistillationTrainer(Trainer):
         # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
         self._ledger = Ledger()
+        self._loading = RandomStream()
+        self._batches: SeededBatches | None = None
+        self._position = {"epoch": 0, "batches": 0}
+        self._total_loss_scalar = 0.0
         self._stage_index: int | None = None
         self._comparison: TeacherComparison | None = None
         self._resolve_steps()
@@ -143,10 +150,36 @@ class CurriculumDistillationTrainer(Trainer):
 
     # ---- one batch ----
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer`; while training, a batch's random draws belong to the batch: see [`SeededBatches`]."""
+        data = self.train_dataset
+        if not (self._declared_stages and self.is_in_train) or isinstance(data, IterableDataset):
+            return super().get_train_dataloader()
+        if isinstance(data, datasets.Dataset):
+            data = self._remove_unused_columns(data, description="Training")
+        self._batches = SeededBatches(data, self._data_seed)
+        return self._get_dataloader(
+            dataset=self._batches,
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=lambda _: self._get_train_sampler(data),
+            is_training=True,
+        )
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As `Trainer`, but counts what the losses are divided by over all micro-batches and processes."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not self._declared_stages or not batches:
+        if not self._declared_stages:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._position["batches"]:
+            torch.empty((), dtype=torch.int64).random_()  # a DataLoader's draw at its start: dropout stays Trainer's
+        with self._loading:
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._position["batches"] += len(batches)
+        if not batches:
             return batches, num_items
         counts = torch.stack([count(self.model, batch).to(device) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -303,31 +336,62 @@ class CurriculumDistillationTrainer(Trainer):
     # ---- the whole run ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """As `Trainer`. Calibrates the projection bank first, or reads it from the checkpoint to resume from."""
+        """As `Trainer`. Calibrates the projection bank first, or reads it from the checkpoint to resume from.
+
+        `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end or, where there is
+        none yet, starts from the beginning.
+        """
         if not self._declared_stages:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        self._ledger = Ledger()
+        self._ledger, self._resumed = Ledger(), None
+        if self.args.should_save:
+            check_writable(self.args.output_dir)
         if isinstance(self.teacher, OnlineTeacher):
             decayed = self.get_decay_parameter_names(self.teacher.model)
             self.teacher.start(self.args, self.stage_scheduler.max_steps, decayed)
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # True: let Trainer complain
+            resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning("%s has no whole checkpoint; training starts from the beginning", self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
             self._resume(resume_from_checkpoint)
         elif self.projection_bank is not None and not self.projection_bank.frozen:
             self._calibrate()
         self._stage_index = None
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._release_models()
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        trained = super()._init_training_state(*args)
+        if self._resumed is None or hasattr(self.train_dataset, "__len__") or self.args.ignore_data_skip:
+            return trained
+        # a stream may have ended and begun again since the run's first step, which Trainer cannot know
+        return self._resumed["epoch"], self._resumed["batches"]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self._declared_stages and self.state.global_step >= self.state.max_steps:
-            return  # a finished run that is resumed: Trainer would train one step more
+        if self._declared_stages:
+            self._restore_logs()
+            if self.state.global_step >= self.state.max_steps:
+                return  # a finished run that is resumed: Trainer would train one step more
+            epoch, resumes = kwargs["epoch"], kwargs["epoch"] == kwargs["epochs_trained"]
+            self._position = {"epoch": epoch, "batches": kwargs["steps_trained_in_current_epoch"] if resumes else 0}
+            self._loading.restart(self._data_seed, epoch)
+            if self._batches is not None:
+                self._batches.epoch.fill_(epoch)
         super()._run_epoch(*args, **kwargs)
+
+    def _restore_logs(self) -> None:
+        """After a resume: go on with the averages that the next log will write."""
+        if self._resumed is not None:
+            self._tr_loss += self._ledger.restore(self._resumed, self.accelerator)
+            self._total_loss_scalar = self._resumed["unlogged"]["total_loss"]
+            self._globalstep_last_logged = self._resumed["unlogged"]["first_step"]
+            self._resumed = None
 
     def _release_models(self) -> None:
         self._student.remove()
@@ -364,6 +428,8 @@ class CurriculumDistillationTrainer(Trainer):
         if self._declared_stages and self.is_in_train and ("loss" in logs or "train_loss" in logs):
             terms, flops = self._finite_terms(), self._ledger.reduce_flops(self.accelerator)
             logs |= flops
+            if "train_loss" in logs:  # of the whole run, resumed or not
+                logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
             if "loss" in logs:
                 logs |= {"stage": self._stage_index} | terms
                 self._ledger.start(self.state.global_step)
@@ -390,7 +456,6 @@ class CurriculumDistillationTrainer(Trainer):
                 self.control.should_log = True  # no logged average mixes two stages
             if self.control.should_save or self.control.should_evaluate:
                 self._finite_terms()
-                self._ledger.reduce_flops(self.accelerator)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- evaluation ----
@@ -438,20 +503,36 @@ class CurriculumDistillationTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """As `Trainer`; an online teacher's checkpoint goes into a folder of its own, and goes when the student's does.
+        """As `Trainer`. Where it fails, the checkpoint before it stays, and what was written is not resumed from."""
+        if self._declared_stages:
+            self._ledger.collect(self.accelerator, self._tr_loss)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not self._declared_stages:
+                raise
+            last = find_last_checkpoint(self.args.output_dir)
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written to {self.args.output_dir} "
+                f"({error}); the last whole one is {last}. Make room, or check the disk, and resume from there."
+            ) from error
+        if isinstance(self.teacher, OnlineTeacher) and self.args.should_save:
+            remove_old_teachers(self._get_output_dir(trial=trial))
 
-        The folder's name starts with an underscore, which keeps it from the Hub.
-        """
-        online = isinstance(self.teacher, OnlineTeacher) and not self.args.save_only_model
-        if online and self.args.should_save:
-            students = self._get_output_dir(trial=trial)
-            folder = teacher_folder(os.path.join(students, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
-            self.teacher.save(folder)
-        super()._save_checkpoint(model, trial)
-        if online and self.args.should_save:
-            teachers = os.path.dirname(folder)
-            for name in set(os.listdir(teachers)) - set(os.listdir(students)):
-                shutil.rmtree(os.path.join(teachers, name), ignore_errors=True)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As `Trainer`; an online teacher is part of what the next step needs."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if isinstance(self.teacher, OnlineTeacher) and self.args.should_save:
+            self.teacher.save(teacher_folder(output_dir))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As `Trainer`, whose last files but one these are: then the record lists them, which makes them a whole."""
+        super()._save_rng_state(output_dir)
+        if self._declared_stages:
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                beside = [teacher_folder(output_dir)] if isinstance(self.teacher, OnlineTeacher) else []
+                write_record(output_dir, self._record() | {"files": list_files(output_dir, *beside)})
 
     def _record(self) -> dict[str, Any]:
         return make_record(
@@ -460,13 +541,15 @@ class CurriculumDistillationTrainer(Trainer):
             self.teacher,
             self.projection_bank,
             step=self.state.global_step,
+            **self._position,
+            unlogged=self._ledger.unlogged | {"total_loss": self._total_loss_scalar},
             samples_per_step=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             **self._ledger.total_flops,
             flops_per_input=self._ledger.flops_per_input,
         )
 
     def _resume(self, checkpoint: str) -> None:
-        record = read_record(checkpoint)
+        self._resumed = record = read_whole(checkpoint)
         check_resumable(record, self._record(), checkpoint)
         if self.projection_bank is not None:
             bank = ProjectionBank.from_pretrained(checkpoint).to(self.args.device)
@@ -478,11 +561,6 @@ class CurriculumDistillationTrainer(Trainer):
             self.projection_bank = bank
         if isinstance(self.teacher, OnlineTeacher):
             self.teacher.load(teacher_folder(checkpoint), record["step"])
-        world_size = self.args.world_size
-        self._ledger.total_flops = {name: record[name] for name in ("student_flops", "teacher_flops")}
-        self._ledger.flops = [total / world_size for total in self._ledger.total_flops.values()]
-        self._ledger.flops_per_input = {int(index): rates for index, rates in record["flops_per_input"].items()}
-        self._ledger.start(record["step"])
 
     # ---- set-up ----
 

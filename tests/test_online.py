@@ -281,9 +281,8 @@ def test_resuming_without_the_teachers_folder_says_what_is_missing(run, saved):
     folder = saved[1]
     os.rename(os.path.join(folder, "_teacher"), os.path.join(folder, "lost"))
     original = tiny_bert(4, width=24, seed=2, initializer_range=0.3)
-    with pytest.raises(
-        FileNotFoundError, match=r"_teacher/checkpoint-4 holds no online teacher; .* restore that folder"
-    ):
+    missing = r"_teacher/checkpoint-4/config.json, .*_teacher/checkpoint-4/optimizer.safetensors is missing"
+    with pytest.raises(FileNotFoundError, match=rf"checkpoint-4 is not whole: .*{missing}"):
         run(tiny_bert(2, seed=1), original, resume_from=os.path.join(folder, "checkpoint-4"))
 
 

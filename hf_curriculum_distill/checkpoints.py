@@ -1,0 +1,86 @@
+"""Which checkpoints are whole: a process can be killed while it writes one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+
+from hf_curriculum_distill.record import FILE_NAME, read_record
+
+logger = logging.getLogger(__name__)
+
+# Written behind the list, by Trainer.
+_UNLISTED = (FILE_NAME, TRAINER_STATE_NAME)
+
+
+def check_writable(folder: str) -> None:
+    """Raise an `OSError` now, rather than at the first checkpoint, if nothing can be written into a folder."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"output_dir {folder} cannot be written ({error}), and checkpoints go there; pass another one."
+        ) from error
+
+
+def list_files(checkpoint: str, *beside: str) -> dict[str, int]:
+    """Every file of a checkpoint folder, and of folders that belong to it, by relative path, with its bytes."""
+    paths = [os.path.join(root, name) for f in (checkpoint, *beside) for root, _, names in os.walk(f) for name in names]
+    sizes = {os.path.relpath(path, checkpoint): os.path.getsize(path) for path in sorted(paths)}
+    return {path: size for path, size in sizes.items() if path not in _UNLISTED}
+
+
+def read_whole(checkpoint: str) -> dict[str, Any]:
+    """The record of a checkpoint that was written to its end.
+
+    `curriculum.json` lists the checkpoint's files with their sizes once all of them are written; only Trainer's own
+    state comes later, and says at which step it was written.
+
+    Raises:
+        FileNotFoundError: the folder has no record, or files were lost since.
+        ValueError: it was not written to its end, or files were cut since.
+    """
+    record = read_record(checkpoint)
+    kind, wrong = ValueError, None
+    if "files" not in record:
+        wrong = "the run ended while it was written, or it was saved with save_only_model"
+    elif lost := [name for name in record["files"] if not os.path.isfile(os.path.join(checkpoint, name))]:
+        kind, wrong = FileNotFoundError, f"{', '.join(lost)} is missing"
+    else:
+        for name, size in record["files"].items():
+            if (there := os.path.getsize(os.path.join(checkpoint, name))) != size:
+                wrong = f"{name} has {there} bytes of {size}"
+        wrong = wrong or _state_mismatch(checkpoint, record["step"])
+    if wrong:
+        raise kind(
+            f"{checkpoint} is not whole: {wrong}. Resume from another checkpoint; resume_from_checkpoint=True finds "
+            "the last whole one."
+        )
+    return record
+
+
+def find_last_checkpoint(output_dir: str) -> str | None:
+    """The last checkpoint in a run's folder that is whole; those that are not are named in a warning."""
+    for checkpoint in reversed(sort_checkpoints(output_dir)):
+        try:
+            read_whole(checkpoint)
+        except (OSError, ValueError) as error:
+            logger.warning("Skipped: %s", error)
+        else:
+            return checkpoint
+    return None
+
+
+def _state_mismatch(checkpoint: str, step: int) -> str | None:
+    try:
+        with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
+            written = json.load(file)["global_step"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{TRAINER_STATE_NAME} is not readable ({error})"
+    return None if written == step else f"{TRAINER_STATE_NAME} is of step {written}, the rest of {step}"
