@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from hf_curriculum_distill.randomness import seed_host
+
+_UNSEEDED = -1
 
 
 class SeededBatches(Dataset):
     """A dataset whose random draws, and its collator's, depend on the seed, the epoch and the batch's examples alone.
 
-    The generators of the process that loads a batch (a worker, or the main one) are seeded as it begins to, so that
-    masks and augmentation need no history: a resumed run skips batches without loading them. `epoch` lies in memory
-    shared with persistent workers.
+    Within [`seeded`], the process that loads a batch (a worker, or the main one) seeds its generators as it begins to.
+    So masks and augmentation need no history: a resumed run skips batches without loading them.
     """
 
     def __init__(self, data: Any, *seed: object):
         self.data = data
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.epoch = torch.tensor(_UNSEEDED).share_memory_()  # persistent workers shall see it change
         self._seed = seed
 
     def __len__(self) -> int:
@@ -32,7 +34,21 @@ class SeededBatches(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """What a DataLoader asks for: the examples of one batch."""
-        seed_host(*self._seed, int(self.epoch), *map(int, indices))
+        if (epoch := int(self.epoch)) != _UNSEEDED:
+            seed_host(*self._seed, epoch, *map(int, indices))
         if hasattr(self.data, "__getitems__"):
             return self.data.__getitems__(indices)
         return [self.data[index] for index in indices]
+
+
+@contextmanager
+def seeded(dataloader: DataLoader, epoch: int) -> Iterator[None]:
+    """Seed the batches of a dataloader of [`SeededBatches`]; one of anything else is left alone."""
+    batches = dataloader.dataset if isinstance(getattr(dataloader, "dataset", None), SeededBatches) else None
+    if batches is not None:
+        batches.epoch.fill_(epoch)
+    try:
+        yield
+    finally:
+        if batches is not None:
+            batches.epoch.fill_(_UNSEEDED)

@@ -11,7 +11,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -77,8 +78,10 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     try:
         if path is not None:
             defaults = _read_yaml(path)
-            for key in defaults:
+            hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+            for key, value in defaults.items():
                 _check_option(str(key), parser, f"{path} sets")
+                _check_type(key, value, hints[key], path)
             for action in parser._actions:
                 action.required = action.required and action.dest not in defaults
             parser.set_defaults(**defaults)
@@ -96,7 +99,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; write `option: value` lines.")
@@ -110,6 +113,23 @@ def _check_option(key: str, parser: ArgumentParser, where: str) -> None:
         raise ValueError(
             f"{where} {key!r}, which is no option; " + (f"did you mean {near[0]}?" if near else "see --help.")
         )
+
+
+def _check_type(key: str, value: Any, hint: Any, path: str) -> None:
+    # argparse converts what is written as text, and takes any other default as it is
+    if not (_fits(value, hint) or (isinstance(value, str) and get_origin(hint) is not list)):
+        wanted = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
+        raise ValueError(f"{path} sets {key} to {value!r}, but it must be of type {wanted}; see --help.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(element, get_args(hint)[0]) for element in value)
+    if isinstance(value, bool) and hint in (int, float):
+        return False
+    return hint is Any or isinstance(value, (int, float) if hint is float else get_origin(hint) or hint)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,13 @@ METHODS = ("curriculum", "one_shot", "progressive", "online", "labels")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 # schedules that are no function of the step alone can't be restarted in each stage
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+_SWITCHES = (
+    "shared_projection",
+    "standardize_targets",
+    "freeze_matched_layers",
+    "truncate",
+    "restart_schedule_per_stage",
+)
 
 
 @dataclass
@@ -175,10 +182,13 @@ class CurriculumDistillationConfig(TrainingArguments):
         self._check_choice("hidden_positions", ("tokens", "labels"))
         self._check_choice("train_prefix", ("joint", "block"))
         self._check_choice("teacher_dtype", (None, *TEACHER_DTYPES))
-        if isinstance(self.layer_map, list):
+        if isinstance(self.layer_map, (list, tuple)):
             parse_layer_pairs(self.layer_map)
         else:
-            self._check_choice("layer_map", ("uniform", "last"))
+            self._check_choice("layer_map", ("uniform", "last"), " or [[student_layer, teacher_layer], ...]")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):  # any text would count as True
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
         self._check_range("layer_stage_fraction", 0, 1, "both excluded", lambda x: 0 < x < 1)
         self._check_range("stage_warmup_ratio", 0, 1, "1 excluded", lambda x: 0 <= x < 1)
         self._check_range("temperature", 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
@@ -186,6 +196,14 @@ class CurriculumDistillationConfig(TrainingArguments):
         self._check_range("hidden_weight_in_logit_stage", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
         self._check_range("label_loss_weight", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
         self._check_range("calibration_samples", 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
+        self._check_range("projection_seed", 0, 2**64, "whole", lambda x: isinstance(x, int) and 0 <= x < 2**64)
+        # stock knobs that the stages and losses are computed from
+        self._check_range("max_steps", -1, math.inf, "whole; -1: by epochs", lambda x: isinstance(x, int))
+        self._check_range("num_train_epochs", 0, math.inf, "finite", lambda x: 0 <= x < math.inf or self.max_steps > 0)
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            self._check_range(name, 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
+        self._check_range("learning_rate", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
+        self._check_range("label_smoothing_factor", 0, 1, "both included", lambda x: 0 <= x <= 1)
         if self.restart_schedule_per_stage and self.lr_scheduler_type in _STATEFUL_SCHEDULES:
             raise ValueError(
                 f"restart_schedule_per_stage needs a schedule that is a function of the step, but lr_scheduler_type is "
@@ -271,9 +289,10 @@ class CurriculumDistillationConfig(TrainingArguments):
                     f"{_schedule_name(self)!r}; use one like 'cosine' or 'linear'."
                 )
 
-    def _check_choice(self, name: str, choices: tuple) -> None:
+    def _check_choice(self, name: str, choices: tuple, otherwise: str = "") -> None:
         if getattr(self, name) not in choices:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, choices))}.")
+            allowed = ", ".join(map(repr, choices)) + otherwise
+            raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {allowed}.")
 
     def _check_range(self, name: str, low: float, high: float, note: str, holds: Any) -> None:
         value = getattr(self, name)
@@ -291,7 +310,7 @@ def _stage_fields(stage: Any, index: int) -> dict[str, Any]:
     if not isinstance(stage, dict):
         raise ValueError(f"stages[{index}] is {stage!r}; write each stage as a dict of Stage fields.")
     known = [f.name for f in dataclasses.fields(Stage)]
-    if unknown := sorted(set(stage) - set(known)):
+    if unknown := sorted(set(stage) - set(known), key=str):
         raise ValueError(f"stages[{index}] has unknown fields {unknown}; a stage has {', '.join(known)}.")
     try:
         fields = dataclasses.asdict(Stage(**stage))

@@ -16,27 +16,48 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_curriculum_distill.counting import predicts_next_token
 
 
-def find_block_stack(model: nn.Module) -> nn.ModuleList:
-    """The `ModuleList` of transformer blocks whose outputs are a model's hidden states.
+def find_block_stack(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks whose outputs are a model's hidden states, in the order in which they run.
 
-    It is the one list that is as long as the configuration says the model is deep and, where several are, the one
-    made of blocks that transformers can checkpoint. Encoder-decoders: the encoder's.
+    They are the one `ModuleList` that is as long as the configuration says the model is deep and, where several are,
+    the one made of blocks that transformers can checkpoint. Encoder-decoders: the encoder's. ALBERT runs each of its
+    few blocks for many layers, so that they are in the list as often.
 
     Raises:
-        ValueError: there is no such list, or more than one (ALBERT, for example, runs one shared block many times).
+        ValueError: there is no such list, or more than one, or hidden states change their shape between layers.
     """
-    root = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [(n, m) for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    config = _backbone_config(model)
+    depth = getattr(config, "num_hidden_layers", None)
+    lists = [(n, m) for n, m in _backbone(model).named_modules() if isinstance(m, nn.ModuleList)]
+    if getattr(config, "num_hidden_groups", None):
+        groups = next(m for name, m in lists if name.endswith("albert_layer_groups"))
+        return [groups[layer * len(groups) // depth] for layer in range(depth)]
+    if getattr(config, "depths", None) is not None:
+        raise ValueError(
+            f"The hidden states of {type(model).__name__} change their shape between its stages (depths="
+            f"{config.depths}), so that layers can't be matched; use a model whose blocks are all of one width."
+        )
+    lists = [(n, m) for n, m in lists if len(m) == depth and not any(isinstance(b, nn.ModuleList) for b in m)]
     blocks = [(n, m) for n, m in lists if all(isinstance(block, GradientCheckpointingLayer) for block in m)]
     found = blocks or lists
     if len(found) != 1:
         seen = ", ".join(name for name, _ in found) or "none"
         raise ValueError(
             f"{type(model).__name__} needs exactly one ModuleList of num_hidden_layers={depth} blocks to be matched "
-            f"layer by layer, but has: {seen}. Models that share one block between layers are not supported."
+            f"layer by layer, but has: {seen}. Models that are built otherwise are not supported."
         )
-    return found[0][1]
+    return list(found[0][1])
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+
+
+def _backbone_config(model: nn.Module) -> Any:
+    config = _backbone(model).config
+    if getattr(model, "main_input_name", None) == "pixel_values":  # CLIP has a text model beside the one that sees
+        return getattr(config, "vision_config", config)
+    return config.get_text_config()
 
 
 @dataclass
@@ -50,6 +71,7 @@ class _Request:
     frozen: int
     grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    number: int = 0  # of the block that ran last
     gathered: bool = False
 
     @property
@@ -85,7 +107,25 @@ class PartialForward:
 
     @property
     def hidden_size(self) -> int:
-        return self.model.config.get_text_config().hidden_size
+        return _backbone_config(self.model).hidden_size
+
+    def check_training(self, freezes: bool) -> None:
+        """Whether hidden states can be matched while the model trains, with earlier layers frozen or not.
+
+        Raises:
+            ValueError: training leaves blocks out at random, or layers to freeze share their block with others.
+        """
+        for name in ("layerdrop", "encoder_layerdrop"):
+            if probability := getattr(self.model.config, name, 0.0):
+                raise ValueError(
+                    f"The student's {name} is {probability}, so that training leaves out blocks whose hidden states "
+                    f"are to be matched; load it with {name}=0.0."
+                )
+        if freezes and len(set(self.blocks)) < self.depth:
+            raise ValueError(
+                f"{type(self.model).__name__} runs one block for many layers, so that no layer can be frozen while "
+                "others train; leave out freeze_matched_layers and train_prefix='block'."
+            )
 
     def accepts(self, name: str) -> bool:
         """Whether the model's forward has an input of this name."""
@@ -142,8 +182,9 @@ class PartialForward:
         self._original = model.__dict__.get("forward")
         model.forward = MethodType(forward, model)
         self._handles = [self.blocks[0].register_forward_pre_hook(self._record_input, with_kwargs=True)]
-        for number, block in enumerate(self.blocks, start=1):
-            self._handles.append(block.register_forward_hook(functools.partial(self._record_output, number)))
+        for block in dict.fromkeys(self.blocks):
+            hook = functools.partial(self._record_output, self.blocks.index(block) + 1)
+            self._handles.append(block.register_forward_hook(hook))
         self._handles += [m.register_forward_hook(self._gather_rows) for m in self._modules_before_head()]
 
     def remove(self) -> None:
@@ -172,12 +213,15 @@ class PartialForward:
                 torch.set_grad_enabled(False)
             outputs = original(*args, **kwargs)
         except _Stop:
-            return request.hidden, None
+            outputs = None
         finally:
             self._active = None
             torch.set_grad_enabled(request.grad_enabled)
-        missing = [layer for layer in request.layers if layer not in request.hidden]
-        assert not missing, f"{type(self.model).__name__} never ran blocks {missing}"
+        if missing := [layer for layer in request.layers if layer not in request.hidden]:
+            raise ValueError(
+                f"{type(self.model).__name__} did not call blocks {missing}, so there are no hidden states to match; a "
+                "model must call each of its blocks, as a module and every time."
+            )
         if not request.whole:
             return request.hidden, None
         if isinstance(outputs, Mapping) and "logits" not in outputs:
@@ -186,12 +230,10 @@ class PartialForward:
                 "head, like those of AutoModelForMaskedLM or AutoModelForSequenceClassification."
             )
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        if request.gathered:
-            logits = logits.squeeze(0)
-        else:
-            logits = logits.flatten(0, -2)
-            logits = logits if request.rows is None else logits[request.rows]
-        return request.hidden, logits
+        if request.gathered and logits.shape[:-1] == (1, len(request.rows)):
+            return request.hidden, logits.squeeze(0)
+        logits = logits.flatten(0, -2)  # a head of whole sequences, or one that reads them from elsewhere
+        return request.hidden, logits if request.rows is None else logits[request.rows]
 
     def _record_input(self, block, args, kwargs) -> None:
         request = self._active
@@ -199,10 +241,11 @@ class PartialForward:
             request.hidden[0] = args[0] if args else kwargs["hidden_states"]
             self._maybe_stop(request, 0)
 
-    def _record_output(self, number: int, block, args, output) -> None:
+    def _record_output(self, first: int, block, args, output) -> None:
         request = self._active
         if request is None:
             return
+        number = request.number = max(first, request.number + 1)  # a shared block runs again for the layers behind
         if request.frozen and number == request.frozen:
             torch.set_grad_enabled(request.grad_enabled)
         if number in request.layers:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.online import OnlineTeacher
-from hf_curriculum_distill.teachers import CheckpointTeacher, FrozenTeacher, find_checkpoints
+from hf_curriculum_distill.teachers import CheckpointTeacher, FrozenTeacher, check_finite_weights, find_checkpoints
 
 # auto class -> the class names it stands for
 _TASKS = {
@@ -25,6 +29,13 @@ _TASKS = {
     "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForAudioClassification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+}
+# tasks without one row of class logits a token or an example
+_OTHER_TASKS = {
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    "AutoModelForPreTraining": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 }
 
 TeacherModel = PreTrainedModel | str | os.PathLike | Sequence[str | os.PathLike]
@@ -46,11 +57,16 @@ def prepare_teacher(
 
     def place(teacher: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
         check_teacher(student, teacher, processing_class, name)
-        return teacher.to(device=args.device, dtype=dtype)
+        if any(parameter.is_meta for parameter in teacher.parameters()):
+            check_finite_weights(teacher, "teacher")  # raises
+        teacher = teacher.to(device=args.device, dtype=dtype)
+        check_finite_weights(teacher, f"teacher {name!r}" if name else "teacher")
+        return teacher
 
     def load(name: str) -> PreTrainedModel:
         return place(load_teacher(name, student, args.teacher_dtype), name)
 
+    check_finite_weights(student, "student")
     if isinstance(teacher_model, PreTrainedModel):
         kind = OnlineTeacher if args.method == "online" else FrozenTeacher
         return kind(place(teacher_model))
@@ -78,13 +94,35 @@ def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) 
     """Load a teacher for the student's task from a folder or the Hub.
 
     Raises:
-        OSError: there is no such model.
-        ValueError: the checkpoint has no weights for the task's head, which would leave them random.
+        OSError: there is no such model, or its files are damaged.
+        ValueError: it is of another task or needs code of its own, or the checkpoint has no weights for the task's
+            head, which would leave them random, or has blocks that its configuration lacks.
     """
     task = next((auto for auto, names in _TASKS.items() if type(student).__name__ in names.values()), None)
     auto = type(student) if task is None else getattr(transformers, task)
-    kwargs = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    model, info = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    kwargs: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    if dtype is not None:
+        kwargs["dtype"] = getattr(torch, dtype)
+    try:
+        model, info = auto.from_pretrained(name, **kwargs)
+    except UnpicklingError as error:
+        raise OSError(
+            f"The teacher {name!r} has pickled weights that hold more than tensors; they are not loaded, because "
+            "unpickling can run any code. Use a checkpoint saved as safetensors."
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"The teacher {name!r} cannot be loaded: {error}") from error
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(
+            f"The teacher {name!r} cannot be loaded as the student's {auto.__name__}: {error} A model that needs code "
+            "of its own can be loaded by you and passed as teacher_model."
+        ) from error
+    own = {_any_block(key) for key in model.state_dict()}
+    if extra := sorted(key for key in info["unexpected_keys"] if _any_block(key) in own):
+        raise ValueError(
+            f"The teacher {name!r} has weights for {extra[0]}, a block that its config.json leaves out, so it would "
+            "answer as another model. Restore the configuration it was saved with."
+        )
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise ValueError(
@@ -101,8 +139,9 @@ def check_teacher(
 
     Raises:
         ValueError: they share parameters, or their vocabularies, numbers of labels or tokenizers differ, or their
-            outputs are not classes.
+            outputs are not classes or belong to different tasks.
     """
+    _check_tasks(student, teacher)
     ours = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in ours for parameter in teacher.parameters()):
         raise ValueError("The teacher shares parameters with the student, so it would be trained; pass a copy.")
@@ -138,6 +177,36 @@ def check_teacher(
             f"The tokenizer of {name} and the processing_class map tokens to different ids; teacher and student must "
             "read the same ids. Pass the teacher's tokenizer as processing_class."
         )
+
+
+def _check_tasks(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    for who, model in (("student", student), ("teacher", teacher)):
+        if not _tasks(model, _TASKS) and (other := _tasks(model, _OTHER_TASKS)):
+            raise ValueError(
+                f"The {who} is a {type(model).__name__} ({min(other)}), whose answers are not one row of class logits "
+                f"a token or an example; use a model of one of {', '.join(_TASKS)}."
+            )
+    tasks = [_tasks(model, _TASKS) for model in (student, teacher)]
+    encodes_decodes = [bool(getattr(model.config, "is_encoder_decoder", False)) for model in (student, teacher)]
+    if (all(tasks) and not tasks[0] & tasks[1]) or len(set(encodes_decodes)) > 1:
+        described = [
+            f"{type(m).__name__} ({', '.join(sorted(t)) or 'no known task'})"
+            for m, t in zip((student, teacher), tasks, strict=True)
+        ]
+        raise ValueError(
+            f"The student is a {described[0]} and the teacher a {described[1]}; their answers mean different things. "
+            "Use two models of one task."
+        )
+
+
+def _tasks(model: PreTrainedModel, known: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The auto classes that a model, or what it is derived from, belongs to."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return {auto for auto, classes in known.items() if not names.isdisjoint(map(str, classes.values()))}
+
+
+def _any_block(key: str) -> str:
+    return re.sub(r"\.\d+\.", ".0.", key)
 
 
 def _has_tokenizer(name: str) -> bool:

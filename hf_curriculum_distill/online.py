@@ -80,11 +80,12 @@ class OnlineTeacher(FrozenTeacher):
         loss.backward()
         self.model.eval()
         if accelerator.sync_gradients:
-            parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             if args.world_size > 1:
                 over = "sum" if args.average_tokens_across_devices else "mean"  # num_rows is global, or this process's
-                for parameter in parameters:
-                    parameter.grad = accelerator.reduce(parameter.grad, over)
+                for parameter in parameters:  # all, for with layerdrop processes differ in which have a gradient
+                    own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    parameter.grad = accelerator.reduce(own, over)
             if args.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             for group in self._optimizer.param_groups:

@@ -81,6 +81,12 @@ class ProjectionBank:
                 f"{len(pairs)} layer pairs came with {len(student_dims)} student and {len(teacher_dims)} teacher "
                 "dimensions; give one of each per pair."
             )
+        if wrong := [n for n in (*student_dims, *teacher_dims, seed) if not isinstance(n, int) or isinstance(n, bool)]:
+            raise ValueError(
+                f"The dimensions and the seed of a projection must be whole numbers, but one is {wrong[0]!r}."
+            )
+        if (smallest := min((*student_dims, *teacher_dims), default=1)) < 1:
+            raise ValueError(f"A projection's dimension is {smallest}; hidden states have at least 1.")
         projections = {}
         for pair, student_dim, teacher_dim in zip(pairs, student_dims, teacher_dims, strict=True):
             weight = _draw(kind, student_dim, teacher_dim, _pair_seed(seed, (0, 0) if shared else pair))
@@ -208,7 +214,13 @@ class ProjectionBank:
         """
         folder = os.fspath(folder_or_repo)
         if not os.path.isdir(folder):
-            folder = snapshot_download(folder, revision=revision, allow_patterns=FILE_NAME)
+            try:
+                folder = snapshot_download(folder, revision=revision, allow_patterns=FILE_NAME)
+            except (OSError, ValueError) as error:
+                raise OSError(
+                    f"{folder!r} is no folder, and there is no such Hub repository within reach ({error}); name the "
+                    f"folder or repository that holds {FILE_NAME}."
+                ) from error
         path = os.path.join(folder, FILE_NAME)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"There is no {FILE_NAME} in {folder}; it is saved beside each student.")
@@ -216,26 +228,41 @@ class ProjectionBank:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata["format_version"] != FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} has format version {metadata['format_version']}, this library reads {FORMAT_VERSION}."
-                )
-            fingerprint = metadata.pop("fingerprint")
-            metadata.pop("format_version")
-            metadata = {name: json.loads(value) for name, value in metadata.items()}
-            pairs, frozen = parse_layer_pairs(metadata.pop("layer_pairs")), metadata.pop("frozen")
-            projections = {
-                (s, t): _Projection(*(tensors[f"layer_{s}_{t}.{name}"] for name in ("weight", "mean", "std")))
-                for s, t in pairs
-            }
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            version, fingerprint = metadata.pop("format_version"), metadata.pop("fingerprint")
+        except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is not a readable projection bank ({error}); restore the file.") from error
-        bank = cls(projections, metadata, frozen)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format version {version}, this library reads {FORMAT_VERSION}.")
+        try:
+            bank = cls._from_file(tensors, {name: json.loads(value) for name, value in metadata.items()})
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable projection bank ({error}); restore the file.") from error
         if bank.fingerprint != fingerprint:
             raise ValueError(
                 f"{path} does not match the fingerprint it was saved with ({fingerprint[:12]}...): its tensors were "
                 "changed afterwards. Restore the original file."
             )
+        return bank
+
+    @classmethod
+    def _from_file(cls, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> ProjectionBank:
+        pairs, frozen = parse_layer_pairs(metadata.pop("layer_pairs")), metadata.pop("frozen")
+        if metadata["kind"] not in PROJECTIONS or not isinstance(frozen, bool):
+            raise ValueError(f"its kind is {metadata['kind']!r} and frozen is {frozen!r}")
+        projections = {
+            (s, t): _Projection(*(tensors[f"layer_{s}_{t}.{name}"] for name in ("weight", "mean", "std")))
+            for s, t in pairs
+        }
+        bank = cls(projections, metadata, frozen)
+        if unknown := sorted(tensors.keys() - bank.tensors().keys()):
+            raise ValueError(f"tensors {unknown} belong to none of its layer pairs {list(pairs)}")
+        for name, tensor in bank.tensors().items():
+            matrix = tensors[f"{name.split('.')[0]}.weight"]
+            fits = tensor.dim() == 2 if tensor is matrix else tensor.shape == matrix.shape[:1]
+            if not fits or tensor.dtype != torch.float32:
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+            if not tensor.isfinite().all() or (name.endswith(".std") and not (tensor > 0).all()):
+                raise ValueError(f"{name} has values that are not finite or deviations that are not positive")
         return bank
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:

@@ -43,7 +43,8 @@ class Stage:
         object.__setattr__(self, "hidden", parse_layer_pairs(self.hidden))
         for name in ("hidden_weight", "kl_weight", "label_weight"):
             weight = getattr(self, name)
-            if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0):
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not (number and math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"Stage.{name} is {weight!r}; a loss weight must be a finite number, at least 0.")
         if not ((self.hidden and self.hidden_weight) or self.kl_weight or self.label_weight):
             raise ValueError(
@@ -148,6 +149,8 @@ class StageScheduler:
 def parse_layer_pairs(pairs: Iterable[Iterable[int]]) -> tuple[LayerPair, ...]:
     """Check `[[student_layer, teacher_layer], ...]` and return it as tuples."""
     parsed: list[LayerPair] = []
+    if not isinstance(pairs, Iterable):
+        raise ValueError(f"{pairs!r} is no list of layer pairs; write [[student_layer, teacher_layer], ...].")
     for pair in pairs:
         pair = tuple(pair) if isinstance(pair, Iterable) and not isinstance(pair, str) else (pair,)
         if len(pair) != 2 or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in pair):

@@ -9,6 +9,7 @@ import math
 import os
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import datasets
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
 
 from hf_curriculum_distill import losses
-from hf_curriculum_distill.batches import SeededBatches
+from hf_curriculum_distill.batches import SeededBatches, seeded
 from hf_curriculum_distill.checkpoints import check_writable, find_last_checkpoint, list_files, read_whole
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import count_flops
@@ -99,12 +100,16 @@ class CurriculumDistillationTrainer(Trainer):
                 "stages match hidden states of an online teacher, and standardize_targets would measure them before it "
                 "has learnt anything; set standardize_targets=False."
             )
+        if self.is_deepspeed_enabled and self.args.weight_decay and not all(s.needs_logits for s in self.stages):
+            raise ValueError(
+                f"weight_decay is {self.args.weight_decay}, but DeepSpeed takes missing gradients for zeros and would "
+                "shrink the blocks that a layer stage leaves out; set weight_decay=0, or launch with DDP or FSDP2."
+            )
         self.projection_bank = self._make_bank(projection_bank)
         # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
         self._ledger = Ledger()
         self._loading = RandomStream()
-        self._batches: SeededBatches | None = None
         self._position = {"epoch": 0, "batches": 0}
         self._total_loss_scalar = 0.0
         self._stage_index: int | None = None
@@ -150,21 +155,15 @@ class CurriculumDistillationTrainer(Trainer):
 
     # ---- one batch ----
 
-    def get_train_dataloader(self) -> DataLoader:
-        """As `Trainer`; while training, a batch's random draws belong to the batch: see [`SeededBatches`]."""
-        data = self.train_dataset
-        if not (self._declared_stages and self.is_in_train) or isinstance(data, IterableDataset):
-            return super().get_train_dataloader()
-        if isinstance(data, datasets.Dataset):
-            data = self._remove_unused_columns(data, description="Training")
-        self._batches = SeededBatches(data, self._data_seed)
-        return self._get_dataloader(
-            dataset=self._batches,
-            description="Training",
-            batch_size=self._train_batch_size,
-            sampler_fn=lambda _: self._get_train_sampler(data),
-            is_training=True,
-        )
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, *args: Any, **kwargs: Any):
+        """As `Trainer`; in training and evaluation a batch's random draws belong to it: see [`SeededBatches`]."""
+        if not self._declared_stages or isinstance(dataset, IterableDataset):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description=description)
+        sampler = sampler_fn and (lambda _: sampler_fn(dataset))
+        batches = SeededBatches(dataset, self._data_seed)
+        return super()._get_dataloader(batches, description, batch_size, sampler, *args, **kwargs)
 
     @property
     def _data_seed(self) -> int:
@@ -381,9 +380,8 @@ class CurriculumDistillationTrainer(Trainer):
             epoch, resumes = kwargs["epoch"], kwargs["epoch"] == kwargs["epochs_trained"]
             self._position = {"epoch": epoch, "batches": kwargs["steps_trained_in_current_epoch"] if resumes else 0}
             self._loading.restart(self._data_seed, epoch)
-            if self._batches is not None:
-                self._batches.epoch.fill_(epoch)
-        super()._run_epoch(*args, **kwargs)
+        with seeded(kwargs["train_dataloader"], kwargs["epoch"]):
+            super()._run_epoch(*args, **kwargs)
 
     def _restore_logs(self) -> None:
         """After a resume: go on with the averages that the next log will write."""
@@ -463,7 +461,12 @@ class CurriculumDistillationTrainer(Trainer):
     def evaluation_loop(self, dataloader, description, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
         """As `Trainer`, with accuracy on the labels that count and, given a teacher, agreement and divergence."""
         self._comparison = TeacherComparison()
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # every evaluation draws the same, and training draws what it would without evaluations
+        own_randomness = preserved_random_state(self._data_seed) if self._declared_stages else nullcontext()
+        with own_randomness, seeded(dataloader, epoch=0):
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
         compared = {f"{metric_key_prefix}_{name}": value for name, value in self._comparison.compute().items()}
         output.metrics.update({name: value for name, value in compared.items() if name not in output.metrics})
         if self._declared_stages:

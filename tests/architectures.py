@@ -26,6 +26,10 @@ def _audio(model):
     return {"input_values": torch.randn(2, 400)}
 
 
+def _speech_pair(model):
+    return {"input_features": torch.randn(2, 80, 20), "decoder_input_ids": torch.randint(3, VOCAB_SIZE, (2, 5))}
+
+
 _BERT = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -49,6 +53,9 @@ _BART = {"vocab_size": VOCAB_SIZE, "d_model": 32, "encoder_layers": DEPTH, "deco
 _BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 36, "decoder_ffn_dim": 36}
 _BART |= {"max_position_embeddings": 40, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 
+_WHISPER = _BART | {"max_source_positions": 10, "max_target_positions": 40, "num_mel_bins": 80}
+_WHISPER |= {"pad_token_id": 0, "decoder_start_token_id": 0, "suppress_tokens": None, "begin_suppress_tokens": None}
+
 # name -> (model class, configuration, class name of its blocks, random batch)
 ARCHITECTURES = {
     "bert": (hf.BertForMaskedLM, hf.BertConfig(**_BERT), "BertLayer", _text),
@@ -59,6 +66,7 @@ ARCHITECTURES = {
         "BertLayer",
         _text,
     ),
+    "camembert": (hf.CamembertForMaskedLM, hf.CamembertConfig(**_BERT), "CamembertLayer", _text),
     "roberta": (hf.RobertaForMaskedLM, hf.RobertaConfig(**_BERT), "RobertaLayer", _text),
     "xlm-roberta": (hf.XLMRobertaForMaskedLM, hf.XLMRobertaConfig(**_BERT), "XLMRobertaLayer", _text),
     "distilbert": (
@@ -87,8 +95,42 @@ ARCHITECTURES = {
         "ModernBertEncoderLayer",
         _text,
     ),
+    "eurobert": (hf.EuroBertForMaskedLM, hf.EuroBertConfig(**_LLAMA), "EuroBertDecoderLayer", _text),
+    "nomic-bert": (hf.NomicBertForMaskedLM, hf.NomicBertConfig(**_BERT), "NomicBertLayer", _text),
+    "longformer": (
+        hf.LongformerForMaskedLM,
+        hf.LongformerConfig(**_BERT, attention_window=4),
+        "LongformerLayer",
+        _text,
+    ),
+    "big-bird": (
+        hf.BigBirdForMaskedLM,
+        hf.BigBirdConfig(**_BERT, attention_type="original_full"),
+        "BigBirdLayer",
+        _text,
+    ),
+    "modernbert-decoder": (
+        hf.ModernBertDecoderForCausalLM,
+        hf.ModernBertDecoderConfig(**_BERT, pad_token_id=0, local_attention=4, global_attn_every_n_layers=2),
+        "ModernBertDecoderLayer",
+        _text,
+    ),
     "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(**_GPT), "GPT2Block", _text),
     "gptj": (hf.GPTJForCausalLM, hf.GPTJConfig(**_GPT, rotary_dim=4), "GPTJBlock", _text),
+    "gpt-neo": (
+        hf.GPTNeoForCausalLM,
+        hf.GPTNeoConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            num_layers=DEPTH,
+            num_heads=4,
+            attention_types=[[["global", "local", "global"], 1]],
+            window_size=4,
+            max_position_embeddings=40,
+        ),
+        "GPTNeoBlock",
+        _text,
+    ),
     "gpt-neox": (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**_BERT), "GPTNeoXLayer", _text),
     "opt": (
         hf.OPTForCausalLM,
@@ -111,6 +153,12 @@ ARCHITECTURES = {
         "BloomBlock",
         _text,
     ),
+    "falcon": (
+        hf.FalconForCausalLM,
+        hf.FalconConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=DEPTH, num_attention_heads=4),
+        "FalconDecoderLayer",
+        _text,
+    ),
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**_LLAMA), "LlamaDecoderLayer", _text),
     "llama-classifier": (
         hf.LlamaForSequenceClassification,
@@ -128,6 +176,24 @@ ARCHITECTURES = {
         _text,
     ),
     "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(**_LLAMA), "GemmaDecoderLayer", _text),
+    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config(**_LLAMA, sliding_window=4), "Gemma2DecoderLayer", _text),
+    "gemma3": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**_LLAMA, sliding_window=4), "Gemma3DecoderLayer", _text),
+    "smollm3": (hf.SmolLM3ForCausalLM, hf.SmolLM3Config(**_LLAMA), "SmolLM3DecoderLayer", _text),
+    "mamba2": (
+        hf.Mamba2ForCausalLM,
+        hf.Mamba2Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            num_hidden_layers=DEPTH,
+            state_size=4,
+            num_heads=4,
+            head_dim=16,
+            n_groups=1,
+            chunk_size=4,
+        ),
+        "Mamba2Block",
+        _text,
+    ),
     "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config(**_LLAMA), "Phi3DecoderLayer", _text),
     "t5": (
         hf.T5ForConditionalGeneration,
@@ -145,9 +211,30 @@ ARCHITECTURES = {
         _text_pair,
     ),
     "bart": (hf.BartForConditionalGeneration, hf.BartConfig(**_BART), "BartEncoderLayer", _text_pair),
+    "bert-to-bert": (  # its decoder is a whole language model: rows are picked behind the head
+        hf.EncoderDecoderModel,
+        hf.EncoderDecoderConfig.from_encoder_decoder_configs(
+            hf.BertConfig(**_BERT), hf.BertConfig(**_BERT | {"num_hidden_layers": 2})
+        ),
+        "BertLayer",
+        _text_pair,
+    ),
+    "whisper": (hf.WhisperForConditionalGeneration, hf.WhisperConfig(**_WHISPER), "WhisperEncoderLayer", _speech_pair),
     "vit": (hf.ViTForImageClassification, hf.ViTConfig(**_VIT), "ViTLayer", _image),
     "deit": (hf.DeiTForImageClassification, hf.DeiTConfig(**_VIT), "DeiTLayer", _image),
     "dinov2": (hf.Dinov2ForImageClassification, hf.Dinov2Config(**_VIT), "Dinov2Layer", _image),
+    "clip": (
+        hf.CLIPForImageClassification,
+        hf.CLIPConfig(vision_config=_VIT, num_labels=3),
+        "CLIPEncoderLayer",
+        _image,
+    ),
+    "siglip": (
+        hf.SiglipForImageClassification,
+        hf.SiglipConfig(vision_config=_VIT, num_labels=3),
+        "SiglipEncoderLayer",
+        _image,
+    ),
     "wav2vec2": (
         hf.Wav2Vec2ForSequenceClassification,
         hf.Wav2Vec2Config(**_SPEECH),

@@ -1,6 +1,7 @@
 """What the tests share: an offline, single-threaded environment, tiny models, tiny data."""
 
 import os
+import traceback
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -89,3 +90,25 @@ def config(tmp_path):
         return config_class(str(tmp_path / folder), **silence | defaults | fields)
 
     return make
+
+
+def start_fork(function, *args):
+    """Call a function in a fork of this process, which can be killed; returns the fork's number."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function(*args)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def wait_for_fork(child):
+    """Its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_fork(function, *args):
+    return wait_for_fork(start_fork(function, *args))

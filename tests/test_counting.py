@@ -1,13 +1,15 @@
 """What counts: rows and positions against plain loops, and the two sides of one fraction."""
 
 import copy
+import functools
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from architectures import build
 from conftest import assert_same_weights, tiny_bert, weights
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -21,12 +23,13 @@ from hf_curriculum_distill.counting import (
     position_weights,
     predicts_next_token,
 )
+from hf_curriculum_distill.layers import PartialForward
 
 MODELS = {name: build(name)[0] for name in ("bert", "bert-classifier", "bert-tagger", "llama", "gpt2", "t5", "bart")}
 MODELS |= {name: build(name)[0] for name in ("llama-classifier", "vit", "wav2vec2")}
 
 
-def text(batch=3, length=6, seed=0, labels="tokens", padded=True):
+def text(batch=3, length=6, seed=0, labels="tokens", padded=True, classes=99):
     generator = torch.Generator().manual_seed(seed)
     inputs = {"input_ids": torch.randint(3, 99, (batch, length), generator=generator)}
     if padded:
@@ -34,7 +37,7 @@ def text(batch=3, length=6, seed=0, labels="tokens", padded=True):
         inputs["attention_mask"] = (torch.arange(length) < lengths).long()
     if labels == "tokens":
         keep = torch.rand(batch, length, generator=generator) < 0.5
-        inputs["labels"] = torch.where(keep, inputs["input_ids"], -100)
+        inputs["labels"] = torch.where(keep, inputs["input_ids"] % classes, -100)
     elif labels == "examples":
         inputs["labels"] = torch.tensor([1, -100, 0])
     return inputs
@@ -123,24 +126,6 @@ def audio(padded):
     return inputs
 
 
-@pytest.mark.parametrize(
-    "name, inputs, shape",
-    [
-        ("bert", text(), (3, 6)),
-        ("bert", text(padded=False), (3, 6)),
-        ("bert-classifier", text(labels="examples"), (3, 6)),
-        ("t5", text(), (3, 6)),
-        ("vit", {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 2])}, (3, 5)),
-        ("wav2vec2", audio(padded=False), (3, 18)),
-        ("wav2vec2", audio(padded=True), (3, 18)),
-    ],
-)
-def test_position_weights_sum_to_the_count(name, inputs, shape):
-    weights = position_weights(MODELS[name], inputs, torch.zeros(*shape, 8))
-    assert weights.shape == shape
-    assert weights.sum().item() == pytest.approx(count(MODELS[name], inputs)[0].item(), rel=1e-6)
-
-
 def test_text_weighs_its_tokens_and_other_inputs_their_examples():
     inputs = text()
     assert torch.equal(position_weights(MODELS["bert"], inputs, torch.zeros(3, 6, 8)), inputs["attention_mask"].bool())
@@ -164,21 +149,95 @@ def test_a_mask_of_another_length_is_refused():
         position_weights(MODELS["bert"], text(), torch.zeros(3, 7, 8))
 
 
-@given(cut=st.integers(1, 2), seed=st.integers(0, 1000))
-def test_the_counts_of_the_parts_add_up_to_the_whole(cut, seed):
-    inputs = text(seed=seed)
-    parts = [{name: tensor[part] for name, tensor in inputs.items()} for part in (slice(cut), slice(cut, None))]
-    whole = count(MODELS["bert"], inputs)
-    assert torch.equal(sum(count(MODELS["bert"], part) for part in parts), whole)
+@st.composite
+def batches(draw, name, size=4, length=6):
+    """A random batch for a model, labelled or not, padded or not, and the shape of its hidden states."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    if name == "vit":
+        inputs, states = {"pixel_values": torch.randn(size, 3, 16, 16, generator=generator)}, 5
+    elif name == "wav2vec2":
+        inputs, states = {"input_values": torch.randn(size, 400, generator=generator)}, 18
+        if draw(st.booleans()):
+            samples = torch.randint(50, 401, (size, 1), generator=generator)  # 45 make the first hidden state
+            inputs["attention_mask"] = (torch.arange(400) < samples).long()
+    else:
+        inputs, states = text(size, length, draw(st.integers(0, 10**6)), None, draw(st.booleans())), length
+    if draw(st.booleans()):
+        per_token = answers_per_token(MODELS[name], inputs)
+        labels = torch.randint(-2, 2, (size, length) if per_token else (size,), generator=generator)
+        inputs["labels"] = torch.where(labels < 0, -100, labels)
+    return inputs, torch.zeros(size, states, 8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), cuts=st.sets(st.integers(1, 3)))
+def test_what_counts_in_the_parts_of_a_batch_is_what_counts_in_the_whole(name, data, cuts):
+    inputs, hidden = data.draw(batches(name))
+    model, edges = MODELS[name], [0, *sorted(cuts), len(hidden)]
+    rows, labels = counted_rows(model, inputs)
+    rows_an_example = hidden.shape[1] if answers_per_token(model, inputs) else 1
+    counts, part_rows, part_labels, part_weights = [], [], [], []
+    for start, end in itertools.pairwise(edges):
+        part = {name: tensor[start:end] for name, tensor in inputs.items()}
+        counts.append(count(model, part))
+        counted = counted_rows(model, part)
+        every = torch.arange((end - start) * rows_an_example)
+        part_rows.append((every if counted[0] is None else counted[0]) + start * rows_an_example)
+        part_labels.append(counted[1])
+        part_weights.append(position_weights(model, part, hidden[start:end]))
+    assert torch.equal(sum(counts), count(model, inputs))
+    assert torch.equal(torch.cat(part_rows), torch.arange(len(hidden) * rows_an_example) if rows is None else rows)
+    assert part_labels == [None] * len(counts) if labels is None else torch.equal(torch.cat(part_labels), labels)
+    weights = position_weights(model, inputs, hidden)
+    assert weights.shape == hidden.shape[:2]
+    torch.testing.assert_close(torch.cat(part_weights), weights)
+    num_positions, num_rows = count(model, inputs).tolist()
+    assert weights.sum().item() == pytest.approx(num_positions, rel=1e-6)
+    assert len(torch.cat(part_rows)) == num_rows
+
+
+# ---- rows before the head ----
+
+
+@functools.cache
+def whole_forward(name):
+    model, _, batch = build(name)
+    return model.eval(), batch, model(**batch).logits.detach().flatten(0, -2)
+
+
+def head_gradients(model, logits, seed):
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+    (logits * weights).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-tagger", "modernbert", "gpt2", "opt", "t5"])
+@settings(deadline=None, max_examples=12)
+@given(data=st.data(), seed=st.integers(0, 1000))
+def test_rows_in_any_order_and_number_are_the_full_logits_rows(name, data, seed):
+    model, batch, logits = whole_forward(name)
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=20)), dtype=torch.long)
+    partial = PartialForward(model)
+    _, picked = partial(model, batch, logits=True, rows=rows, gather=True)
+    gradients = head_gradients(model, picked, seed)
+    partial.remove()
+    torch.testing.assert_close(picked, logits[rows], rtol=1e-4, atol=1e-6)
+    expected = head_gradients(model, model(**batch).logits.flatten(0, -2)[rows], seed)
+    assert gradients.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-3, atol=1e-5)
 
 
 # ---- hidden states where a label counts ----
 
 
-@pytest.mark.parametrize("name", ["bert", "bert-tagger", "gpt2", "llama"])
+@pytest.mark.parametrize("name, classes", [("bert", 99), ("bert-tagger", 2), ("gpt2", 99), ("llama", 99)])
 @given(seed=st.integers(0, 1000), padded=st.booleans())
-def test_a_label_is_answered_by_the_hidden_state_its_logits_come_from(name, seed, padded):
-    inputs = text(seed=seed, padded=padded)
+def test_a_label_is_answered_by_the_hidden_state_its_logits_come_from(name, classes, seed, padded):
+    inputs = text(seed=seed, padded=padded, classes=classes)
     shift = 1 if name in ("gpt2", "llama") else 0
     expected = torch.zeros(3, 6)
     for b in range(3):

@@ -58,6 +58,25 @@ def test_loss_gradient_norm_and_weights_do_not_depend_on_how_the_batch_is_cut(wh
     assert_same_training(cut, whole)
 
 
+@pytest.mark.parametrize("run", ["block", "progressive"])
+def test_nor_does_what_freezes_blocks_or_exchanges_teachers(whole, cut, run):
+    assert_same_training(cut / run, whole / run)
+
+
+def test_recomputing_activations_changes_nothing_on_any_number_of_processes(whole, cut):
+    assert_same_training(cut / "checkpointed", whole)
+
+
+def test_epochs_that_end_in_a_smaller_step_and_processes_without_labels_are_cut_as_exactly(whole, cut):
+    assert [entry["step"] for entry in read(whole / "uneven")[0] if "loss" in entry] == list(range(1, 9))
+    assert_same_training(cut / "uneven", whole / "uneven")
+
+
+def test_with_even_batches_the_first_examples_fill_up_the_last_batch(whole, cut):
+    """That is accelerate's default; on one process the reference has these examples in its data."""
+    assert_same_training(cut / "padded", whole / "padded")
+
+
 def test_an_online_teacher_does_not_either_and_is_the_same_on_every_process(whole, cut):
     assert_same_training(cut / "online", whole / "online")
     assert all("teacher_loss" in entry for entry in read(cut / "online")[0] if "loss" in entry)

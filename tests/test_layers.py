@@ -7,11 +7,12 @@ import inspect
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from architectures import ARCHITECTURES, DEPTH, build
 from torch import nn
-from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, BertForPreTraining, BertModel
+from transformers import BertConfig, BertForPreTraining, BertModel
 
 from hf_curriculum_distill.layers import PartialForward, find_block_stack
 
@@ -91,6 +92,19 @@ def called_blocks(blocks, run):
     return called, result
 
 
+def albert(groups):
+    """ALBERT of 5 layers in so many blocks, a batch, and the list that its blocks' input and outputs go to."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 5}
+    config = hf.AlbertConfig(vocab_size=50, num_hidden_groups=groups, inner_group_num=2, **sizes)
+    model, ran = hf.AlbertForMaskedLM(config), []
+    blocks = model.albert.encoder.albert_layer_groups
+    blocks[0].register_forward_pre_hook(lambda _, args: None if ran else ran.append(args[0]))
+    for block in blocks:
+        block.register_forward_hook(lambda _, args, output: ran.append(output))
+    return model, {"input_ids": torch.randint(0, 50, (2, 8))}, ran
+
+
 @every_architecture
 def test_the_block_stack_is_every_block_in_order(name):
     model, block, _ = build(name)
@@ -98,10 +112,93 @@ def test_the_block_stack_is_every_block_in_order(name):
     assert PartialForward(model).depth == DEPTH
 
 
-def test_a_block_shared_between_layers_is_refused():
-    config = AlbertConfig(vocab_size=50, hidden_size=32, num_attention_heads=4, intermediate_size=36)
-    with pytest.raises(ValueError, match="share one block between layers are not supported"):
-        find_block_stack(AlbertForMaskedLM(config))
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("layer", range(6))
+def test_a_block_that_runs_for_many_layers_is_all_of_them(groups, layer):
+    model, batch, ran = albert(groups)
+    _, expected_logits = full = PartialForward(model)(model, batch, range(6), logits=True)
+    assert len(ran) == 6
+    assert all(torch.equal(full[0][number], output) for number, output in enumerate(ran))
+    assert torch.equal(model(**batch).logits.flatten(0, -2), expected_logits)
+    expected = gradients(model, full[0][layer])
+
+    ran.clear()
+    hidden, _ = PartialForward(model)(model, batch, [layer])
+    assert len(ran) == 1 + layer  # the embeddings, then one call a layer
+    assert torch.equal(hidden[layer], full[0][layer])
+    assert_equal_gradients(gradients(model, hidden[layer]), expected)
+
+
+def test_layers_of_one_block_are_not_frozen_apart():
+    model, _, _ = albert(groups=2)
+    PartialForward(model).check_training(freezes=False)
+    with pytest.raises(ValueError, match=r"AlbertForMaskedLM runs one block for many layers.*leave out freeze_matched"):
+        PartialForward(model).check_training(freezes=True)
+    PartialForward(build("bert")[0]).check_training(freezes=True)
+
+
+@pytest.mark.parametrize("name, knob", [("wav2vec2", "layerdrop"), ("opt", "layerdrop"), ("bart", "encoder_layerdrop")])
+def test_blocks_that_training_leaves_out_are_refused(name, knob):
+    model, _, _ = build(name)
+    PartialForward(model).check_training(freezes=False)
+    setattr(model.config, knob, 0.1)
+    with pytest.raises(ValueError, match=f"The student's {knob} is 0.1.*load it with {knob}=0.0"):
+        PartialForward(model).check_training(freezes=False)
+
+
+@pytest.mark.parametrize("layers", [[1], [1, 3], [2]])
+def test_a_block_that_did_not_run_is_an_error_not_another_layers_states(layers):
+    model, _, batch = build("wav2vec2")
+    partial, stack = PartialForward(model), model.wav2vec2.encoder.layers
+    model.wav2vec2.encoder.layers = nn.ModuleList([b for i, b in enumerate(stack, start=1) if i != layers[0]])
+    with pytest.raises(ValueError, match=rf"did not call blocks \[{layers[0]}\]"):
+        partial(model, batch, layers)
+
+
+def _swin(depths):
+    sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "num_heads": [2] * len(depths), "window_size": 2}
+    return hf.SwinForImageClassification(hf.SwinConfig(depths=depths, **sizes))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: _swin([1, 1, 3, 1]), "SwinForImageClassification change their shape between its stages"),
+        (lambda: _swin([2, 2]), "change their shape between its stages"),
+        (
+            lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(hidden_sizes=[8] * 4, depths=[2, 2, 3, 2])),
+            "change their shape between its stages",
+        ),
+        (
+            lambda: hf.ResNetForImageClassification(
+                hf.ResNetConfig(hidden_sizes=[8, 8], depths=[2, 2], embedding_size=8)
+            ),
+            "change their shape between its stages",
+        ),
+        (
+            lambda: hf.FunnelForMaskedLM(
+                hf.FunnelConfig(vocab_size=50, d_model=16, n_head=2, d_head=8, d_inner=16, block_sizes=[1, 1, 1])
+            ),
+            "exactly one ModuleList of num_hidden_layers=3 blocks .* but has: none",
+        ),
+        (
+            lambda: hf.XLMWithLMHeadModel(hf.XLMConfig(vocab_size=50, emb_dim=16, n_layers=3, n_heads=2)),
+            "but has: transformer.attentions, transformer.layer_norm1",
+        ),
+    ],
+    ids=["swin", "swin-even", "convnext", "resnet", "funnel", "xlm"],
+)
+def test_models_without_a_stack_of_equal_blocks_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        PartialForward(make())
+
+
+def test_a_model_that_calls_its_blocks_past_every_hook_is_refused():
+    sizes = {"hidden_size": 16, "embedding_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    groups = dict.fromkeys(("q_groups", "k_groups", "v_groups", "intermediate_groups", "output_groups"), 1)
+    model = hf.SqueezeBertForMaskedLM(hf.SqueezeBertConfig(vocab_size=50, intermediate_size=16, **sizes, **groups))
+    with pytest.raises(ValueError, match=r"SqueezeBertForMaskedLM did not call blocks \[1, 2\].* as a module"):
+        PartialForward(model)(model, {"input_ids": torch.randint(0, 50, (2, 8))}, [1, 2])
 
 
 def test_two_lists_of_the_same_length_are_refused():

@@ -1,11 +1,13 @@
 """The bank: drawn from its seed alone, measured once, frozen, bit-equal on disk."""
 
+import itertools
 import json
 import os
+import tempfile
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -255,23 +257,56 @@ def test_fit_changes_the_fingerprint_but_not_the_matrices():
 # ---- files ----
 
 
-@every_kind
-@pytest.mark.parametrize("fit", [True, False])
-def test_a_saved_bank_is_read_to_the_bit(kind, fit, tmp_path):
-    bank = two_pairs(kind, seed=3)
-    if fit:
-        bank.fit(teacher, batches([8]))
-    bank.save_pretrained(tmp_path)
-    read = ProjectionBank.from_pretrained(tmp_path)
-    assert os.listdir(tmp_path) == [FILE_NAME]
+@st.composite
+def banks(draw):
+    """Banks of any kind, widths and seed: as drawn, taken as they are, or fitted to random states."""
+    kind = draw(st.sampled_from(PROJECTIONS))
+    students = draw(st.lists(st.integers(0, 5), unique=True, min_size=1, max_size=3))
+    pairs = [(student, draw(st.integers(0, 5))) for student in students]
+    width = draw(st.integers(1, 5))
+    widths = [draw(st.integers(1, width if kind == "identity" else 7)) for _ in pairs]
+    arguments = {"kind": kind, "seed": draw(st.integers(0, 2**63)), "shared": draw(st.booleans())}
+    bank = ProjectionBank.create(pairs, widths, [width] * len(pairs), **arguments)
+    state = draw(st.sampled_from(["drawn", "frozen", "fitted"]))
+    if state == "fitted":
+        hidden = torch.randn(6, 4, 5, width, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+        bank.fit(teacher, [(hidden, torch.ones(4, 5))])
+    bank = bank.freeze() if state == "frozen" else bank
+    return bank, arguments | {"layer_pairs": pairs, "student_dims": widths, "teacher_dims": [width] * len(pairs)}
+
+
+@settings(deadline=None, max_examples=60)
+@given(banks())
+def test_a_saved_bank_is_read_to_the_bit(drawn):
+    bank, arguments = drawn
+    with tempfile.TemporaryDirectory() as folder:
+        bank.save_pretrained(folder)
+        read = ProjectionBank.from_pretrained(folder)
+        assert os.listdir(folder) == [FILE_NAME]
     assert read.tensors().keys() == bank.tensors().keys()
     assert all(torch.equal(tensor, bank.tensors()[name]) for name, tensor in read.tensors().items())
-    assert (read.fingerprint, read.frozen) == (bank.fingerprint, fit)
+    assert (read.fingerprint, read.frozen) == (bank.fingerprint, bank.frozen)
     assert (read.layer_pairs, read.shapes, read.metadata) == (bank.layer_pairs, bank.shapes, bank.metadata)
-    assert read.shapes == {(1, 2): (4, 6), (2, 4): (4, 6)}
-    assert read.metadata["kind"] == kind and read.metadata["seed"] == 3
-    hidden = torch.randn(2, 3, 6)
-    assert torch.equal(read.project(2, hidden), bank.project(2, hidden))
+    widths = list(zip(arguments["student_dims"], arguments["teacher_dims"], strict=True))
+    assert read.shapes == dict(zip(arguments["layer_pairs"], widths, strict=True))
+    assert read.metadata == {name: arguments[name] for name in ("kind", "seed", "shared")}
+    hidden = torch.randn(2, 3, widths[0][1])
+    for student_layer, _ in bank.layer_pairs:
+        assert torch.equal(read.project(student_layer, hidden), bank.project(student_layer, hidden))
+
+
+@settings(deadline=None, max_examples=40)
+@given(banks(), st.randoms(use_true_random=False))
+def test_a_fingerprint_does_not_depend_on_the_order_of_the_pairs_or_the_device(drawn, random):
+    bank, arguments = drawn
+    columns = ("layer_pairs", "student_dims", "teacher_dims")
+    rows = list(zip(*(arguments[name] for name in columns), strict=True))
+    random.shuffle(rows)
+    again = ProjectionBank.create(**arguments | dict(zip(columns, zip(*rows, strict=True), strict=True)))
+    assert again.matrix_fingerprint == bank.matrix_fingerprint
+    fingerprint = bank.fingerprint
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        assert bank.to(device).fingerprint == fingerprint
 
 
 def contents(folder):
@@ -279,14 +314,41 @@ def contents(folder):
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
-@pytest.mark.parametrize("name", ["layer_1_2.weight", "layer_2_4.mean", "layer_2_4.std"])
-def test_a_changed_tensor_is_found(name, tmp_path):
-    two_pairs().fit(teacher, batches([8])).save_pretrained(tmp_path)
-    tensors, metadata = contents(tmp_path)
-    tensors[name].view(-1)[0] = torch.nextafter(tensors[name].view(-1)[0], torch.tensor(9.0))
-    save_file(tensors, tmp_path / FILE_NAME, metadata=metadata)
-    with pytest.raises(ValueError, match="does not match the fingerprint it was saved with"):
-        ProjectionBank.from_pretrained(tmp_path)
+@pytest.fixture(scope="module")
+def flipped(tmp_path_factory):
+    """Read a small saved bank with one bit of its file flipped: `flipped(byte, bit)`; and how its bytes divide."""
+    folder = tmp_path_factory.mktemp("flipped")
+    bank = ProjectionBank.create([(1, 2)], [2], [3]).freeze()
+    bank.save_pretrained(folder)
+    whole = (folder / FILE_NAME).read_bytes()
+    tensors_start = 8 + int.from_bytes(whole[:8], "little")
+
+    def read(byte, bit):
+        changed = bytearray(whole)
+        changed[byte] ^= 1 << bit
+        (folder / FILE_NAME).write_bytes(changed)
+        return ProjectionBank.from_pretrained(folder)
+
+    return read, bank, tensors_start, len(whole)
+
+
+def test_one_flipped_bit_of_any_tensor_is_found(flipped):
+    read, _, start, end = flipped
+    assert end - start == 4 * (2 * 3 + 2 + 2)
+    for byte, bit in itertools.product(range(start, end), range(8)):
+        with pytest.raises(ValueError, match=r"does not match the fingerprint|is not a readable projection bank"):
+            read(byte, bit)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), bit=st.integers(0, 7))
+def test_one_flipped_bit_before_the_tensors_is_found_or_changes_none(flipped, data, bit):
+    read, bank, start, _ = flipped
+    try:
+        damaged = read(data.draw(st.integers(0, start - 1)), bit)
+    except ValueError:
+        return
+    assert (damaged.fingerprint, damaged.layer_pairs, damaged.frozen) == (bank.fingerprint, bank.layer_pairs, True)
 
 
 def test_a_damaged_file_is_refused(tmp_path):

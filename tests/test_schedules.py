@@ -1,19 +1,17 @@
 """A restarted schedule is transformers' own, once over each stage."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from conftest import masked_lm_examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from hf_curriculum_distill import CurriculumDistillationTrainer, Stage, StageScheduler
 from hf_curriculum_distill.schedules import restarted_schedule
-
-LENGTHS = (4, 10, 6)
-STAGES = StageScheduler(
-    [Stage(hidden=[(1, 1)], until=4), Stage(hidden=[(2, 2)], until=14), Stage(kl_weight=1.0)], max_steps=20
-)
 
 
 def stock_learning_rates(name, num_steps, warmup_ratio, kwargs, learning_rate=1.0):
@@ -40,16 +38,21 @@ def stock_learning_rates(name, num_steps, warmup_ratio, kwargs, learning_rate=1.
         ("warmup_stable_decay", {"num_decay_steps": 2}),
     ],
 )
-@pytest.mark.parametrize("warmup_ratio", [0.0, 0.2, 0.5])
-def test_each_stage_runs_the_stock_schedule_from_its_start(name, kwargs, warmup_ratio):
-    factor = restarted_schedule(STAGES, name, 1.0, warmup_ratio, kwargs)
-    expected = [rate for length in LENGTHS for rate in stock_learning_rates(name, length, warmup_ratio, kwargs)]
-    assert [factor(step) for step in range(20)] == pytest.approx(expected)
+@settings(deadline=None, max_examples=20)
+@given(ends=st.sets(st.integers(1, 29), max_size=4), warmup_ratio=st.floats(0, 1))
+def test_each_stage_runs_the_stock_schedule_from_its_start(name, kwargs, ends, warmup_ratio):
+    stages = StageScheduler([Stage(kl_weight=1.0, until=end) for end in [*sorted(ends), None]], max_steps=30)
+    factor = restarted_schedule(stages, name, 1.0, warmup_ratio, kwargs)
+    lengths = [end - start for start, end in itertools.pairwise([0, *sorted(ends), 30])]
+    expected = [rate for length in lengths for rate in stock_learning_rates(name, length, warmup_ratio, kwargs)]
+    rates = {step: factor(step) for step in reversed(range(30))}  # a function of the step, in whatever order
+    assert [rates[step] for step in range(30)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
 def test_the_schedule_has_a_value_behind_its_last_step(name):
-    assert math.isfinite(restarted_schedule(STAGES, name, 1.0, 0.2, {})(20))
+    stages = StageScheduler([Stage(hidden=[(1, 1)], until=4), Stage(kl_weight=1.0)], max_steps=20)
+    assert math.isfinite(restarted_schedule(stages, name, 1.0, 0.2, {})(20))
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,48 @@ def test_the_stages_partition_the_steps(data, max_steps):
     assert scheduler.boundaries == tuple(ends)
     spans = [range(*scheduler.span(index)) for index in range(len(stages))]
     assert [step for span in spans for step in span] == list(range(max_steps))
-    for index, span in enumerate(spans):
-        for step in span:
-            assert scheduler.index_at(step) == index
-            assert scheduler.stage_at(step) is scheduler.stages[index]
-            assert scheduler.stage_at(step).label_weight == float(index)
+    for step in range(max_steps + 2):  # a finished run asks for its last stage too
+        index = sum(end <= step for end in ends)
+        assert scheduler.index_at(step) == index
+        assert scheduler.stage_at(step) is scheduler.stages[index]
+        assert scheduler.stage_at(step).label_weight == float(index)
     assert [stage.until for stage in scheduler.stages] == [*ends, None]
+    again = StageScheduler(scheduler.stages, max_steps)
+    assert (again.stages, again.boundaries) == (scheduler.stages, scheduler.boundaries)
+
+
+fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
+ends_of_stages = st.lists(st.one_of(st.integers(1, 32), fractions), max_size=3)
+
+
+@given(
+    st.integers(-1, 30),
+    st.one_of(ends_of_stages.map(lambda ends: [*ends, None]), st.lists(st.one_of(st.none(), st.integers(1, 9)))),
+)
+def test_any_list_of_stages_partitions_the_steps_or_is_refused(max_steps, untils):
+    stages = [Stage(kl_weight=1.0, until=until) for until in untils]
+    ends = [round(until * max_steps) if isinstance(until, float) else until for until in untils]
+    is_plan = max_steps > 0 and ends[-1:] == [None] and None not in ends[:-1]
+    if is_plan and all(before < end for before, end in itertools.pairwise([0, *ends[:-1], max_steps])):
+        assert StageScheduler(stages, max_steps).boundaries == tuple(ends[:-1])
+    else:
+        with pytest.raises(ValueError):
+            StageScheduler(stages, max_steps)
+
+
+weights = st.one_of(st.floats(), st.floats(0, 2), st.just(0.0))
+
+
+@given(weights, weights, weights, st.booleans(), st.one_of(st.none(), st.integers(-2, 5), st.floats(), fractions))
+def test_a_stage_is_a_finite_sum_of_something_or_is_refused(hidden, kl, label, matched, until):
+    fields = {"hidden": [[1, 2]] if matched else [], "hidden_weight": hidden, "kl_weight": kl, "label_weight": label}
+    is_sum = all(0 <= weight < math.inf for weight in (hidden, kl, label)) and ((matched and hidden) or kl or label)
+    if is_sum and (until is None or (0 < until < 1 if isinstance(until, float) else until >= 1)):
+        stage = Stage(**fields, until=until)
+        assert (stage.needs_logits, stage.needs_teacher) == (bool(kl or label), bool(matched or kl))
+    else:
+        with pytest.raises(ValueError):
+            Stage(**fields, until=until)
 
 
 def test_fractions_are_rounded_to_the_nearest_step():
@@ -161,8 +197,32 @@ def test_named_maps_increase_stay_in_range_and_end_at_the_last_layers(student, t
     assert resolve_layer_map(pairs, None, student, teacher) == pairs
     if name == "uniform":
         assert all(t == math.ceil(s * teacher / student) for s, t in pairs)
+        gaps = [upper - lower for lower, upper in itertools.pairwise((0, *students))]
+        assert max(gaps) - min(gaps) <= 1
     else:
         assert all(teacher - t == student - s for s, t in pairs)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=4),
+    st.one_of(st.none(), st.integers(0, 4)),
+    st.booleans(),
+)
+def test_an_explicit_map_is_taken_as_it_is_or_refused(pairs, count, in_order):
+    pairs = sorted(pairs) if in_order else pairs
+    steps = list(itertools.pairwise(pairs))
+    increases = all(lower < upper for (lower, _), (upper, _) in steps)
+    increases = increases and all(lower <= upper for (_, lower), (_, upper) in steps)
+    if pairs and count in (None, len(pairs)) and increases:
+        assert resolve_layer_map([list(pair) for pair in pairs], count, 3, 4) == tuple(pairs)
+    else:
+        with pytest.raises(ValueError):
+            resolve_layer_map(pairs, count, 3, 4)
+    if all(student <= 3 and teacher <= 4 for student, teacher in pairs):
+        check_layer_range(pairs, 3, 4)
+    else:
+        with pytest.raises(ValueError, match="but the"):
+            check_layer_range(pairs, 3, 4)
 
 
 def test_known_maps():
@@ -221,4 +281,7 @@ def test_the_curriculum_shares_its_fraction_and_ends_in_logits(depth, order, fra
     assert not any(stage.needs_logits for stage in layers)
     assert logits.needs_logits and logits.until is None
     assert logits.hidden == (matched[-1] if keep_hidden else ())
-    assert StageScheduler([*layers, logits], 1000).boundaries[-1] == round(fraction * 1000)
+    scheduler = StageScheduler([*layers, logits], 1000)
+    assert scheduler.boundaries[-1] == round(fraction * 1000)
+    lengths = [end - start for start, end in map(scheduler.span, range(len(layers)))]
+    assert max(lengths) - min(lengths) <= 2  # both ends are rounded

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, set_seed
 
@@ -19,8 +20,10 @@ STAGES = [
     {"kl_weight": 1.0, "label_weight": 0.5, "hidden": [[2, 4]], "until": 6},
     {"kl_weight": 1.0},
 ]
+ONE_BY_ONE = [{"hidden": [[1, 2]], "until": 2}, {"hidden": [[2, 4]], "until": 4}, {"kl_weight": 1.0}]
 ONLINE = {"method": "online", "label_loss_weight": 0.5, "teacher_learning_rate": 2e-3, "max_grad_norm": 0.5}
 ONLINE |= {"lr_scheduler_type": "cosine", "save_strategy": "steps", "save_steps": 4}
+EPOCHS = {"stages": STAGES, "max_steps": -1, "num_train_epochs": 4}  # two steps each
 
 
 def bert(layers, hidden, seed):
@@ -40,25 +43,51 @@ def example(index):
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.where(counted & mask, ids, -100)}
 
 
+def unlabelled(index):
+    return example(index) | {"labels": torch.full((12,), -100)}
+
+
 def main():
     folder, batch, accumulation = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    train(folder, batch, accumulation, stages=STAGES)
-    train(folder / "online", batch, accumulation, **ONLINE)
-    train(folder / "resumed", batch, accumulation, folder / "online" / "checkpoint-4", **ONLINE)
+    processes = PartialState(cpu=True)
+    data = [example(index) for index in range(30)]
+
+    def run(name, data=data[:16], checkpoint=None, teacher=None, **fields):
+        train(folder / name, batch, accumulation, data, checkpoint, teacher, **fields)
+
+    run("", stages=STAGES)
+    run("checkpointed", stages=STAGES, gradient_checkpointing=True)
+    run("block", stages=ONE_BY_ONE, train_prefix="block", freeze_matched_layers=True)
+
+    teachers = folder / "teachers"
+    if processes.is_main_process:
+        for step in (3, 5, 8):
+            bert(4, 16, seed=step).save_pretrained(teachers / f"checkpoint-{step}")
+    processes.wait_for_everyone()
+    run("progressive", method="progressive", teacher=teachers)
+
+    # the eight examples that the second of two processes gets first have no labels
+    some_unlabelled = data[:8] + [unlabelled(index) for index in range(8, 16)] + data[16:27]
+    # not evaluated: with even_batches off Trainer's own evaluation waits for ever for a process that has no batch
+    run("uneven", some_unlabelled, accelerator_config={"even_batches": False}, eval_strategy="no", **EPOCHS)
+    # accelerate's default makes all processes' batches equally large: it takes examples from the start once more
+    padded = data[:29] if processes.num_processes > 1 else data[:29] + data[:3]
+    run("padded", padded, standardize_targets=False, **EPOCHS)
+
+    run("online", **ONLINE)
+    run("resumed", checkpoint=folder / "online" / "checkpoint-4", **ONLINE)
 
 
-def train(folder, batch, accumulation, checkpoint=None, **fields):
-    data = [example(index) for index in range(20)]
+def train(folder, batch, accumulation, data, checkpoint, teacher, **fields):
     args = CurriculumDistillationConfig(
-        output_dir=str(folder), max_steps=8, per_device_train_batch_size=batch,
+        output_dir=str(folder), per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation, per_device_eval_batch_size=3, logging_steps=1, report_to="none",
         use_cpu=True, learning_rate=1e-3, weight_decay=0.1, train_sampling_strategy="sequential",
-        disable_tqdm=True, eval_strategy="steps", eval_steps=8,
-        **{"save_strategy": "no"} | fields,
+        disable_tqdm=True, eval_steps=8, **{"max_steps": 8, "save_strategy": "no", "eval_strategy": "steps"} | fields,
     )  # fmt: skip
-    student, teacher = bert(2, 8, seed=1), bert(4, 16, seed=2)
+    student, teacher = bert(2, 8, seed=1), teacher or bert(4, 16, seed=2)
     trainer = CurriculumDistillationTrainer(
-        model=student, args=args, train_dataset=data[:16], eval_dataset=data[:7], teacher_model=teacher
+        model=student, args=args, train_dataset=data, eval_dataset=data[:7], teacher_model=teacher
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if args.should_save:  # as many scripts do: saving must not wait for the other processes

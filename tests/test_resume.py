@@ -1,0 +1,255 @@
+"""A run that is killed and resumed, however often and wherever, is the run that was never interrupted, to the bit."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB_SIZE, assert_same_weights, in_fork, start_fork, tiny_bert, wait_for_fork
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainerState
+
+from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, ProjectionBank
+
+STEPS, SAVED = 12, {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+LAYERS = {"stages": [{"hidden": [[1, 2]], "until": 4}, {"hidden": [[2, 4]], "until": 8}, {"kl_weight": 1.0}]}
+METHODS = {
+    "curriculum": LAYERS,
+    "one_shot": {"method": "one_shot"},
+    "progressive": {"method": "progressive", "teacher_schedule": [5]},
+    "online": {"method": "online", "label_loss_weight": 0.5},
+}
+
+
+def tokens(index):
+    return torch.randint(5, VOCAB_SIZE, (12,), generator=torch.Generator().manual_seed(index))
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Examples that are different each time they are read."""
+
+    def __len__(self):
+        return 36
+
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError(index)
+        return {"input_ids": tokens(index).roll(random.randrange(12)).roll(np.random.randint(12))}
+
+
+def rolled(example):
+    return {"input_ids": np.roll(example["input_ids"], np.random.randint(12)).tolist()}
+
+
+def stream():
+    """Fewer examples than the training has steps for: it begins again, in another order."""
+    data = datasets.Dataset.from_list([{"input_ids": tokens(index).tolist()} for index in range(24)])
+    return data.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=8).map(rolled).with_format("torch")
+
+
+def mask(examples):
+    """A collator that masks at random, as those of masked language models do."""
+    ids = torch.stack([torch.as_tensor(example["input_ids"]) for example in examples])
+    chosen = torch.rand(ids.shape) < 0.3
+    chosen[:, 0] = True
+    return {"input_ids": torch.where(chosen, 4, ids), "labels": torch.where(chosen, ids, -100)}
+
+
+DATA = {
+    "plain": (Augmented, {"logging_steps": 5}),
+    "accumulated": (Augmented, {"logging_steps": 3, "gradient_accumulation_steps": 2}),
+    "workers": (Augmented, {"logging_steps": 5, "dataloader_num_workers": 2, "dataloader_persistent_workers": True}),
+    "grouped": (Augmented, {"logging_steps": 5, "train_sampling_strategy": "group_by_length"}),
+    "stream": (stream, {"logging_steps": 5}),
+    "stream with a worker": (stream, {"logging_steps": 5, "dataloader_num_workers": 1}),
+}
+
+
+# ---- a run that can be killed ----
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Killer(TrainerCallback):
+    """Kills its process at an event of a step."""
+
+    def __init__(self, event, step):
+        def at(args, state, control, **kwargs):
+            if state.global_step == step:
+                die()
+
+        setattr(self, f"on_{event}", at)
+
+
+def killed_while_saving(part, step):
+    """Make this process die before a part of a checkpoint is written, or in the middle of a file."""
+
+    def before(owner, name):
+        original = getattr(owner, name)
+
+        def method(self, *args, **kwargs):
+            state = self if isinstance(self, TrainerState) else self.state
+            if state.global_step == step:
+                die()
+            return original(self, *args, **kwargs)
+
+        setattr(owner, name, method)
+
+    def cut(owner, name, file):
+        original = getattr(owner, name)
+
+        def method(self, folder, *args, **kwargs):
+            original(self, folder, *args, **kwargs)
+            state = self if isinstance(self, TrainerState) else self.state
+            path = os.path.join(folder, file) if file else folder
+            if state.global_step == step and os.path.exists(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+                die()
+
+        setattr(owner, name, method)
+
+    if part == "half the model":
+        cut(CurriculumDistillationTrainer, "save_model", "model.safetensors")
+    elif part == "half the optimizer":
+        cut(Trainer, "_save_optimizer_and_scheduler", "optimizer.pt")
+    elif part == "half the state":
+        cut(TrainerState, "save_to_json", "")
+    elif part == "calibration":
+        ProjectionBank.fit = lambda *args: die()
+    else:
+        owners = {"save_to_json": TrainerState}
+        before(owners.get(part, Trainer), part)
+
+
+CALLBACK_EVENTS = ("step_begin", "substep_end", "optimizer_step", "step_end", "log", "evaluate", "save")
+
+
+def train(folder, method, data, event=None, step=None):
+    make_data, fields = DATA[data]
+    teachers = [tiny_bert(4, width=24, seed=seed, initializer_range=0.3) for seed in (2, 3)]
+    if method == "progressive":
+        checkpoints = [str(folder.parent / f"teacher_{number}") for number in range(2)]
+        for teacher, path in zip(teachers, checkpoints, strict=True):
+            teacher.save_pretrained(path)
+        teachers = [checkpoints]
+    args = CurriculumDistillationConfig(
+        str(folder), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-3, weight_decay=0.1,
+        eval_strategy="steps", eval_steps=4, report_to="none", disable_tqdm=True, use_cpu=True,
+        lr_scheduler_type="cosine",
+        **SAVED | fields | METHODS[method],
+    )  # fmt: skip
+    callbacks = [Killer(event, step)] if event in CALLBACK_EVENTS else []
+    if event and not callbacks:
+        killed_while_saving(event, step)
+    trainer = CurriculumDistillationTrainer(
+        tiny_bert(2, dropout=0.1, seed=1), args, data_collator=mask, train_dataset=make_data(),
+        eval_dataset=Augmented(), teacher_model=teachers[0], callbacks=callbacks,
+    )  # fmt: skip
+    result = trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+    trainer.save_state()
+    assert result.training_loss == trainer.state.log_history[-1]["train_loss"]
+    if method == "online":
+        trainer.teacher.model.save_pretrained(folder / "teacher")
+
+
+def outcome(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    timed = ("runtime", "per_second")
+    logs = [{n: v for n, v in log.items() if not n.endswith(timed)} for log in state["log_history"]]
+    names = ("model.safetensors", "projection_bank.safetensors", "teacher/model.safetensors")
+    tensors = {
+        f"{file} {name}": t
+        for file in names
+        if (folder / file).exists()
+        for name, t in load_file(folder / file).items()
+    }
+    return tensors, logs, state["global_step"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What a run without interruption ends in, once a method and kind of data."""
+    outcomes = {}
+
+    def get(method, data):
+        if (method, data) not in outcomes:
+            folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+            assert in_fork(train, folder, method, data) == 0
+            outcomes[method, data] = outcome(folder)
+        return outcomes[method, data]
+
+    return get
+
+
+def assert_same_outcome(folder, expected):
+    tensors, logs, step = outcome(folder)
+    assert step == expected[2] == STEPS
+    assert logs == expected[1]
+    assert_same_weights(tensors, expected[0])
+
+
+# ---- the truth ----
+
+# In every stage, at both stage boundaries (4, 8) and in every part of a checkpoint.
+CHAIN = [
+    ("calibration", 0),
+    ("step_begin", 1),
+    ("_save_optimizer_and_scheduler", 2),
+    ("optimizer_step", 2),
+    ("half the model", 4),
+    ("log", 4),
+    ("step_begin", 4),
+    ("_save_rng_state", 6),
+    ("step_end", 7),
+    ("save_to_json", 8),
+    ("evaluate", 8),
+    ("half the state", 8),
+    ("save", 8),
+    ("half the optimizer", 10),
+    ("step_end", 11),
+    ("step_end", 12),
+    ("save", 12),
+]
+SHORT = [("step_begin", 1), ("_save_rng_state", 4), ("step_begin", 5), ("half the model", 8), ("step_end", 11)]
+
+
+@pytest.mark.parametrize(
+    "method, data",
+    [(method, data) for method in METHODS for data in ("plain", "accumulated", "workers", "stream")]
+    + [("curriculum", "grouped"), ("curriculum", "stream with a worker")],
+)
+def test_a_run_killed_again_and_again_is_one_that_was_never_interrupted(tmp_path, uninterrupted, method, data):
+    folder = tmp_path / "run"
+    for event, step in CHAIN if data == "plain" else SHORT:
+        if event == "calibration" and method != "curriculum":
+            continue
+        assert in_fork(train, folder, method, data, event, step) == -signal.SIGKILL, (event, step)
+    assert in_fork(train, folder, method, data) == 0
+    assert_same_outcome(folder, uninterrupted(method, data))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_at_random_moments_is_one_that_was_never_interrupted(tmp_path, uninterrupted, method):
+    begin = time.monotonic()
+    assert in_fork(train, tmp_path / "timed", method, "plain") == 0
+    seconds = time.monotonic() - begin
+    moments, kills = random.Random(method), 0
+    while True:
+        child = start_fork(train, tmp_path / "run", method, "plain")
+        time.sleep(seconds * moments.uniform(0, 1.1) if kills < 10 else 0)
+        if kills < 10:
+            os.kill(child, signal.SIGKILL)
+        status = wait_for_fork(child)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        kills += 1
+    assert_same_outcome(tmp_path / "run", uninterrupted(method, "plain"))
