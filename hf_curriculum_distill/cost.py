@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
 
 from hf_curriculum_distill.randomness import preserved_random_state
 
@@ -23,7 +24,19 @@ _CPU_ATTENTION = {
 
 def flop_counter() -> FlopCounterMode:
     """torch's counter of operations in matrix products (a multiply-add is two), CPU attention included."""
-    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    counter.mod_tracker = _NoModules()
+    return counter
+
+
+class _NoModules(ModuleTracker):
+    """Only totals are wanted; without gradients torch's tracker fails where a module's input is a parameter."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
 
 
 @torch.no_grad()

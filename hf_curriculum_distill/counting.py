@@ -50,6 +50,11 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
     if labels is not None:
         rows = labels.flatten().ne(-100).nonzero().squeeze(1)
         return rows, labels.flatten()[rows]
+    if getattr(model.config, "is_encoder_decoder", False) and answers_per_token(model, inputs):
+        raise ValueError(
+            f"The batch has no labels, but the logits of {type(model).__name__} answer its decoder's tokens, which "
+            "labels choose; check the collator."
+        )
     mask = _token_mask(inputs)
     if mask is None or not answers_per_token(model, inputs):
         return None, None

@@ -40,7 +40,7 @@ def find_block_stack(model: nn.Module) -> list[nn.Module]:
     lists = [(n, m) for n, m in lists if len(m) == depth and not any(isinstance(b, nn.ModuleList) for b in m)]
     blocks = [(n, m) for n, m in lists if all(isinstance(block, GradientCheckpointingLayer) for block in m)]
     found = blocks or lists
-    if len(found) != 1:
+    if len(found) != 1 or not depth:
         seen = ", ".join(name for name, _ in found) or "none"
         raise ValueError(
             f"{type(model).__name__} needs exactly one ModuleList of num_hidden_layers={depth} blocks to be matched "

@@ -37,6 +37,12 @@ def hidden_state_mse(student: Tensor, target: Tensor, mask: Tensor | None = None
 
     ```
     """
+    if student.shape != target.shape:
+        raise ValueError(
+            f"The student's hidden states are {tuple(student.shape)} and the teacher's, projected, "
+            f"{tuple(target.shape)} (batch, positions, hidden size); they must have the same positions. Take a teacher "
+            "that cuts its input into the same tokens or patches, with as many special ones."
+        )
     error = student.float() - target.float()
     if mask is None:
         return error.square().mean(-1).sum()

@@ -91,6 +91,8 @@ def read_record(folder: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             record = json.load(file)
         version = record["format_version"]
+        if version == FORMAT_VERSION:
+            _ = record["step"], record["stages"], record["settings"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a readable run record ({error}); resume from another checkpoint.") from error
     if version != FORMAT_VERSION:

@@ -8,8 +8,8 @@ import logging
 import math
 import os
 import random
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import datasets
@@ -26,7 +26,14 @@ from hf_curriculum_distill.batches import SeededBatches, seeded
 from hf_curriculum_distill.checkpoints import check_writable, find_last_checkpoint, list_files, read_whole
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import count_flops
-from hf_curriculum_distill.counting import answers_per_token, count, counted_rows, label_weights, position_weights
+from hf_curriculum_distill.counting import (
+    answers_per_token,
+    check_batch,
+    count,
+    counted_rows,
+    label_weights,
+    position_weights,
+)
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.ledger import Ledger
 from hf_curriculum_distill.loading import TeacherModel, prepare_teacher
@@ -84,6 +91,8 @@ class CurriculumDistillationTrainer(Trainer):
             args = TrainingArguments("tmp_trainer") if args is None else args
             if not isinstance(args, CurriculumDistillationConfig):
                 args = CurriculumDistillationConfig.from_training_arguments(args)
+            if model is not None and not hasattr(model, "config"):
+                raise ValueError(f"model is a {type(model).__name__}; pass the student as a PreTrainedModel.")
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         if not distils:
             if projection_bank is not None:
@@ -175,15 +184,32 @@ class CurriculumDistillationTrainer(Trainer):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._position["batches"]:
             torch.empty((), dtype=torch.int64).random_()  # a DataLoader's draw at its start: dropout stays Trainer's
-        with self._loading:
-            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._position["batches"] += len(batches)
-        if not batches:
-            return batches, num_items
-        counts = torch.stack([count(self.model, batch).to(device) for batch in batches]).sum(0)
+        with self._naming(self._describe_step()):
+            with self._loading:
+                batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            self._position["batches"] += len(batches)
+            if not batches:
+                return batches, num_items
+            counts = torch.stack([count(self.model, batch).to(device) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return batches, counts
+
+    @staticmethod
+    @contextmanager
+    def _naming(where: str) -> Iterator[None]:
+        """Says of which batch something is wrong; datasets and collators raise errors of all kinds."""
+        try:
+            yield
+        except (ValueError, TypeError, LookupError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"The batch of {where} cannot be used: {error}") from error
+
+    def _describe_step(self) -> str:
+        index = self.stage_scheduler.index_at(self.state.global_step)
+        stage = f"stage {index + 1} of {len(self.stages)}, {self.stages[index].name}"
+        return f"step {self.state.global_step + 1} ({stage})"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The current stage's weighted sum of losses; in evaluation the student's own task loss, in every stage.
@@ -193,6 +219,8 @@ class CurriculumDistillationTrainer(Trainer):
         if not self._declared_stages:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
+            with self._naming("the evaluation"):
+                check_batch(self.model, inputs)
             loss, outputs = super().compute_loss(model, self._for_student(inputs), return_outputs=True)
             self._compare_with_teacher(outputs, inputs)
             return (loss, outputs) if return_outputs else loss
@@ -238,6 +266,8 @@ class CurriculumDistillationTrainer(Trainer):
 
     def _run_student(self, model, inputs, stage: Stage, rows: Tensor | None):
         """Hidden states and logits of the stage. `model` is the student or what wraps it."""
+        if self.args.torch_compile and rows is not None:
+            torch._dynamo.maybe_mark_dynamic(rows, 0)  # how many count differs from batch to batch: one graph for all
         return self._student(
             model,
             self._for_student(self._questions(inputs)),
@@ -297,6 +327,9 @@ class CurriculumDistillationTrainer(Trainer):
         if index == self._stage_index:
             return stage
         self._stage_index = index
+        if self.args.device.type != "cpu":  # values are checked once a stage: that waits for the device
+            with self._naming(self._describe_step()):
+                check_batch(self.model, {n: v.cpu() if isinstance(v, Tensor) else v for n, v in inputs.items()})
         first, end = self.stage_scheduler.span(index)
         logger.info("Stage %d of %d: %s (steps %d to %d)", index + 1, len(self.stages), stage.name, first + 1, end)
         for callback in self.callback_handler.callbacks:
@@ -417,9 +450,24 @@ class CurriculumDistillationTrainer(Trainer):
             else:
                 examples = list(itertools.islice(data, num_samples))
             collator = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
-            self.projection_bank.fit(teacher, DataLoader(examples, self.args.train_batch_size, collate_fn=collator))
+            loader = DataLoader(examples, self.args.train_batch_size, collate_fn=collator)
+            self.projection_bank.fit(teacher, self._checked(loader))
         for tensor in self.projection_bank.tensors().values():
             broadcast(tensor)
+
+    def _checked(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The batches of the calibration sample, still in host memory, if they can be learnt from."""
+        labelled = []
+        with self._naming("the calibration sample"):
+            for batch in loader:
+                check_batch(self.model, batch)
+                labelled += [bool((batch["labels"] != -100).any())] if "labels" in batch else []
+                yield batch
+        if labelled and not any(labelled) and any(stage.needs_logits for stage in self.stages):
+            raise ValueError(
+                "In the whole calibration sample no label counts (all are -100), so the stages that match logits or "
+                "labels would learn nothing. Check the collator; layer stages alone need none."
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer`, with the stage, its loss terms and the operations so far beside the training loss."""
@@ -450,6 +498,8 @@ class CurriculumDistillationTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self._declared_stages:
+            if self.args.restart_schedule_per_stage and self.accelerator.optimizer_step_was_skipped:
+                self.lr_scheduler.step()  # an fp16 step that overflowed: the stage goes on, so does its schedule
             if self.state.global_step in self.stage_scheduler.boundaries and self.args.logging_strategy != "no":
                 self.control.should_log = True  # no logged average mixes two stages
             if self.control.should_save or self.control.should_evaluate:
@@ -467,6 +517,8 @@ class CurriculumDistillationTrainer(Trainer):
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
+        # accelerate would keep every evaluation's loader, and its shared memory's open file, until the run ends
+        self.accelerator._dataloaders[:] = [kept for kept in self.accelerator._dataloaders if kept is not dataloader]
         compared = {f"{metric_key_prefix}_{name}": value for name, value in self._comparison.compute().items()}
         output.metrics.update({name: value for name, value in compared.items() if name not in output.metrics})
         if self._declared_stages:
@@ -551,6 +603,26 @@ class CurriculumDistillationTrainer(Trainer):
             flops_per_input=self._ledger.flops_per_input,
         )
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with self._reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with self._reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _reading(self, checkpoint: str | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self._declared_stages:
+                raise
+            raise OSError(
+                f"{checkpoint} cannot be resumed from: {error!r}. Its files are damaged, or those of another model; "
+                "resume from another checkpoint."
+            ) from error
+
     def _resume(self, checkpoint: str) -> None:
         self._resumed = record = read_whole(checkpoint)
         check_resumable(record, self._record(), checkpoint)
@@ -573,10 +645,21 @@ class CurriculumDistillationTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process would run as nn.DataParallel, which this trainer doesn't "
                 "support; launch one process a GPU with `accelerate launch` or `torchrun`."
             )
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old name, the new one
+            if (getattr(self.args, name, None) or {}).get("use_reentrant"):
+                raise ValueError(
+                    f"{name} has use_reentrant=True, with which blocks run outside of the graph that hidden states "
+                    "are taken from: layer stages get wrong gradients or none. Use use_reentrant=False, the default."
+                )
         if self.compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func was given together with teacher_model or stages, and both define the loss; leave "
                 "compute_loss_func out."
+            )
+        if self.args.label_names is not None and "labels" not in self.args.label_names:
+            raise ValueError(
+                f"label_names is {self.args.label_names}, but losses are computed from 'labels'; rename the column, or "
+                "leave label_names out."
             )
 
     def _make_bank(self, given: ProjectionBank | None) -> ProjectionBank | None:
@@ -585,6 +668,12 @@ class CurriculumDistillationTrainer(Trainer):
             if given is not None:
                 raise ValueError("projection_bank was given, but no stage matches hidden states; leave it out.")
             return None
+        if not isinstance(given, ProjectionBank | None):
+            raise ValueError(
+                f"projection_bank is a {type(given).__name__}; pass a ProjectionBank, which "
+                "ProjectionBank.from_pretrained reads from a folder."
+            )
+        self._student.check_training(self.args.freeze_matched_layers or self.args.train_prefix == "block")
         dims = self._student.hidden_size, self.teacher.partial_forward.hidden_size
         if given is None:
             each = [[dim] * len(pairs) for dim in dims]
@@ -604,6 +693,16 @@ class CurriculumDistillationTrainer(Trainer):
             return
         if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
             raise ValueError("train_dataset is empty; there is nothing to train on.")
+        batch = self.args.train_batch_size * self.args.world_size
+        if (
+            self.args.dataloader_drop_last
+            and hasattr(self.train_dataset, "__len__")
+            and len(self.train_dataset) < batch
+        ):
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} examples, fewer than a batch of all processes ({batch}), "
+                "and dataloader_drop_last leaves them out; set it to False or lower the batch size."
+            )
         if self.args.max_steps > 0:
             self._plan(self.args.max_steps)
         elif hasattr(self.train_dataset, "__len__"):

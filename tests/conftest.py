@@ -1,7 +1,9 @@
 """What the tests share: an offline, single-threaded environment, tiny models, tiny data."""
 
+import gc
 import os
 import traceback
+from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -9,12 +11,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import datasets
 import pytest
 import torch
+from hypothesis import settings
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_curriculum_distill import CurriculumDistillationConfig
 
 torch.set_num_threads(1)
+gc.freeze()  # every train() collects garbage, and what is imported never is
 datasets.disable_progress_bars()
+settings.register_profile("tests", deadline=None, max_examples=40)
+settings.load_profile("tests")
+
+collect_ignore = [] if find_spec("deepspeed") else ["zero.py"]
 
 VOCAB_SIZE = 50
 STUDENT_DEPTH, TEACHER_DEPTH = 2, 4

@@ -951,3 +951,146 @@ def test_nothing_of_ours_unpickles_or_trusts_remote_code():
 )
 def test_the_scan_sees_what_it_looks_for(source):
     assert list(unsafe_lines(f"def load(path):\n    {source}\n")) == [2]
+
+
+# ---- batches, by the step they were for ----
+
+
+@pytest.mark.parametrize("name", WRONG_DATA)
+def test_calibration_refuses_what_training_would(build, finished, examples, name):
+    edit, message = WRONG_DATA[name]
+    trainer, before = build(train_dataset=edit(examples[:16])), contents(finished)
+    with pytest.raises(
+        ValueError, match=f"The batch of the calibration sample cannot be used: .*{message}|keys expected"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not trainer.projection_bank.frozen
+    assert contents(finished) == before
+
+
+BROKEN_DATA = {
+    "texts of different lengths": (
+        lambda: [e for n in (12, 10, 8) for e in masked_lm_examples(8, length=n)],
+        "equal size",
+    ),
+    "nothing": (lambda: [None] * 24, "__dict__"),
+    "numbers": (lambda: list(range(24)), "__dict__"),
+}
+
+
+@pytest.mark.parametrize(
+    "method, where", [("curriculum", "the calibration sample"), ("one_shot", r"step 1 \(stage 1 of 1, kl\)")]
+)
+@pytest.mark.parametrize("name", BROKEN_DATA)
+def test_what_cannot_be_collated_is_said_with_where_it_was(build, name, method, where):
+    make, message = BROKEN_DATA[name]
+    trainer = build(train_dataset=make(), method=method, per_device_train_batch_size=24)
+    with pytest.raises(ValueError, match=f"The batch of {where} cannot be used: .*{message}"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "step, stage", [(2, "stage 1 of 3, layer 1"), (4, "stage 2 of 3, layer 2"), (7, "stage 3 of 3, kl")]
+)
+def test_a_wrong_batch_in_the_middle_is_named_by_its_stage_and_step(build, examples, step, stage):
+    wrong = WRONG_DATA["fewer labels than tokens"][0](examples[:4])
+    data = Stream(examples[: 4 * (step - 1)] + wrong + examples[:40])
+    trainer = build(train_dataset=data, calibration_samples=4)
+    with pytest.raises(
+        ValueError, match=re.escape(f"The batch of step {step} ({stage}) cannot be used: labels have shape")
+    ):
+        trainer.train()
+    assert trainer.state.global_step == step - 1
+
+
+def test_a_dataset_without_any_label_that_counts_is_refused_where_labels_say_what_is_learnt(build, examples):
+    data = labels_become(-100)(examples)
+    trainer = build(train_dataset=data)
+    for _ in range(2):  # the second attempt is refused as the first
+        with pytest.raises(ValueError, match="In the whole calibration sample no label counts"):
+            trainer.train()
+    build(train_dataset=data, stages=[{"hidden": [[1, 2]]}]).train()
+    build(train_dataset=data[:3] + examples[:1]).train()
+
+
+@pytest.mark.parametrize("name", ["a label of -1", "a token below 0", "no tokens"])
+def test_an_evaluation_set_is_checked_as_training_data_is(build, examples, name):
+    edit, message = WRONG_DATA[name]
+    trainer = build(eval_dataset=edit(examples[:8]))
+    with pytest.raises(ValueError, match=f"The batch of the evaluation cannot be used: {message}"):
+        trainer.evaluate()
+
+
+# ---- the rest ----
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"train_dataset": masked_lm_examples(3), "dataloader_drop_last": True},
+            "3 examples, fewer than a batch of all pro",
+        ),
+        ({"projection_bank": "folder"}, "projection_bank is a str; pass a ProjectionBank"),
+        ({"projection_bank": {}}, "projection_bank is a dict; pass a ProjectionBank"),
+        ({"label_names": ["tags"]}, r"label_names is \['tags'\], but losses are computed from 'labels'"),
+        ({"model": "bert-base-uncased"}, "model is a str; pass the student as a PreTrainedModel"),
+        ({"model": torch.nn.Linear(2, 2)}, "model is a Linear; pass the student as a PreTrainedModel"),
+        ({"teacher_model": tiny_bert(0), "method": "one_shot"}, "num_hidden_layers=0 blocks"),
+        ({"model": tiny_bert(0), "method": "one_shot"}, "num_hidden_layers=0 blocks"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_at_construction(refused, changes, message):
+    refused(message, **changes)
+
+
+DAMAGED_STATES = {
+    "weights of garbage": (other_bytes(WEIGHTS), OSError, r"checkpoint-4 cannot be resumed from: SafetensorError"),
+    "an optimizer of garbage": (other_bytes("optimizer.pt"), OSError, r"checkpoint-4 cannot be resumed from: "),
+    "no weights": (remove(WEIGHTS), OSError, f"checkpoint-4 is not whole: {WEIGHTS} is missing"),
+    "weights cut": (cut(WEIGHTS), ValueError, f"checkpoint-4 is not whole: {WEIGHTS} has "),
+    "an optimizer cut": (cut("optimizer.pt"), ValueError, "checkpoint-4 is not whole: optimizer.pt has "),
+    "no optimizer": (remove("optimizer.pt"), OSError, "checkpoint-4 is not whole: optimizer.pt is missing"),
+    "no schedule": (remove("scheduler.pt"), OSError, "checkpoint-4 is not whole: scheduler.pt is missing"),
+    "a state of garbage": (write("trainer_state.json", b"{"), ValueError, "trainer_state.json is not readable"),
+    "no state": (remove("trainer_state.json"), ValueError, "trainer_state.json is not readable"),
+    "another model's weights": (
+        lambda folder: (folder / WEIGHTS).write_bytes(as_long_as(folder / WEIGHTS)),
+        OSError,
+        "checkpoint-4 cannot be resumed from: .*size mismatch",
+    ),
+}
+
+
+def as_long_as(path):
+    """The same tensors but one, whose shape is another: a file of the same size."""
+    tensors = load_file(path)
+    tensors[BIAS] = tensors[BIAS][None]
+    save_file(tensors, path.with_name("other"), metadata={"format": "pt"})
+    size, other = path.stat().st_size, path.with_name("other").read_bytes()
+    path.with_name("other").unlink()
+    header = int.from_bytes(other[:8], "little")
+    spaces = size - len(other)  # safetensors allows them behind the header
+    return (header + spaces).to_bytes(8, "little") + other[8 : 8 + header] + b" " * spaces + other[8 + header :]
+
+
+@pytest.mark.parametrize("name", DAMAGED_STATES)
+def test_a_checkpoint_whose_state_is_damaged_is_refused_by_its_name(build, finished, tmp_path, name):
+    edit, error, message = DAMAGED_STATES[name]
+    checkpoint = shutil.copytree(os.path.join(finished, "checkpoint-4"), tmp_path / "checkpoint-4")
+    edit(checkpoint)
+    trainer, before = build(), contents(finished)
+    with pytest.raises(error, match=f"(?s){message}"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step in (0, 4) and contents(finished) == before
+
+
+@pytest.mark.parametrize("key", ["step", "stages", "settings"])
+def test_a_record_that_lacks_something_is_refused(build, finished, tmp_path, key):
+    checkpoint = shutil.copytree(os.path.join(finished, "checkpoint-4"), tmp_path / "checkpoint-4")
+    record = json.loads((checkpoint / "curriculum.json").read_text())
+    (checkpoint / "curriculum.json").write_text(json.dumps({name: v for name, v in record.items() if name != key}))
+    with pytest.raises(ValueError, match=rf"curriculum\.json is not a readable run record \('{key}'\)"):
+        build().train(resume_from_checkpoint=str(checkpoint))

@@ -149,6 +149,12 @@ def test_a_mask_of_another_length_is_refused():
         position_weights(MODELS["bert"], text(), torch.zeros(3, 7, 8))
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_without_labels_nothing_says_what_a_decoder_answers(name):
+    with pytest.raises(ValueError, match=f"no labels, but the logits of {type(MODELS[name]).__name__} answer"):
+        counted_rows(MODELS[name], text())
+
+
 @st.composite
 def batches(draw, name, size=4, length=6):
     """A random batch for a model, labelled or not, padded or not, and the shape of its hidden states."""
@@ -162,7 +168,7 @@ def batches(draw, name, size=4, length=6):
             inputs["attention_mask"] = (torch.arange(400) < samples).long()
     else:
         inputs, states = text(size, length, draw(st.integers(0, 10**6)), None, draw(st.booleans())), length
-    if draw(st.booleans()):
+    if MODELS[name].config.is_encoder_decoder or draw(st.booleans()):  # only labels say what a decoder answers
         per_token = answers_per_token(MODELS[name], inputs)
         labels = torch.randint(-2, 2, (size, length) if per_token else (size,), generator=generator)
         inputs["labels"] = torch.where(labels < 0, -100, labels)

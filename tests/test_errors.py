@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import STUDENT_DEPTH, TEACHER_DEPTH, VOCAB_SIZE, masked_lm_examples, tiny_bert
 from transformers import (
-    AlbertConfig,
-    AlbertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     BertTokenizerFast,
     TrainingArguments,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 
 from hf_curriculum_distill import CurriculumDistillationTrainer, ProjectionBank
@@ -190,10 +190,9 @@ def test_a_teacher_without_a_head_is_refused(build, teacher, tmp_path):
 
 @pytest.mark.parametrize("who", ["model", "teacher_model"])
 def test_a_model_without_a_block_stack_is_refused(build, who):
-    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    albert = AlbertForMaskedLM(AlbertConfig(vocab_size=VOCAB_SIZE, embedding_size=16, **shared))
-    with pytest.raises(ValueError, match="AlbertForMaskedLM needs exactly one ModuleList of num_hidden_layers=3"):
-        build(**{who: albert})
+    xlm = XLMWithLMHeadModel(XLMConfig(vocab_size=VOCAB_SIZE, emb_dim=16, n_layers=3, n_heads=2))
+    with pytest.raises(ValueError, match="XLMWithLMHeadModel needs exactly one ModuleList of num_hidden_layers=3"):
+        build(**{who: xlm})
 
 
 def test_a_teacher_that_shares_parameters_is_refused(build, student):
@@ -283,19 +282,19 @@ def test_no_checkpoint_is_written_behind_a_loss_that_is_not_finite(config, stude
 
 
 def test_an_evaluation_that_is_not_finite_stops(config, student, teacher, examples):
-    with torch.no_grad():
-        student.cls.predictions.bias.fill_(float("nan"))
     trainer = CurriculumDistillationTrainer(
         student, config(), train_dataset=examples, eval_dataset=examples[:8], teacher_model=teacher
     )
+    with torch.no_grad():
+        student.cls.predictions.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="eval_loss is nan"):
         trainer.evaluate()
 
 
 def test_a_teacher_that_is_not_finite_is_found_by_calibration(config, student, teacher, examples):
+    trainer = CurriculumDistillationTrainer(student, config(), train_dataset=examples, teacher_model=teacher)
     with torch.no_grad():
         teacher.bert.encoder.layer[1].output.dense.bias.fill_(float("inf"))
-    trainer = CurriculumDistillationTrainer(student, config(), train_dataset=examples, teacher_model=teacher)
     with pytest.raises(FloatingPointError, match="hidden states at layer 2 are not finite"):
         trainer.train()
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_curriculum_distill import losses
@@ -18,8 +18,6 @@ from hf_curriculum_distill.losses import (
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=list(DIVERGENCES))
 seeds, sizes = st.integers(0, 10**6), st.integers(1, 5)
-settings.register_profile("tests", deadline=None, max_examples=40)
-settings.load_profile("tests")
 
 
 def normal(*shape, seed, scale=1.0):

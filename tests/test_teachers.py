@@ -146,7 +146,7 @@ def named(*labels):
     "student, teacher",
     [
         (tiny_bert(1), tiny_bert(3, width=32)),
-        (build("bert")[0], build("gpt2")[0]),
+        (build("gpt2")[0], build("llama")[0]),
         (classifier(num_labels=3), classifier(num_labels=3)),
         (classifier(), classifier(**named("good", "bad"))),  # LABEL_0, LABEL_1 stand for anything
         (classifier(**named("good", "bad")), classifier()),
