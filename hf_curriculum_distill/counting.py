@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _ONE_ANSWER_PER_EXAMPLE = ("SequenceClassification", "ImageClassification", "AudioClassification")
-_ONE_ANSWER_PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
 
 def predicts_next_token(model: nn.Module) -> bool:
@@ -61,87 +60,12 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
     return mask.flatten().nonzero().squeeze(1), None
 
 
-def check_batch(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Whether the losses read a batch as it was meant.
-
-    Shapes are compared always, values only where they lie in host memory: nothing waits for the device.
-
-    Raises:
-        ValueError: an input is missing or empty, or tokens, attention mask and labels do not fit each other or the
-            model.
-    """
-    name, classes = model.main_input_name, _num_classes(model)
-    main = inputs.get(name) if isinstance(inputs, Mapping) else None
-    if not isinstance(main, Tensor) or not main.numel():
-        held = ", ".join(inputs) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
-        raise ValueError(
-            f"The batch has no {name}, or none but empty ones; it holds {held or 'nothing'}. {type(model).__name__} "
-            "needs them. Check the data set's columns and the collator."
-        )
-    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-    if name == "input_ids":
-        if main.is_floating_point() or main.dim() != 2:
-            raise ValueError(f"input_ids are {_describe(main)}; token numbers of shape [batch, length] are needed.")
-        _check_values(main, "input_ids", getattr(model.config.get_text_config(), "vocab_size", None))
-        if mask is not None and (mask.dim() < 2 or (mask.dim() == 2 and mask.shape != main.shape)):
-            raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)} but input_ids {tuple(main.shape)}; they must have one "
-                "entry a token. Check the collator."
-            )
-    elif main.device.type == "cpu" and not main.isfinite().all():
-        raise ValueError(f"{name} have values that are nan or inf; check the data and its preprocessing.")
-    if labels is None:
-        return
-    if labels.is_floating_point() or labels.dim() not in (1, 2):
-        raise ValueError(
-            f"labels are {_describe(labels)}; class numbers of shape [batch] or [batch, length] are needed to match "
-            "the teacher's class probabilities."
-        )
-    per_token = predicts_next_token(model) or _is_for(model, _ONE_ANSWER_PER_TOKEN)
-    wanted = main.shape if per_token else main.shape[: 1 if _is_for(model, _ONE_ANSWER_PER_EXAMPLE) else 0]
-    if len(labels) != len(main) or (wanted and labels.shape != wanted):
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)} but {name} {tuple(main.shape)}; {type(model).__name__} needs one "
-            f"label {'a token' if per_token else 'an example'}. Check the collator."
-        )
-    _check_values(labels.where(labels != -100, 0), "labels", classes, " (-100: does not count)")
-
-
-def _check_values(numbers: Tensor, name: str, end: int | None, beside: str = "") -> None:
-    if end is None or numbers.device.type != "cpu":
-        return
-    low, high = (value.item() for value in numbers.aminmax())
-    if low < 0 or high >= end:
-        raise ValueError(
-            f"{name} hold {low if low < 0 else high}, but the model knows 0 to {end - 1}{beside}. Check that data, "
-            "tokenizer and model belong together."
-        )
-
-
-def _num_classes(model: nn.Module) -> int | None:
-    if _is_for(model, ("Classification",)):
-        return model.config.num_labels
-    return getattr(model.config.get_text_config(), "vocab_size", None)
-
-
-def _is_for(model: nn.Module, tasks: tuple[str, ...]) -> bool:
-    return any(task in cls.__name__ for cls in type(model).__mro__ for task in tasks)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-
-
 def count(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """`[number of positions, number of rows]` that count in a batch, without waiting for the device.
 
     Text: positions are the tokens that are not padding. Images and audio: one an example, shared equally by its
     hidden states (see [`position_weights`]).
-
-    Raises:
-        ValueError: see [`check_batch`].
     """
-    check_batch(model, inputs)
     labels, mask = _aligned_labels(model, inputs), _token_mask(inputs)
     main = inputs[model.main_input_name]
     positions = mask.sum() if mask is not None else torch.full((), _num_units(inputs, main), device=main.device)

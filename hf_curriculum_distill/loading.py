@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
+from hf_curriculum_distill.checks import check_finite_weights
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.online import OnlineTeacher
-from hf_curriculum_distill.teachers import CheckpointTeacher, FrozenTeacher, check_finite_weights, find_checkpoints
+from hf_curriculum_distill.teachers import CheckpointTeacher, FrozenTeacher, find_checkpoints
 
 # auto class -> the class names it stands for
 _TASKS = {

@@ -151,21 +151,6 @@ def _steps_of(folder: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def check_finite_weights(model: nn.Module, who: str) -> None:
-    """Raise a `ValueError` that names the first parameter with values that are nan, inf or not there at all."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.is_floating_point()]
-    if missing := [name for name, parameter in named if parameter.is_meta]:
-        raise ValueError(f"{missing[0]} of the {who} has no values yet (device 'meta'); load its weights first.")
-    # a sum is finite only if all of it is, and needs no second tensor as large
-    finite = [parameter.detach().sum(dtype=torch.float32).isfinite() for _, parameter in named]
-    if finite and not torch.stack([flag.to(finite[0].device) for flag in finite]).all():  # one wait for the device
-        name = next(name for (name, _), flag in zip(named, finite, strict=True) if not flag)
-        raise ValueError(
-            f"{name} of the {who} has values that are nan or inf, and answers would be too; take a sound checkpoint "
-            "or, where a cast to float16 overflowed, another dtype."
-        )
-
-
 def weights_fingerprint(model: nn.Module, samples: int = 64) -> str:
     """SHA-256 over evenly spaced values of every parameter: training changes it, another device does not."""
     digest = hashlib.sha256()

@@ -24,11 +24,11 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArg
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.batches import SeededBatches, seeded
 from hf_curriculum_distill.checkpoints import check_writable, find_last_checkpoint, list_files, read_whole
+from hf_curriculum_distill.checks import check_batch, check_launch, check_stages, check_training_data, naming_batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import count_flops
 from hf_curriculum_distill.counting import (
     answers_per_token,
-    check_batch,
     count,
     counted_rows,
     label_weights,
@@ -98,22 +98,13 @@ class CurriculumDistillationTrainer(Trainer):
             if projection_bank is not None:
                 raise ValueError("projection_bank was given without teacher_model, so nothing is projected; pass both.")
             return
-        self._check_launch()
+        check_launch(self.args, self.compute_loss_func)
         self._student = PartialForward(self.model)
         if teacher_model is not None:
             self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)
         depths = self._student.depth, None if self.teacher is None else self.teacher.partial_forward.depth
         self._declared_stages = self.args.resolve_stages(*depths)
-        if self.args.method == "online" and self.args.standardize_targets and any(s.hidden for s in self.stages):
-            raise ValueError(
-                "stages match hidden states of an online teacher, and standardize_targets would measure them before it "
-                "has learnt anything; set standardize_targets=False."
-            )
-        if self.is_deepspeed_enabled and self.args.weight_decay and not all(s.needs_logits for s in self.stages):
-            raise ValueError(
-                f"weight_decay is {self.args.weight_decay}, but DeepSpeed takes missing gradients for zeros and would "
-                "shrink the blocks that a layer stage leaves out; set weight_decay=0, or launch with DDP or FSDP2."
-            )
+        check_stages(self._declared_stages, self.args, self.is_deepspeed_enabled)
         self.projection_bank = self._make_bank(projection_bank)
         # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
@@ -184,27 +175,18 @@ class CurriculumDistillationTrainer(Trainer):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._position["batches"]:
             torch.empty((), dtype=torch.int64).random_()  # a DataLoader's draw at its start: dropout stays Trainer's
-        with self._naming(self._describe_step()):
+        with naming_batch(self._describe_step()):
             with self._loading:
                 batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._position["batches"] += len(batches)
             if not batches:
                 return batches, num_items
-            counts = torch.stack([count(self.model, batch).to(device) for batch in batches]).sum(0)
+            for batch in batches:
+                check_batch(self.model, batch)
+        counts = torch.stack([count(self.model, batch).to(device) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return batches, counts
-
-    @staticmethod
-    @contextmanager
-    def _naming(where: str) -> Iterator[None]:
-        """Says of which batch something is wrong; datasets and collators raise errors of all kinds."""
-        try:
-            yield
-        except (ValueError, TypeError, LookupError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(f"The batch of {where} cannot be used: {error}") from error
 
     def _describe_step(self) -> str:
         index = self.stage_scheduler.index_at(self.state.global_step)
@@ -219,7 +201,7 @@ class CurriculumDistillationTrainer(Trainer):
         if not self._declared_stages:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
-            with self._naming("the evaluation"):
+            with naming_batch("the evaluation"):
                 check_batch(self.model, inputs)
             loss, outputs = super().compute_loss(model, self._for_student(inputs), return_outputs=True)
             self._compare_with_teacher(outputs, inputs)
@@ -328,7 +310,7 @@ class CurriculumDistillationTrainer(Trainer):
             return stage
         self._stage_index = index
         if self.args.device.type != "cpu":  # values are checked once a stage: that waits for the device
-            with self._naming(self._describe_step()):
+            with naming_batch(self._describe_step()):
                 check_batch(self.model, {n: v.cpu() if isinstance(v, Tensor) else v for n, v in inputs.items()})
         first, end = self.stage_scheduler.span(index)
         logger.info("Stage %d of %d: %s (steps %d to %d)", index + 1, len(self.stages), stage.name, first + 1, end)
@@ -458,7 +440,7 @@ class CurriculumDistillationTrainer(Trainer):
     def _checked(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The batches of the calibration sample, still in host memory, if they can be learnt from."""
         labelled = []
-        with self._naming("the calibration sample"):
+        with naming_batch("the calibration sample"):
             for batch in loader:
                 check_batch(self.model, batch)
                 labelled += [bool((batch["labels"] != -100).any())] if "labels" in batch else []
@@ -639,29 +621,6 @@ class CurriculumDistillationTrainer(Trainer):
 
     # ---- set-up ----
 
-    def _check_launch(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process would run as nn.DataParallel, which this trainer doesn't "
-                "support; launch one process a GPU with `accelerate launch` or `torchrun`."
-            )
-        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old name, the new one
-            if (getattr(self.args, name, None) or {}).get("use_reentrant"):
-                raise ValueError(
-                    f"{name} has use_reentrant=True, with which blocks run outside of the graph that hidden states "
-                    "are taken from: layer stages get wrong gradients or none. Use use_reentrant=False, the default."
-                )
-        if self.compute_loss_func is not None:
-            raise ValueError(
-                "compute_loss_func was given together with teacher_model or stages, and both define the loss; leave "
-                "compute_loss_func out."
-            )
-        if self.args.label_names is not None and "labels" not in self.args.label_names:
-            raise ValueError(
-                f"label_names is {self.args.label_names}, but losses are computed from 'labels'; rename the column, or "
-                "leave label_names out."
-            )
-
     def _make_bank(self, given: ProjectionBank | None) -> ProjectionBank | None:
         pairs = parse_layer_pairs(dict.fromkeys(pair for stage in self._declared_stages for pair in stage.hidden))
         if not pairs:
@@ -691,26 +650,11 @@ class CurriculumDistillationTrainer(Trainer):
         """Fix every stage's first step, if there is something to train on."""
         if self.train_dataset is None:
             return
-        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
-            raise ValueError("train_dataset is empty; there is nothing to train on.")
-        batch = self.args.train_batch_size * self.args.world_size
-        if (
-            self.args.dataloader_drop_last
-            and hasattr(self.train_dataset, "__len__")
-            and len(self.train_dataset) < batch
-        ):
-            raise ValueError(
-                f"train_dataset has {len(self.train_dataset)} examples, fewer than a batch of all processes ({batch}), "
-                "and dataloader_drop_last leaves them out; set it to False or lower the batch size."
-            )
+        check_training_data(self.train_dataset, self.args)
         if self.args.max_steps > 0:
             self._plan(self.args.max_steps)
-        elif hasattr(self.train_dataset, "__len__"):
-            self.set_initial_training_values(self.args, self.get_train_dataloader())
         else:
-            raise ValueError(
-                "max_steps is not set and train_dataset has no length, so where stages end is unknown; set max_steps."
-            )
+            self.set_initial_training_values(self.args, self.get_train_dataloader())
         logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -39,8 +39,8 @@ from transformers import (
 )
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, ProjectionBank
+from hf_curriculum_distill.checks import check_batch
 from hf_curriculum_distill.cli import main, parse_arguments
-from hf_curriculum_distill.counting import check_batch
 from hf_curriculum_distill.projections import FILE_NAME, _Projection
 
 ROOT = Path(__file__).parents[1]

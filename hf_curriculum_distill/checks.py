@@ -1,0 +1,171 @@
+"""What cannot work, said before it is tried: launches, stages, data sets, weights, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.counting import predicts_next_token
+from hf_curriculum_distill.stages import Stage
+
+_ONE_ANSWER_PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
+_ONE_ANSWER_PER_EXAMPLE = ("SequenceClassification", "ImageClassification", "AudioClassification")
+
+
+def check_launch(args: CurriculumDistillationConfig, compute_loss_func: Callable | None) -> None:
+    """Raise a `ValueError` for arguments of Trainer under which the losses would be wrong."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would run as nn.DataParallel, which this trainer doesn't support; "
+            "launch one process a GPU with `accelerate launch` or `torchrun`."
+        )
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old name, the new one
+        if (getattr(args, name, None) or {}).get("use_reentrant"):
+            raise ValueError(
+                f"{name} has use_reentrant=True, with which blocks run outside of the graph that hidden states are "
+                "taken from: layer stages get wrong gradients or none. Use use_reentrant=False, the default."
+            )
+    if compute_loss_func is not None:
+        raise ValueError(
+            "compute_loss_func was given together with teacher_model or stages, and both define the loss; leave "
+            "compute_loss_func out."
+        )
+    if args.label_names is not None and "labels" not in args.label_names:
+        raise ValueError(
+            f"label_names is {args.label_names}, but losses are computed from 'labels'; rename the column, or leave "
+            "label_names out."
+        )
+
+
+def check_stages(stages: Sequence[Stage], args: CurriculumDistillationConfig, deepspeed: bool) -> None:
+    """Raise a `ValueError` for stages that the method or the launch cannot train."""
+    if args.method == "online" and args.standardize_targets and any(stage.hidden for stage in stages):
+        raise ValueError(
+            "stages match hidden states of an online teacher, and standardize_targets would measure them before it "
+            "has learnt anything; set standardize_targets=False."
+        )
+    if deepspeed and args.weight_decay and not all(stage.needs_logits for stage in stages):
+        raise ValueError(
+            f"weight_decay is {args.weight_decay}, but DeepSpeed takes missing gradients for zeros and would shrink "
+            "the blocks that a layer stage leaves out; set weight_decay=0, or launch with DDP or FSDP2."
+        )
+
+
+def check_training_data(data: Any, args: CurriculumDistillationConfig) -> None:
+    """Raise a `ValueError` for a data set from which no stage can be trained."""
+    if not hasattr(data, "__len__"):
+        if args.max_steps <= 0:
+            raise ValueError(
+                "max_steps is not set and train_dataset has no length, so where stages end is unknown; set max_steps."
+            )
+        return
+    if len(data) == 0:
+        raise ValueError("train_dataset is empty; there is nothing to train on.")
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(data) < batch:
+        raise ValueError(
+            f"train_dataset has {len(data)} examples, fewer than a batch of all processes ({batch}), and "
+            "dataloader_drop_last leaves them out; set it to False or lower the batch size."
+        )
+
+
+def check_finite_weights(model: nn.Module, who: str) -> None:
+    """Raise a `ValueError` that names the first parameter with values that are nan, inf or not there at all."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+    if missing := [name for name, parameter in named if parameter.is_meta]:
+        raise ValueError(f"{missing[0]} of the {who} has no values yet (device 'meta'); load its weights first.")
+    # a sum is finite only if all of it is, and needs no second tensor as large
+    finite = [parameter.detach().sum(dtype=torch.float32).isfinite() for _, parameter in named]
+    if finite and not torch.stack([flag.to(finite[0].device) for flag in finite]).all():  # one wait for the device
+        name = next(name for (name, _), flag in zip(named, finite, strict=True) if not flag)
+        raise ValueError(
+            f"{name} of the {who} has values that are nan or inf, and answers would be too; take a sound checkpoint "
+            "or, where a cast to float16 overflowed, another dtype."
+        )
+
+
+@contextmanager
+def naming_batch(where: str) -> Iterator[None]:
+    """Says of which batch something is wrong; data sets and collators raise errors of all kinds."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"The batch of {where} cannot be used: {error}") from error
+
+
+def check_batch(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Whether the losses read a batch as it was meant.
+
+    Shapes are compared always, values only where they lie in host memory: nothing waits for the device.
+
+    Raises:
+        ValueError: an input is missing or empty, or tokens, attention mask and labels do not fit each other or the
+            model.
+    """
+    name, classes = model.main_input_name, _num_classes(model)
+    main = inputs.get(name) if isinstance(inputs, Mapping) else None
+    if not isinstance(main, Tensor) or not main.numel():
+        held = ", ".join(inputs) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
+        raise ValueError(
+            f"The batch has no {name}, or none but empty ones; it holds {held or 'nothing'}. {type(model).__name__} "
+            "needs them. Check the data set's columns and the collator."
+        )
+    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    if name == "input_ids":
+        if main.is_floating_point() or main.dim() != 2:
+            raise ValueError(f"input_ids are {_describe(main)}; token numbers of shape [batch, length] are needed.")
+        _check_values(main, "input_ids", getattr(model.config.get_text_config(), "vocab_size", None))
+        if mask is not None and (mask.dim() < 2 or (mask.dim() == 2 and mask.shape != main.shape)):
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)} but input_ids {tuple(main.shape)}; they must have one "
+                "entry a token. Check the collator."
+            )
+    elif main.device.type == "cpu" and not main.isfinite().all():
+        raise ValueError(f"{name} have values that are nan or inf; check the data and its preprocessing.")
+    if labels is None:
+        return
+    if labels.is_floating_point() or labels.dim() not in (1, 2):
+        raise ValueError(
+            f"labels are {_describe(labels)}; class numbers of shape [batch] or [batch, length] are needed to match "
+            "the teacher's class probabilities."
+        )
+    per_token = predicts_next_token(model) or _is_for(model, _ONE_ANSWER_PER_TOKEN)
+    wanted = main.shape if per_token else main.shape[: 1 if _is_for(model, _ONE_ANSWER_PER_EXAMPLE) else 0]
+    if len(labels) != len(main) or (wanted and labels.shape != wanted):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} but {name} {tuple(main.shape)}; {type(model).__name__} needs one "
+            f"label {'a token' if per_token else 'an example'}. Check the collator."
+        )
+    _check_values(labels.where(labels != -100, 0), "labels", classes, " (-100: does not count)")
+
+
+def _check_values(numbers: Tensor, name: str, end: int | None, beside: str = "") -> None:
+    if end is None or numbers.device.type != "cpu":
+        return
+    low, high = (value.item() for value in numbers.aminmax())
+    if low < 0 or high >= end:
+        raise ValueError(
+            f"{name} hold {low if low < 0 else high}, but the model knows 0 to {end - 1}{beside}. Check that data, "
+            "tokenizer and model belong together."
+        )
+
+
+def _num_classes(model: nn.Module) -> int | None:
+    if _is_for(model, ("Classification",)):
+        return model.config.num_labels
+    return getattr(model.config.get_text_config(), "vocab_size", None)
+
+
+def _is_for(model: nn.Module, tasks: tuple[str, ...]) -> bool:
+    return any(task in cls.__name__ for cls in type(model).__mro__ for task in tasks)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
