@@ -39,6 +39,11 @@ class Ledger:
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + term.detach()
 
+    def set_rates(self, stage: int, flops_per_input: list[float], accelerator: Accelerator) -> None:
+        """Take the mean of what the processes measured on their own batches. Every process must take part."""
+        mean = accelerator.reduce(_on_device(flops_per_input, accelerator), "mean")
+        self.flops_per_input[stage] = mean.tolist()
+
     def add_flops(self, stage: int, num_inputs: int) -> float:
         """Book a micro-batch of so many input elements; returns its floating-point operations."""
         added = [rate * num_inputs for rate in self.flops_per_input[stage]]

@@ -323,7 +323,7 @@ class CurriculumDistillationTrainer(Trainer):
         if self.args.torch_compile:
             torch._dynamo.reset()  # another stage is another graph; past its limit dynamo would silently run eagerly
         if index not in self._ledger.flops_per_input:
-            self._ledger.flops_per_input[index] = self._measure_flops(inputs, stage)
+            self._ledger.set_rates(index, self._measure_flops(inputs, stage), self.accelerator)
         return stage
 
     def _measure_flops(self, inputs, stage: Stage) -> list[float]:

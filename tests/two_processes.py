@@ -22,7 +22,8 @@ STAGES = [
 ]
 ONE_BY_ONE = [{"hidden": [[1, 2]], "until": 2}, {"hidden": [[2, 4]], "until": 4}, {"kl_weight": 1.0}]
 ONLINE = {"method": "online", "label_loss_weight": 0.5, "teacher_learning_rate": 2e-3, "max_grad_norm": 0.5}
-ONLINE |= {"lr_scheduler_type": "cosine", "save_strategy": "steps", "save_steps": 4}
+ONLINE |= {"lr_scheduler_type": "cosine"}
+SAVED = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 4}  # saved between two logs
 EPOCHS = {"stages": STAGES, "max_steps": -1, "num_train_epochs": 4}  # two steps each
 
 
@@ -74,16 +75,19 @@ def main():
     padded = data[:29] if processes.num_processes > 1 else data[:29] + data[:3]
     run("padded", padded, standardize_targets=False, **EPOCHS)
 
-    run("online", **ONLINE)
-    run("resumed", checkpoint=folder / "online" / "checkpoint-4", **ONLINE)
+    run("online", **SAVED, **ONLINE)
+    run("online resumed", checkpoint=folder / "online" / "checkpoint-3", **SAVED, **ONLINE)
+    run("saved", stages=STAGES, **SAVED)
+    run("saved resumed", checkpoint=folder / "saved" / "checkpoint-3", stages=STAGES, **SAVED)
 
 
 def train(folder, batch, accumulation, data, checkpoint, teacher, **fields):
     args = CurriculumDistillationConfig(
         output_dir=str(folder), per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation, per_device_eval_batch_size=3, logging_steps=1, report_to="none",
+        gradient_accumulation_steps=accumulation, per_device_eval_batch_size=3, report_to="none",
         use_cpu=True, learning_rate=1e-3, weight_decay=0.1, train_sampling_strategy="sequential",
-        disable_tqdm=True, eval_steps=8, **{"max_steps": 8, "save_strategy": "no", "eval_strategy": "steps"} | fields,
+        disable_tqdm=True, eval_steps=8,
+        **{"max_steps": 8, "save_strategy": "no", "eval_strategy": "steps", "logging_steps": 1} | fields,
     )  # fmt: skip
     student, teacher = bert(2, 8, seed=1), teacher or bert(4, 16, seed=2)
     trainer = CurriculumDistillationTrainer(
