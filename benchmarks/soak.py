@@ -6,7 +6,7 @@
 A round is a plan with every kind of stage; a run goes through it again and again while it logs, evaluates and saves.
 In the first rounds every parameter gets its optimizer state and every cache its content; from there on, what is held at
 the end of a round should be what was held a round before. By design grow the training log, and the ledger by what a
-stage costs: two numbers a stage. `stock` is `transformers.Trainer` itself, which keeps a few objects an evaluation.
+stage costs: four numbers a stage. `stock` is `transformers.Trainer` itself, which keeps a few objects an evaluation.
 """
 
 from __future__ import annotations

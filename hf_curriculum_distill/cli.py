@@ -1,11 +1,13 @@
-"""Command lines: `hf-curriculum-distill compare`, and the options of the recipes.
+"""Command lines: `hf-curriculum-distill plan | compare`, and the options of the recipes.
 
 In a recipe a YAML file gives defaults, the command line wins, unknown keys are errors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -17,6 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from hf_curriculum_distill.plan import PlanArguments, PlannedConfig, format_plan, make_plan
 from hf_curriculum_distill.report import format_summary, plot_comparison
 from hf_curriculum_distill.results import read_results
 
@@ -25,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`hf-curriculum-distill COMMAND ...`; whatever is wrong ends it with exit status 2 and a line that says what."""
     parser = ArgumentParser("hf-curriculum-distill", description="Tools around distillation runs.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    about = "Check a run before it starts; print its stages, operations, time and memory."
+    plan = commands.add_parser("plan", help=about, add_help=False)  # its options are a recipe's: see `_plan`
+    plan.set_defaults(command=_plan)
 
     about = "Compare finished runs: a table with one line a method, and a plot."
     compare = commands.add_parser("compare", help=about, description=about, allow_abbrev=False)
@@ -37,11 +44,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     compare.add_argument("--output", metavar="FOLDER", help="Where the plot is written (default: the first RUN).")
     compare.set_defaults(command=_compare)
 
-    args = parser.parse_args(argv)
+    args, args.options = parser.parse_known_args(argv)
+    if args.options and args.command is not _plan:
+        parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     try:
         args.command(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def _plan(args: Namespace) -> None:
+    about = "Check a run before it starts; print its stages, operations, time and memory."
+    unread: list[str] = []
+    options, config = parse_arguments(
+        [PlanArguments, PlannedConfig], args.options, about, "hf-curriculum-distill plan", unread
+    )
+    plan = make_plan(options, config)
+    print(format_plan(plan))
+    if unread:
+        print(f"not read, for these are options of a recipe: {', '.join(unread)}")
+    if options.json is not None:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(plan), file, indent=2)
+    if plan.errors:
+        raise ValueError("; ".join(plan.errors))
 
 
 def _compare(args: Namespace) -> None:
@@ -63,14 +89,23 @@ def _compare(args: Namespace) -> None:
     print(f"\nplot: {path}, and as SVG")
 
 
-def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None, description: str = "") -> tuple:
+def parse_arguments(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    prog: str | None = None,
+    unread: list[str] | None = None,
+) -> tuple:
     """Parse `[--config FILE.yaml] [--any_field value]` into dataclasses.
 
     A wrong key or value ends the program with exit status 2 and a line that says what to do, as argparse does.
+
+    Args:
+        unread: where it is given, keys of the file that are no option, nor misspell one, are only added to it.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     usage = "%(prog)s [--help] [--config FILE.yaml] [--option value ...]"
-    parser = HfArgumentParser(dataclass_types, description=description, usage=usage, allow_abbrev=False)
+    parser = HfArgumentParser(dataclass_types, prog=prog, description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of defaults for the options below.")
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
@@ -78,6 +113,9 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     try:
         if path is not None:
             defaults = _read_yaml(path)
+            if unread is not None:
+                unread += [key for key in defaults if not _near_options(str(key), parser, 0.93)]
+                defaults = {key: value for key, value in defaults.items() if key not in unread}
             hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
             for key, value in defaults.items():
                 _check_option(str(key), parser, f"{path} sets")
@@ -107,12 +145,16 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _check_option(key: str, parser: ArgumentParser, where: str) -> None:
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
+    near = _near_options(key, parser)
+    if key not in near:
         raise ValueError(
             f"{where} {key!r}, which is no option; " + (f"did you mean {near[0]}?" if near else "see --help.")
         )
+
+
+def _near_options(key: str, parser: ArgumentParser, cutoff: float = 0.6) -> list[str]:
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    return difflib.get_close_matches(key, known, 1, cutoff)
 
 
 def _check_type(key: str, value: Any, hint: Any, path: str) -> None:

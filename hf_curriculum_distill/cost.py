@@ -1,15 +1,29 @@
-"""Floating-point operations of a stage, counted by torch on a real batch."""
+"""Operations and bytes of a stage: counted by torch on a real batch, or on tensors without values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
+from hf_curriculum_distill import losses
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.counting import answers_per_token, label_weights, position_weights
+from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.randomness import preserved_random_state
+from hf_curriculum_distill.stages import Stage
 
 # torch counts the fused attention of every accelerator, but not the CPU's
 _CPU_ATTENTION = {
@@ -49,3 +63,204 @@ def count_flops(forward: Callable[[], Any]) -> int:
     with preserved_random_state(), flop_counter() as counter:
         forward()
     return counter.get_total_flops()
+
+
+def num_frozen_layers(
+    stages: Sequence[Stage], index: int, train_prefix: str = "joint", freeze_matched_layers: bool = False
+) -> int:
+    """How many of the student's first layers stage `index` leaves as they are: see the config's two options."""
+    stage, matched = stages[index], [max(s.student_layers) for s in stages[:index] if s.hidden]
+    if stage.needs_logits:
+        return max(matched, default=0) if freeze_matched_layers else 0
+    if train_prefix == "joint":
+        return 0
+    return max((layer for layer in matched if layer < max(stage.student_layers)), default=0)
+
+
+def stage_flops(
+    run_student: Callable[[Stage, Tensor | None], Any],
+    run_teacher: Callable[[Stage, Tensor | None], Any],
+    stage: Stage,
+    rows: Tensor | None,
+    frozen: int = 0,
+    learnt_rows: Tensor | None = None,
+) -> tuple[int, int]:
+    """Student's (forward and backward) and teacher's operations for one batch of a stage.
+
+    Args:
+        run_student, run_teacher: one forward pass for a stage, with the rows of the logits that count.
+        frozen: layers up to this one get no gradient.
+        learnt_rows: the rows that an online teacher learns from, forward and backward, beside teaching.
+    """
+    forward = count_flops(lambda: run_student(stage, rows))
+    backward = 2 * forward
+    if frozen:
+        backward -= 2 * count_flops(lambda: run_student(Stage(hidden=[(frozen, 0)]), None))
+    teacher = count_flops(lambda: run_teacher(stage, rows))
+    if learnt_rows is not None:
+        teacher += 3 * count_flops(lambda: run_teacher(Stage(kl_weight=1.0), learnt_rows))
+    return forward + backward, teacher
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes at the worst moment of what operations inside it made; with and without values of the tensors.
+
+    Gradients of `parameters` leave the account when they are whole: how many there are is known without it. Not seen
+    is what existed before, and what an operation holds only while it runs.
+
+    Attributes:
+        peak: bytes at the worst moment.
+        peak_of_size: of these, bytes of tensors with `num_elements` elements.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor] = (), num_elements: int | None = None):
+        super().__init__()
+        self.peak = self.peak_of_size = 0
+        self._live = self._live_of_size = 0
+        self._num_elements = num_elements
+        self._held: dict[int, weakref.finalize] = {}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._leave_gradient) for p in parameters]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._hold(tensor)
+        return result
+
+    def __exit__(self, *error):
+        for hook in self._hooks:
+            hook.remove()
+        return super().__exit__(*error)
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._held:
+            return
+        size = storage.nbytes()
+        of_size = size if tensor.numel() == self._num_elements else 0
+        self._held[storage._cdata] = weakref.finalize(storage, self._release, storage._cdata, size, of_size)
+        self._live += size
+        self._live_of_size += of_size
+        if self._live > self.peak:
+            self.peak, self.peak_of_size = self._live, self._live_of_size
+
+    def _release(self, key: int, size: int, of_size: int) -> None:
+        del self._held[key]
+        self._live -= size
+        self._live_of_size -= of_size
+
+    def _leave_gradient(self, parameter: Tensor) -> None:
+        if (held := self._held.get(parameter.grad.untyped_storage()._cdata)) is not None:
+            held()  # as if it were gone
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as accelerators have it: one kernel, which applies dropout itself and keeps no probabilities."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        if torch.is_autocast_enabled("cpu"):
+            args = [t.to(torch.get_autocast_dtype("cpu")) if isinstance(t, Tensor) else t for t in args]
+        with torch.autocast("cpu", enabled=False):
+            return func(*args, **((kwargs or {}) | {"dropout_p": 0.0}))
+
+
+@dataclass
+class DryRun:
+    """Student and teacher without values, made under `mode`, and what a micro-batch of a stage does with them.
+
+    Args:
+        ids_shape, labels_shape: of the batch; labels are `[batch, length]` or `[batch]`.
+        num_rows: how many rows of logits count in it.
+    """
+
+    mode: FakeTensorMode
+    student: PartialForward
+    teacher: PartialForward | None
+    args: CurriculumDistillationConfig
+    ids_shape: tuple[int, ...]
+    labels_shape: tuple[int, ...]
+    num_rows: int
+    online: bool = False
+
+    def count_flops(self, stage: Stage, frozen: int) -> tuple[int, int]:
+        """Student's and teacher's operations: see [`stage_flops`]."""
+        with self.mode:
+            rows = torch.zeros(self.num_rows, dtype=torch.long)
+            chosen = rows if stage.needs_logits else None
+            return stage_flops(
+                self._run_student, self._run_teacher, stage, chosen, frozen, rows if self.online else None
+            )
+
+    def try_step(self, stage: Stage, frozen: int) -> tuple[set[str], PeakMemory]:
+        """Names of the student's parameters that get a gradient, and the worst moment; there the logits apart."""
+        args, student = self.args, self.student.model
+        models = [one.model for one in (self.student, self.teacher) if one is not None]
+        classes = student.config.num_labels if "Classification" in type(student).__name__ else student.config.vocab_size
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        with self.mode, nullcontext() if args.use_cpu else _FusedAttention():
+            parameters = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+            with PeakMemory(parameters, self.num_rows * classes) as memory:
+                with torch.autocast("cpu", dtype, enabled=args.bf16 or args.fp16):
+                    loss = self._loss(stage, frozen)
+                loss.backward()
+            trained = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+            for parameter in parameters:
+                parameter.grad = None
+        return trained, memory
+
+    def _loss(self, stage: Stage, frozen: int) -> Tensor:
+        """The stage's losses in the trainer's order; weights and divisors are numbers, which cost nothing."""
+        rows = torch.zeros(self.num_rows, dtype=torch.long)
+        hidden, logits = self._run_student(stage, rows, frozen)
+        target_hidden, target_logits = self._run_teacher(stage, rows)
+        loss = torch.zeros(())
+        for student_layer, teacher_layer in stage.hidden:
+            states = target_hidden[teacher_layer].float()
+            target = F.linear(states, torch.zeros(hidden[student_layer].shape[-1], states.shape[-1]))
+            weigh = label_weights if self.args.hidden_positions == "labels" else position_weights
+            weights = weigh(self.student.model, self._inputs, target)
+            loss = loss + losses.hidden_state_mse(hidden[student_layer], target, weights)
+        if stage.kl_weight:
+            divergence = losses.DIVERGENCES[self.args.divergence]
+            loss = loss + divergence(logits, target_logits, self.args.temperature)
+        if stage.label_weight:
+            loss = loss + losses.cross_entropy(logits, rows, self.args.label_smoothing_factor)
+        if self.online:
+            _, answers = self._run(self.teacher, Stage(kl_weight=1.0), rows)
+            losses.cross_entropy(answers, rows).backward()
+        return loss
+
+    @property
+    def _inputs(self) -> dict[str, Tensor]:
+        shapes = {"input_ids": self.ids_shape, "labels": self.labels_shape}
+        return {name: torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()}
+
+    def _run_student(self, stage: Stage, rows: Tensor | None, frozen: int = 0):
+        return self._run(self.student, stage, rows, stage.student_layers, frozen)
+
+    @torch.no_grad()
+    def _run_teacher(self, stage: Stage, rows: Tensor | None):
+        if not stage.needs_teacher:
+            return {}, None
+        return self._run(self.teacher, stage, rows, stage.teacher_layers)
+
+    def _run(self, model: PartialForward, stage: Stage, rows, layers=(), frozen: int = 0):
+        inputs = self._inputs
+        questions = {"input_ids": inputs["input_ids"]}
+        if model is self.teacher and model.accepts("use_cache"):
+            questions["use_cache"] = False
+        logits = bool(stage.kl_weight) if model is self.teacher else stage.needs_logits
+        return model(
+            model.model,
+            questions,
+            layers,
+            logits=logits,
+            rows=rows,
+            gather=answers_per_token(model.model, inputs),
+            frozen=frozen,
+            truncate=self.args.truncate,
+        )

@@ -19,7 +19,7 @@ class Ledger:
     Attributes:
         flops: student's and teacher's floating-point operations since the start of the run, of this process.
         total_flops: the same of all processes, as of the last log or checkpoint.
-        flops_per_input: the same for one element of the model's main input, by stage: measured once a stage.
+        rates: by stage, the same for one element of the model's main input and for one row of logits: measured once.
         unlogged: what each process has added up since the last log, as of the last checkpoint: plain JSON values.
     """
 
@@ -28,7 +28,7 @@ class Ledger:
         self._first_step = 0
         self.flops = [0.0, 0.0]
         self.total_flops = {"student_flops": 0.0, "teacher_flops": 0.0}
-        self.flops_per_input: dict[int, list[float]] = {}
+        self.rates: dict[int, list[list[float]]] = {}
         self.unlogged: dict[str, Any] = {}
 
     def start(self, step: int) -> None:
@@ -39,14 +39,14 @@ class Ledger:
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + term.detach()
 
-    def set_rates(self, stage: int, flops_per_input: list[float], accelerator: Accelerator) -> None:
+    def set_rates(self, stage: int, rates: list[list[float]], accelerator: Accelerator) -> None:
         """Take the mean of what the processes measured on their own batches. Every process must take part."""
-        mean = accelerator.reduce(_on_device(flops_per_input, accelerator), "mean")
-        self.flops_per_input[stage] = mean.tolist()
+        self.rates[stage] = accelerator.reduce(_on_device(rates, accelerator), "mean").tolist()
 
-    def add_flops(self, stage: int, num_inputs: int) -> float:
-        """Book a micro-batch of so many input elements; returns its floating-point operations."""
-        added = [rate * num_inputs for rate in self.flops_per_input[stage]]
+    def add_flops(self, stage: int, num_inputs: int, num_rows: int) -> float:
+        """Book a micro-batch of so many input elements and rows of logits; returns its floating-point operations."""
+        per_input, per_row = self.rates[stage]
+        added = [num_inputs * a + num_rows * b for a, b in zip(per_input, per_row, strict=True)]
         self.flops = [total + new for total, new in zip(self.flops, added, strict=True)]
         return sum(added)
 
@@ -77,7 +77,7 @@ class Ledger:
     def restore(self, record: Mapping[str, Any], accelerator: Accelerator) -> float:
         """Go on from a checkpoint's record; returns this process's loss since the last log."""
         self.total_flops = {name: record[name] for name in self.total_flops}
-        self.flops_per_input = {int(index): rates for index, rates in record["flops_per_input"].items()}
+        self.rates = {int(index): rates for index, rates in record["flop_rates"].items()}
         self.start(record["unlogged"]["first_step"])
         processes = record["unlogged"]["processes"]
         if len(processes) == accelerator.num_processes:
@@ -96,6 +96,6 @@ class Ledger:
         return loss
 
 
-def _on_device(values: list[float], accelerator: Accelerator) -> Tensor:
+def _on_device(values: list, accelerator: Accelerator) -> Tensor:
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     return torch.tensor(values, dtype=dtype, device=accelerator.device)

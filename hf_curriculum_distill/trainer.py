@@ -109,6 +109,7 @@ class CurriculumDistillationTrainer(Trainer):
         # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
         self._ledger = Ledger()
+        self._num_rows = 0  # of the micro-batch: that its logits are computed for
         self._loading = RandomStream()
         self._position = {"epoch": 0, "batches": 0}
         self._total_loss_scalar = 0.0
@@ -209,6 +210,7 @@ class CurriculumDistillationTrainer(Trainer):
 
         stage = self._enter_stage(inputs)
         rows, labels = counted_rows(self.model, inputs) if stage.needs_logits else (None, None)
+        self._num_rows = 0 if rows is None else len(rows)
         hidden, logits = self._run_student(model, inputs, stage, rows)
         target_hidden, target_logits = self._run_teacher(inputs, stage, rows)
 
@@ -279,6 +281,7 @@ class CurriculumDistillationTrainer(Trainer):
         rows, labels = counted_rows(self.model, inputs)
         if labels is None:
             raise ValueError("An online teacher learns from labels, but the batch has none; check the collator.")
+        self._num_rows = len(rows)
         gather = answers_per_token(self.model, inputs)
         return self.teacher.learn(self._questions(inputs), rows, labels, num_rows, gather, self.accelerator, self.args)
 
@@ -322,30 +325,38 @@ class CurriculumDistillationTrainer(Trainer):
             self._student = PartialForward(core)
         if self.args.torch_compile:
             torch._dynamo.reset()  # another stage is another graph; past its limit dynamo would silently run eagerly
-        if index not in self._ledger.flops_per_input:
+        if index not in self._ledger.rates:
             self._ledger.set_rates(index, self._measure_flops(inputs, stage), self.accelerator)
         return stage
 
-    def _measure_flops(self, inputs, stage: Stage) -> list[float]:
-        """Student's and teacher's operations for one element of the model's main input, from one real batch."""
-        rows, _ = counted_rows(self.model, inputs) if stage.needs_logits else (None, None)
-        forward = count_flops(lambda: self._run_student(self._student.model, inputs, stage, rows))
+    def _measure_flops(self, inputs, stage: Stage) -> list[list[float]]:
+        """Student's and teacher's operations for one element of the main input, and for one row, from one batch."""
+        counts = stage.needs_logits or isinstance(self.teacher, OnlineTeacher)
+        rows, _ = counted_rows(self.model, inputs) if counts else (None, None)
+        whole, num_rows, per_row = self._count_flops(inputs, stage, rows), 0, [0.0, 0.0]
+        if rows is not None and len(rows) > 1:
+            num_rows, with_one = len(rows), self._count_flops(inputs, stage, rows[:1])
+            per_row = [(flops - less) / (num_rows - 1) for flops, less in zip(whole, with_one, strict=True)]
+        num_inputs = inputs[self.model.main_input_name].numel()
+        return [[(f - num_rows * r) / num_inputs for f, r in zip(whole, per_row, strict=True)], per_row]
+
+    def _count_flops(self, inputs, stage: Stage, rows: Tensor | None) -> tuple[float, float]:
+        own_rows = rows if stage.needs_logits else None
+        forward = count_flops(lambda: self._run_student(self._student.model, inputs, stage, own_rows))
         backward = 2 * forward
         if frozen := self._num_frozen_layers(stage):
             below = Stage(hidden=[(frozen, 0)])
             backward -= 2 * count_flops(lambda: self._run_student(self._student.model, inputs, below, None))
-        teacher = count_flops(lambda: self._run_teacher(inputs, stage, rows))
+        teacher = count_flops(lambda: self._run_teacher(inputs, stage, own_rows))
         if isinstance(self.teacher, OnlineTeacher):
-            answered, _ = counted_rows(self.model, inputs)
-            teacher += 3 * count_flops(lambda: self._run_teacher(inputs, Stage(kl_weight=1.0), answered))
-        num_inputs = inputs[self.model.main_input_name].numel()
-        return [(forward + backward) / num_inputs, teacher / num_inputs]
+            teacher += 3 * count_flops(lambda: self._run_teacher(inputs, Stage(kl_weight=1.0), rows))
+        return forward + backward, teacher
 
     def floating_point_ops(self, inputs) -> float:
         """Operations of student (forward and backward) and teacher (forward; online also its own training)."""
         if not self._declared_stages:
             return super().floating_point_ops(inputs)
-        return self._ledger.add_flops(self._stage_index, inputs[self.model.main_input_name].numel())
+        return self._ledger.add_flops(self._stage_index, inputs[self.model.main_input_name].numel(), self._num_rows)
 
     # ---- the whole run ----
 
@@ -582,7 +593,7 @@ class CurriculumDistillationTrainer(Trainer):
             unlogged=self._ledger.unlogged | {"total_loss": self._total_loss_scalar},
             samples_per_step=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             **self._ledger.total_flops,
-            flops_per_input=self._ledger.flops_per_input,
+            flop_rates=self._ledger.rates,
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

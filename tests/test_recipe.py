@@ -3,8 +3,11 @@
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,15 +24,21 @@ TINY = "--block_size 16 --eval_blocks 8 --teacher_size bert-2-32 --teacher_steps
 TINY += "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --eval_steps 4 --save_steps 4 --logging_steps 2"
 
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
 def run(*command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def recipe_command(folder, *options):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "recipes/bert_large.py"]
+    paths = ["--config", QUICKSTART, "--teacher", str(folder / "teacher"), "--output_dir", str(folder / "student")]
+    return [*launch, *paths, *TINY.split(), *options]
 
 
 def recipe(folder, *options):
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "recipes/bert_large.py"]
-    paths = ["--config", QUICKSTART, "--teacher", str(folder / "teacher"), "--output_dir", str(folder / "student")]
-    return run(*launch, *paths, *TINY.split(), *options)
+    return run(*recipe_command(folder, *options)[1:])
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +178,28 @@ def test_text_is_read_from_a_folder_and_some_of_it_held_out(bert_large, tokenize
     assert {len(block) for block in blocks} == {10}
     numbers = {word for block in blocks for word in tokenizer.decode(block).split() if word.isdigit()}
     assert len(numbers) in (31, 32)  # the last block may leave one document's number out
+
+
+def test_a_recipe_killed_and_launched_again_with_one_more_option_ends_as_if_it_had_not_been(finished, tmp_path):
+    uninterrupted, _ = finished
+    shutil.copytree(uninterrupted / "teacher", tmp_path / "teacher")
+    launched = recipe_command(tmp_path, "--resume_from_checkpoint", "True")
+    begun = subprocess.Popen(launched, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("**/checkpoint-4/trainer_state.json")):
+        assert begun.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(begun.pid, signal.SIGKILL)
+    begun.communicate()
+    assert not (tmp_path / "student/results.json").exists()
+    done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads((folder / "student/results.json").read_text()) for folder in (uninterrupted, tmp_path)]
+    assert len(results[0]) == len(results[1]) == 2
+    for expected, actual in zip(*results, strict=True):
+        timed = {"path", "seconds"}
+        assert {n: v for n, v in actual.items() if n not in timed} == {
+            n: v for n, v in expected.items() if n not in timed
+        }
+        weights = [load_file(Path(result["path"], "model.safetensors")) for result in (expected, actual)]
+        assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
