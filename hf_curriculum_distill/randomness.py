@@ -17,7 +17,7 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
 
     With a seed, the block inside starts from it.
     """
-    host = _host_states()
+    python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         if seed is not None:
@@ -27,17 +27,19 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            _set_host_states(host)
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 class RandomStream:
     """Random states of the host that go on, whenever they are active, where they stopped the last time.
 
     Loading data draws from such a stream, so that it neither changes what training draws (dropout) nor depends on it.
+    NumPy forgets the second of a pair of normal numbers when streams change.
     """
 
     def __init__(self):
-        self._states = None
+        self._states = random.getstate(), np.random.MT19937(), torch.get_rng_state()
 
     def restart(self, *seed: object) -> None:
         with self:
@@ -50,10 +52,12 @@ class RandomStream:
         self._exchange()
 
     def _exchange(self) -> None:
-        states = _host_states()
-        if self._states is not None:
-            _set_host_states(self._states)
-        self._states = states
+        python, numpy, host = self._states
+        # NumPy's generator itself: to read and write its state takes longer than the rest together
+        self._states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+        random.setstate(python)
+        np.random.set_bit_generator(numpy)
+        torch.set_rng_state(host)
 
 
 def seed_host(*seed: object) -> None:
@@ -62,13 +66,3 @@ def seed_host(*seed: object) -> None:
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.default_generator.manual_seed(number)
-
-
-def _host_states() -> tuple:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def _set_host_states(states: tuple) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])

@@ -575,6 +575,9 @@ class CurriculumDistillationTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As `Trainer`, whose last files but one these are: then the record lists them, which makes them a whole."""
+        if self._declared_stages:
+            with self._loading:
+                pass  # what changing streams forgets shall be forgotten before it is saved
         super()._save_rng_state(output_dir)
         if self._declared_stages:
             self.accelerator.wait_for_everyone()

@@ -88,6 +88,17 @@ class Killer(TrainerCallback):
         setattr(self, f"on_{event}", at)
 
 
+class Drawing(TrainerCallback):
+    """Draws random numbers while training, of a kind that NumPy makes two at a time."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.drawn = random.random(), np.random.randn(), torch.rand(()).item()
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.log_history[-1].keys() & {"loss", "eval_loss"}:
+            state.log_history[-1]["drawn"] = list(self.drawn)
+
+
 def killed_while_saving(part, step):
     """Make this process die before a part of a checkpoint is written, or in the middle of a file."""
 
@@ -150,7 +161,8 @@ def train(folder, method, data, event=None, step=None):
         killed_while_saving(event, step)
     trainer = CurriculumDistillationTrainer(
         tiny_bert(2, dropout=0.1, seed=1), args, data_collator=mask, train_dataset=make_data(),
-        eval_dataset=Augmented(), teacher_model=teachers[0], callbacks=callbacks,
+        eval_dataset=Augmented(), teacher_model=teachers[0],
+        callbacks=[Drawing(), *callbacks],
     )  # fmt: skip
     result = trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
