@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -136,8 +137,8 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             f"labels are {_describe(labels)}; class numbers of shape [batch] or [batch, length] are needed to match "
             "the teacher's class probabilities."
         )
-    per_token = predicts_next_token(model) or _is_for(model, _ONE_ANSWER_PER_TOKEN)
-    wanted = main.shape if per_token else main.shape[: 1 if _is_for(model, _ONE_ANSWER_PER_EXAMPLE) else 0]
+    per_token = predicts_next_token(model) or _is_for(type(model), _ONE_ANSWER_PER_TOKEN)
+    wanted = main.shape if per_token else main.shape[: 1 if _is_for(type(model), _ONE_ANSWER_PER_EXAMPLE) else 0]
     if len(labels) != len(main) or (wanted and labels.shape != wanted):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} but {name} {tuple(main.shape)}; {type(model).__name__} needs one "
@@ -158,13 +159,14 @@ def _check_values(numbers: Tensor, name: str, end: int | None, beside: str = "")
 
 
 def _num_classes(model: nn.Module) -> int | None:
-    if _is_for(model, ("Classification",)):
+    if _is_for(type(model), ("Classification",)):
         return model.config.num_labels
     return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
-def _is_for(model: nn.Module, tasks: tuple[str, ...]) -> bool:
-    return any(task in cls.__name__ for cls in type(model).__mro__ for task in tasks)
+@functools.cache
+def _is_for(model_class: type, tasks: tuple[str, ...]) -> bool:
+    return any(task in base.__name__ for base in model_class.__mro__ for task in tasks)
 
 
 def _describe(tensor: Tensor) -> str:

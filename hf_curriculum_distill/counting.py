@@ -6,6 +6,7 @@ sides of that fraction.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +22,13 @@ def predicts_next_token(model: nn.Module) -> bool:
     """Whether logits at position `i` belong to the label at `i + 1` (causal language models shift inside the loss)."""
     if getattr(model.config, "is_encoder_decoder", False):
         return False
-    # of any base: FSDP2 makes a class of its own of the one that it shards
-    is_causal = any(base.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for base in type(model).__mro__)
-    return is_causal or getattr(model, "loss_type", None) == "ForCausalLM"
+    return _is_causal(type(model)) or getattr(model, "loss_type", None) == "ForCausalLM"
+
+
+@functools.cache
+def _is_causal(model_class: type) -> bool:
+    # by any base: FSDP2 makes a class of its own of the one that it shards
+    return any(base.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for base in model_class.__mro__)
 
 
 def answers_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
