@@ -32,6 +32,11 @@ class SeededBatches(Dataset):
     def __getitem__(self, index: int) -> Any:
         return self.data[index]
 
+    def set_epoch(self, epoch: int) -> None:
+        """What accelerate calls as an epoch begins: some data sets depend on it."""
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(epoch)
+
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """What a DataLoader asks for: the examples of one batch."""
         if (epoch := int(self.epoch)) != _UNSEEDED:
@@ -47,6 +52,7 @@ def seeded(dataloader: DataLoader, epoch: int) -> Iterator[None]:
     batches = dataloader.dataset if isinstance(getattr(dataloader, "dataset", None), SeededBatches) else None
     if batches is not None:
         batches.epoch.fill_(epoch)
+        batches.set_epoch(epoch)  # which accelerate leaves out where it skips batches
     try:
         yield
     finally:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -75,6 +77,16 @@ def find_last_checkpoint(output_dir: str) -> str | None:
         else:
             return checkpoint
     return None
+
+
+def remove_unfinished(output_dir: str, step: int) -> None:
+    """Remove what a killed process left of later checkpoints: rotation may take them for the newest, whole ones go."""
+    for checkpoint in sort_checkpoints(output_dir):
+        with suppress(OSError, ValueError):
+            record = read_record(checkpoint)
+            if record["step"] > step and "files" not in record:
+                logger.warning("Removed: %s was never written to its end", checkpoint)
+                shutil.rmtree(checkpoint)
 
 
 def _state_mismatch(checkpoint: str, step: int) -> str | None:

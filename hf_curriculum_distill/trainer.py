@@ -9,7 +9,7 @@ import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import datasets
@@ -19,11 +19,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.batches import SeededBatches, seeded
-from hf_curriculum_distill.checkpoints import check_writable, find_last_checkpoint, list_files, read_whole
+from hf_curriculum_distill.checkpoints import (
+    check_writable,
+    find_last_checkpoint,
+    list_files,
+    read_whole,
+    remove_unfinished,
+)
 from hf_curriculum_distill.checks import check_batch, check_launch, check_stages, check_training_data, naming_batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import count_flops
@@ -86,6 +94,7 @@ class CurriculumDistillationTrainer(Trainer):
         self.teacher: FrozenTeacher | None = None
         self.projection_bank: ProjectionBank | None = None
         self._resumed: dict[str, Any] | None = None
+        self._unrestored: dict[str, Any] | None = None
         distils = teacher_model is not None or getattr(args, "stages", None) is not None
         if distils:
             args = TrainingArguments("tmp_trainer") if args is None else args
@@ -127,6 +136,11 @@ class CurriculumDistillationTrainer(Trainer):
     def stage(self) -> Stage | None:
         return self.stage_scheduler.stage_at(self.state.global_step) if self.stage_scheduler else None
 
+    @property
+    def _last_stage_index(self) -> int:
+        """Of the optimizer step before: what is logged and evaluated belongs to it."""
+        return self.stage_scheduler.index_at(self.state.global_step - 1)
+
     def set_initial_training_values(self, args, dataloader):
         values = super().set_initial_training_values(args, dataloader)
         if self._declared_stages:
@@ -158,8 +172,15 @@ class CurriculumDistillationTrainer(Trainer):
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, *args: Any, **kwargs: Any):
         """As `Trainer`; in training and evaluation a batch's random draws belong to it: see [`SeededBatches`]."""
-        if not self._declared_stages or isinstance(dataset, IterableDataset):
+        if not self._declared_stages:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
+        if isinstance(dataset, IterableDataset):
+            # a worker that stays would draw on from one epoch to the next, and no checkpoint knows how far it got
+            persistent, self.args.dataloader_persistent_workers = self.args.dataloader_persistent_workers, False
+            try:
+                return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
+            finally:
+                self.args.dataloader_persistent_workers = persistent
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description=description)
         sampler = sampler_fn and (lambda _: sampler_fn(dataset))
@@ -178,10 +199,10 @@ class CurriculumDistillationTrainer(Trainer):
             torch.empty((), dtype=torch.int64).random_()  # a DataLoader's draw at its start: dropout stays Trainer's
         with naming_batch(self._describe_step()):
             with self._loading:
-                batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+                batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            if len(batches) < num_batches:  # a stream has ended; with less than a whole window no step would be taken
+                return [], None
             self._position["batches"] += len(batches)
-            if not batches:
-                return batches, num_items
             for batch in batches:
                 check_batch(self.model, batch)
         counts = torch.stack([count(self.model, batch).to(device) for batch in batches]).sum(0)
@@ -368,12 +389,9 @@ class CurriculumDistillationTrainer(Trainer):
         """
         if not self._declared_stages:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        self._ledger, self._resumed = Ledger(), None
+        self._resumed = None
         if self.args.should_save:
             check_writable(self.args.output_dir)
-        if isinstance(self.teacher, OnlineTeacher):
-            decayed = self.get_decay_parameter_names(self.teacher.model)
-            self.teacher.start(self.args, self.stage_scheduler.max_steps, decayed)
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
@@ -382,9 +400,10 @@ class CurriculumDistillationTrainer(Trainer):
                 logger.warning("%s has no whole checkpoint; training starts from the beginning", self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
             self._resume(resume_from_checkpoint)
+            if self.args.should_save:
+                remove_unfinished(self.args.output_dir, self._resumed["step"])
         elif self.projection_bank is not None and not self.projection_bank.frozen:
             self._calibrate()
-        self._stage_index = None
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -392,30 +411,57 @@ class CurriculumDistillationTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """As `Trainer`, which comes here again where `auto_find_batch_size` makes it start again."""
         trained = super()._init_training_state(*args)
-        if self._resumed is None or hasattr(self.train_dataset, "__len__") or self.args.ignore_data_skip:
+        if not self._declared_stages:
+            return trained
+        self._ledger, self._stage_index, self._unrestored = Ledger(), None, self._resumed
+        self._ended_step = self.state.global_step
+        if isinstance(self.teacher, OnlineTeacher):
+            decayed = self.get_decay_parameter_names(self.teacher.model)
+            self.teacher.start(self.args, self.stage_scheduler.max_steps, decayed)
+        if self._resumed is None:
+            return trained
+        *_, checkpoint, trial = args
+        if isinstance(self.teacher, OnlineTeacher):
+            self.teacher.load(teacher_folder(checkpoint), self._resumed["step"])
+        best = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if os.path.isdir(best):  # the run's folder may have been moved
+            self.state.best_model_checkpoint = best
+        if hasattr(self.train_dataset, "__len__") or self.args.ignore_data_skip:
             return trained
         # a stream may have ended and begun again since the run's first step, which Trainer cannot know
         return self._resumed["epoch"], self._resumed["batches"]
+
+    def _evaluate(self, *args: Any, skip_scheduler: bool = False, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer`, but `eval_on_start` is for the start of the run, not of its resumption."""
+        if skip_scheduler and self._unrestored is not None:
+            return {}
+        return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._declared_stages:
             self._restore_logs()
             if self.state.global_step >= self.state.max_steps:
-                return  # a finished run that is resumed: Trainer would train one step more
+                self.control.should_training_stop = True  # a finished run is resumed: Trainer would go on
+                return
             epoch, resumes = kwargs["epoch"], kwargs["epoch"] == kwargs["epochs_trained"]
             self._position = {"epoch": epoch, "batches": kwargs["steps_trained_in_current_epoch"] if resumes else 0}
             self._loading.restart(self._data_seed, epoch)
         with seeded(kwargs["train_dataloader"], kwargs["epoch"]):
             super()._run_epoch(*args, **kwargs)
 
+    def _finalize_training(self, *args: Any):
+        self._restore_logs()  # where no epoch was left to run
+        return super()._finalize_training(*args)
+
     def _restore_logs(self) -> None:
         """After a resume: go on with the averages that the next log will write."""
-        if self._resumed is not None:
-            self._tr_loss += self._ledger.restore(self._resumed, self.accelerator)
-            self._total_loss_scalar = self._resumed["unlogged"]["total_loss"]
-            self._globalstep_last_logged = self._resumed["unlogged"]["first_step"]
-            self._resumed = None
+        if self._unrestored is not None:
+            self._tr_loss += self._ledger.restore(self._unrestored, self.accelerator)
+            self._total_loss_scalar = self._unrestored["unlogged"]["total_loss"]
+            self._globalstep_last_logged = self._unrestored["unlogged"]["first_step"]
+            self._unrestored = None
 
     def _release_models(self) -> None:
         self._student.remove()
@@ -470,19 +516,21 @@ class CurriculumDistillationTrainer(Trainer):
             if "train_loss" in logs:  # of the whole run, resumed or not
                 logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
             if "loss" in logs:
-                logs |= {"stage": self._stage_index} | terms
+                logs |= {"stage": self._last_stage_index} | terms
                 self._ledger.start(self.state.global_step)
         super().log(logs, start_time)
 
     def _finite_terms(self) -> dict[str, float]:
         terms = self._ledger.terms(self.accelerator, self.state.global_step)
+        if not self.args.average_tokens_across_devices:  # each process's terms are means already
+            terms = {name: value / self.args.world_size for name, value in terms.items()}
         self._check_finite(terms)
         return terms
 
     def _check_finite(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
-                index = self.stage_scheduler.index_at(self.state.global_step - 1) if self.stage_scheduler else 0
+                index = self._last_stage_index if self.stage_scheduler else 0
                 raise FloatingPointError(
                     f"{name} is {value} in stage {index + 1} of {len(self.stages)} ({self.stages[index].name}) at step "
                     f"{self.state.global_step}. Lower the learning rate, check the data, or use bf16 in place of fp16; "
@@ -490,7 +538,17 @@ class CurriculumDistillationTrainer(Trainer):
                 )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer`, but a checkpoint due at an epoch's last step holds what the end of the epoch logs, too."""
+        postponed = False
         if self._declared_stages:
+            control, ends_epoch = self.control, self.state.global_step == self._ended_step  # called again at a step
+            self._ended_step = self.state.global_step
+            if ends_epoch and not control.should_training_stop:
+                self._position = {"epoch": self._position["epoch"] + 1, "batches": 0}
+            last = control.should_training_stop or control.should_epoch_stop
+            last = last or self.accelerator.gradient_state.end_of_dataloader
+            postponed = control.should_save and last and not ends_epoch
+            control.should_save = control.should_save and not postponed
             if self.args.restart_schedule_per_stage and self.accelerator.optimizer_step_was_skipped:
                 self.lr_scheduler.step()  # an fp16 step that overflowed: the stage goes on, so does its schedule
             if self.state.global_step in self.stage_scheduler.boundaries and self.args.logging_strategy != "no":
@@ -498,6 +556,7 @@ class CurriculumDistillationTrainer(Trainer):
             if self.control.should_save or self.control.should_evaluate:
                 self._finite_terms()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.control.should_save |= postponed
 
     # ---- evaluation ----
 
@@ -534,7 +593,7 @@ class CurriculumDistillationTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Only the last stage competes: before it the head is untrained, and early stopping would end the run."""
-        if self._declared_stages and self._stage_index != len(self.stages) - 1:
+        if self._declared_stages and self._last_stage_index != len(self.stages) - 1:
             return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -559,7 +618,7 @@ class CurriculumDistillationTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if not self._declared_stages:
                 raise
-            last = find_last_checkpoint(self.args.output_dir)
+            last = find_last_checkpoint(self._get_output_dir(trial))
             raise OSError(
                 f"The checkpoint of step {self.state.global_step} could not be written to {self.args.output_dir} "
                 f"({error}); the last whole one is {last}. Make room, or check the disk, and resume from there."
@@ -582,6 +641,8 @@ class CurriculumDistillationTrainer(Trainer):
         if self._declared_stages:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                with suppress(FileNotFoundError):  # of a run that was here before; it would make this one look whole
+                    os.remove(os.path.join(output_dir, TRAINER_STATE_NAME))
                 beside = [teacher_folder(output_dir)] if isinstance(self.teacher, OnlineTeacher) else []
                 write_record(output_dir, self._record() | {"files": list_files(output_dir, *beside)})
 
@@ -594,7 +655,7 @@ class CurriculumDistillationTrainer(Trainer):
             step=self.state.global_step,
             **self._position,
             unlogged=self._ledger.unlogged | {"total_loss": self._total_loss_scalar},
-            samples_per_step=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            samples_per_step=self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             **self._ledger.total_flops,
             flop_rates=self._ledger.rates,
         )
@@ -621,6 +682,10 @@ class CurriculumDistillationTrainer(Trainer):
 
     def _resume(self, checkpoint: str) -> None:
         self._resumed = record = read_whole(checkpoint)
+        if self.args.auto_find_batch_size:  # the batch size that was found says how many steps there are
+            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            self._train_batch_size = state.train_batch_size
+            self._resolve_steps()
         check_resumable(record, self._record(), checkpoint)
         if self.projection_bank is not None:
             bank = ProjectionBank.from_pretrained(checkpoint).to(self.args.device)
@@ -630,8 +695,6 @@ class CurriculumDistillationTrainer(Trainer):
                     f"{self.projection_bank.fingerprint[:12]}; pass the original bank, or none to use that one."
                 )
             self.projection_bank = bank
-        if isinstance(self.teacher, OnlineTeacher):
-            self.teacher.load(teacher_folder(checkpoint), record["step"])
 
     # ---- set-up ----
 
