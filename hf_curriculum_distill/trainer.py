@@ -404,6 +404,11 @@ class CurriculumDistillationTrainer(Trainer):
                 remove_unfinished(self.args.output_dir, self._resumed["step"])
         elif self.projection_bank is not None and not self.projection_bank.frozen:
             self._calibrate()
+        if getattr(self.data_collator, "seed", None) is not None:
+            logger.warning(
+                "The data collator has a seed and so a random state of its own, which no checkpoint holds: a resumed "
+                "run draws other masks. Leave its seed out; batches are drawn from args.seed."
+            )
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:

@@ -60,12 +60,22 @@ def mask(examples):
     return {"input_ids": torch.where(chosen, 4, ids), "labels": torch.where(chosen, ids, -100)}
 
 
+EACH_EPOCH = {"logging_strategy": "epoch", "eval_strategy": "epoch"}
 DATA = {
     "plain": (Augmented, {"logging_steps": 5}),
     "accumulated": (Augmented, {"logging_steps": 3, "gradient_accumulation_steps": 2}),
     "workers": (Augmented, {"logging_steps": 5, "dataloader_num_workers": 2, "dataloader_persistent_workers": True}),
     "grouped": (Augmented, {"logging_steps": 5, "train_sampling_strategy": "group_by_length"}),
     "stream": (stream, {"logging_steps": 5}),
+    "epochs": (Augmented, {"max_steps": -1, "num_train_epochs": 2, "save_steps": 3} | EACH_EPOCH),
+    "stream saved each epoch": (
+        stream,
+        {"gradient_accumulation_steps": 4, "save_strategy": "epoch"} | EACH_EPOCH,
+    ),
+    "stream with a worker that stays": (
+        stream,
+        {"logging_steps": 5, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+    ),
     "stream with a worker": (stream, {"logging_steps": 5, "dataloader_num_workers": 1}),
 }
 
@@ -139,7 +149,17 @@ def killed_while_saving(part, step):
         before(owners.get(part, Trainer), part)
 
 
-CALLBACK_EVENTS = ("step_begin", "substep_end", "optimizer_step", "step_end", "log", "evaluate", "save")
+CALLBACK_EVENTS = (
+    "step_begin",
+    "substep_end",
+    "optimizer_step",
+    "step_end",
+    "log",
+    "evaluate",
+    "save",
+    "epoch_end",
+    "train_end",
+)
 
 
 def train(folder, method, data, event=None, step=None):
@@ -151,10 +171,10 @@ def train(folder, method, data, event=None, step=None):
             teacher.save_pretrained(path)
         teachers = [checkpoints]
     args = CurriculumDistillationConfig(
-        str(folder), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-3, weight_decay=0.1,
-        eval_strategy="steps", eval_steps=4, report_to="none", disable_tqdm=True, use_cpu=True,
+        str(folder), per_device_train_batch_size=4, learning_rate=1e-3, weight_decay=0.1,
+        eval_steps=4, report_to="none", disable_tqdm=True, use_cpu=True,
         lr_scheduler_type="cosine",
-        **SAVED | fields | METHODS[method],
+        **{"max_steps": STEPS, "eval_strategy": "steps"} | SAVED | METHODS[method] | fields,
     )  # fmt: skip
     callbacks = [Killer(event, step)] if event in CALLBACK_EVENTS else []
     if event and not callbacks:
@@ -203,7 +223,7 @@ def uninterrupted(tmp_path_factory):
 
 def assert_same_outcome(folder, expected):
     tensors, logs, step = outcome(folder)
-    assert step == expected[2] == STEPS
+    assert step == expected[2]
     assert logs == expected[1]
     assert_same_weights(tensors, expected[0])
 
@@ -236,7 +256,11 @@ SHORT = [("step_begin", 1), ("_save_rng_state", 4), ("step_begin", 5), ("half th
 @pytest.mark.parametrize(
     "method, data",
     [(method, data) for method in METHODS for data in ("plain", "accumulated", "workers", "stream")]
-    + [("curriculum", "grouped"), ("curriculum", "stream with a worker")],
+    + [
+        ("curriculum", "grouped"),
+        ("curriculum", "stream with a worker"),
+        ("curriculum", "stream with a worker that stays"),
+    ],
 )
 def test_a_run_killed_again_and_again_is_one_that_was_never_interrupted(tmp_path, uninterrupted, method, data):
     folder = tmp_path / "run"
@@ -246,6 +270,39 @@ def test_a_run_killed_again_and_again_is_one_that_was_never_interrupted(tmp_path
         assert in_fork(train, folder, method, data, event, step) == -signal.SIGKILL, (event, step)
     assert in_fork(train, folder, method, data) == 0
     assert_same_outcome(folder, uninterrupted(method, data))
+
+
+@pytest.mark.parametrize(
+    "data, kills",
+    [
+        (
+            "epochs",
+            [("evaluate", 9), ("save_to_json", 9), ("save", 9), ("epoch_end", 18), ("save", 18), ("train_end", 18)],
+        ),
+        (
+            "stream saved each epoch",
+            [("evaluate", 1), ("save", 1), ("step_end", 3), ("half the model", 4), ("save", 12)],
+        ),
+    ],
+)
+def test_the_end_of_an_epoch_is_logged_evaluated_and_saved_once(tmp_path, uninterrupted, data, kills):
+    for event, step in kills:
+        assert in_fork(train, tmp_path / "run", "curriculum", data, event, step) == -signal.SIGKILL, (event, step)
+    assert in_fork(train, tmp_path / "run", "curriculum", data) == 0
+    assert_same_outcome(tmp_path / "run", uninterrupted("curriculum", data))
+
+
+@pytest.mark.parametrize("data", ["plain", "stream", "epochs"])
+def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, uninterrupted, data):
+    for _ in range(2):
+        assert in_fork(train, tmp_path / "run", "curriculum", data) == 0
+    tensors, logs, step = outcome(tmp_path / "run")
+    expected = uninterrupted("curriculum", data)
+    assert step == expected[2]
+    assert (
+        logs[: len(expected[1])] == expected[1] and logs[-1] == expected[1][-1]
+    )  # Trainer says once more how it ended
+    assert_same_weights(tensors, expected[0])
 
 
 @pytest.mark.parametrize("method", METHODS)
