@@ -1,13 +1,14 @@
 """What a step costs beside what one would use instead: a hand-written loop, a Trainer, TextBrewer, torchdistill.
 
     pip install -e ".[benchmarks]"                        # the two libraries; without them their rows are left out
-    python benchmarks/peers.py                            # about 10 minutes on 2 CPU cores
-    python benchmarks/peers.py --preset h100              # one GPU, at most 10 minutes
+    python benchmarks/peers.py                            # CPU
+    python benchmarks/peers.py --preset h100              # one GPU; no turn begins after 8 minutes
 
-One run, one table: same teacher, student, batches, precision, optimizer and clipping; everyone trains the whole
-half-and-half curriculum (half of the steps in layer stages, the rest on logits), in turns, and every step is timed from
-the moment its batch is there to the moment the next one is. TextBrewer and torchdistill have no such stages: they
-match all layers' hidden states and the logits in every step, or the logits alone.
+One run, one table: same teacher, student, batches, precision, optimizer and clipping. Everyone takes turns at a whole
+curriculum, short in steps but with all its stages, and every step is timed from when it has its batch to when the next
+one has. `half-and-half` is what a step costs on average where half of them are in layer stages, equally many each, and
+the rest match logits. TextBrewer and torchdistill are set up as documented, without stages: they match all layers'
+hidden states and the logits in every step, or the logits alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCall
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, ProjectionBank, Stage
 from hf_curriculum_distill.cost import flop_counter
-from hf_curriculum_distill.stages import StageScheduler
+from hf_curriculum_distill.stages import StageScheduler, resolve_layer_map
 
 MASK = 1  # the token that stands where there is a label
 PRESETS = {
@@ -44,11 +45,9 @@ PRESETS = {
         "students": ["6x768", "24x768"],
         "vocab_size": 30_522,
         "sequence_lengths": [128, 512],
-        "batch_tokens": 8192,
-        "steps": 2,
-        "repeats": 5,
+        "batch_tokens": 16_384,
         "bf16": True,
-        "time_limit": 540.0,
+        "time_limit": 480.0,
     }
 }
 
@@ -64,7 +63,9 @@ class Options:
     sequence_lengths: list[int] = field(default_factory=lambda: [128], metadata={"help": "Tokens a sequence."})
     batch_tokens: int = field(default=1024, metadata={"help": "Tokens a step, in whole sequences without padding."})
     masked_share: float = field(default=0.15, metadata={"help": "Share of the tokens that have a label."})
-    steps: int = field(default=3, metadata={"help": "Steps of a layer stage in each turn, the first not timed; >= 2."})
+    steps: int = field(
+        default=2, metadata={"help": "Steps of a layer stage in each turn, of which the first isn't timed."}
+    )
     repeats: int = field(default=5, metadata={"help": "Timed turns each contender gets; ratios are medians over them."})
     bf16: bool = field(default=False, metadata={"help": "Whether to run the models under bfloat16 autocast."})
     processor_time: bool = field(
@@ -120,6 +121,21 @@ class Probe(TrainerCallback):
         for batch in batches:
             self.begin()
             yield batch
+
+
+class Costs:
+    """Operations and peak memory of what runs inside."""
+
+    def __init__(self, device: torch.device):
+        self.memory, self.counter = PeakMemory(device), flop_counter()
+
+    def __enter__(self):
+        self.memory.__enter__()
+        self.counter.__enter__()
+
+    def __exit__(self, *error):
+        self.counter.__exit__(*error)
+        self.memory.__exit__(*error)
 
 
 class ByHand(BareLoop):
@@ -178,8 +194,10 @@ class AllRows(WholeModelsInStages):
 class TextBrewer:
     """`GeneralDistiller` as in its quick start, with its `logits_mask` where `all_rows` is off.
 
-    Its batches have no labels, else both models would compute the cross-entropy beside their logits.
+    Its batches have no labels: else both models would compute the cross-entropy beside their logits.
     """
+
+    temperature = 8  # of its own experiments
 
     def __init__(self, model, args, train_dataset, probe, teacher, pairs, all_rows: bool = False):
         self.student, self.args, self.dataset, self.probe = model, args, train_dataset, probe
@@ -202,7 +220,7 @@ class TextBrewer:
         num_steps, folder = self.probe.num_steps, self.args.output_dir
         distiller = GeneralDistiller(
             TrainingConfig(device=self.args.device, output_dir=folder, ckpt_steps=num_steps),
-            DistillationConfig(temperature=8, intermediate_matches=matches),
+            DistillationConfig(temperature=self.temperature, intermediate_matches=matches),
             *(Autocast(model, self.args) for model in (self.teacher, self.student)),
             *(self.adapt, self.adapt),
         )
@@ -210,7 +228,7 @@ class TextBrewer:
         with distiller:
             distiller.train(
                 optimizer(self.student.parameters(), **kwargs),
-                self.probe.follow(loader(self.dataset, self.args, labels=False)),
+                self.probe.follow(loader(self.dataset, self.args)),
                 num_steps=num_steps,
                 max_grad_norm=self.args.max_grad_norm,
                 output_hidden_states=bool(self.pairs),
@@ -230,7 +248,7 @@ class Torchdistill:
 
         box = get_distillation_box(
             *(Autocast(model, self.args) for model in (self.teacher, self.student)),
-            {"train": [{"input_ids": example["input_ids"]} for example in self.dataset]},
+            {"train": self.dataset},
             self.settings(),
             *(self.args.device, [], False, 1),
         )
@@ -340,9 +358,7 @@ def masked_text(options: Options, count: int, length: int) -> list[dict[str, tor
     return [{"input_ids": i, "labels": j} for i, j in zip(ids, labels, strict=True)]
 
 
-def loader(dataset, args, labels: bool = True) -> DataLoader:
-    if not labels:
-        dataset = [{"input_ids": example["input_ids"]} for example in dataset]
+def loader(dataset, args) -> DataLoader:
     pin = args.device.type == "cuda"
     return DataLoader(dataset, args.train_batch_size, collate_fn=default_data_collator, pin_memory=pin)
 
@@ -400,9 +416,15 @@ def line_up(options: Options, args, student, teacher, dataset, clock) -> list[Co
     enter(BY_HAND, ByHand, phases, **same)
     enter(TRAINER, AllRows, phases, **same)
     enter(PICKED, WholeModelsInStages, phases, **same)
-    few = max(4, options.steps)
+    count = (2 * options.steps + 1) * args.train_batch_size
+    questions = [{"input_ids": example["input_ids"]} for example in dataset[:count]]
     for matched, phase in ((pairs, WHOLE), ([], KL)):
-        given = {"teacher": teacher, "phases": {phase: range(few)}, "pairs": matched}
+        given = {
+            "train_dataset": questions,
+            "teacher": teacher,
+            "phases": {phase: range(2 * options.steps + 1)},
+            "pairs": matched,
+        }
         if find_spec("textbrewer"):
             enter(TEXTBREWER, TextBrewer, **given)
             enter(TEXTBREWER_ALL, TextBrewer, **given, all_rows=True)
@@ -412,8 +434,8 @@ def line_up(options: Options, args, student, teacher, dataset, clock) -> list[Co
 
 
 def measure(contenders: list[Contender], options: Options, args, deadline: float) -> None:
-    """First turns count operations and memory, and warm up; then A B C A B C."""
-    turns = tqdm(total=len(contenders) * (options.repeats + 2), leave=False)
+    """The first turns count operations and memory, and warm up; then A B C A B C."""
+    turns = tqdm(total=len(contenders) * (options.repeats + 1), leave=False)
 
     def everyone(description: str) -> Iterator[Contender]:
         for contender in contenders:
@@ -422,12 +444,10 @@ def measure(contenders: list[Contender], options: Options, args, deadline: float
             turns.update()
 
     for contender in everyone("operations"):
-        watches = contender.take_turn(flop_counter)
-        contender.flops = {name: watch.get_total_flops() for name, watch in watches.items()}
+        watches = contender.take_turn(lambda: Costs(args.device))
+        contender.flops = {name: watch.counter.get_total_flops() for name, watch in watches.items()}
+        contender.bytes = {name: watch.memory.bytes for name, watch in watches.items()}
     check_losses(contenders, args)
-    for contender in everyone("memory"):
-        watches = contender.take_turn(lambda: PeakMemory(args.device))
-        contender.bytes = {name: watch.bytes for name, watch in watches.items()}
     for repeat in range(options.repeats):
         if repeat and time.monotonic() > deadline:
             break
@@ -458,23 +478,20 @@ def add_averages(contender: Contender) -> None:
     contender.bytes |= {LAYERS: max(layers), WHOLE: max(*layers, contender.bytes[KL])}
 
 
-def ratio(contenders: list[Contender], phase: str, one: str, other: str) -> float | None:
-    """Median over turns of the time that `one` takes for what takes `other` a unit of it; None if one is absent."""
-    times = []
-    for name in (one, other):
-        found = [c for c in contenders if c.name == name and phase in c.flops]
-        if not found:
-            return None
-        times.append([turn[phase] for turn in found[0].milliseconds])
+def ratio(contenders: list[Contender], phase: str, one: str, other: str) -> float:
+    """Median over turns of the time of `one` over that of `other`."""
+    turns = {c.name: c.milliseconds for c in contenders if phase in c.flops}
+    times = ([turn[phase] for turn in turns[name]] for name in (one, other))
     return statistics.median(a / b for a, b in zip(*times, strict=True))
 
 
 def report(contenders: list[Contender], ceiling: float, tokens: int) -> None:
-    phases = [name for name in contenders[0].probe.phases if name != KL]
+    library = contenders[0]
+    phases = [name for name in library.probe.phases if name != KL]
     shown = [*dict.fromkeys([phases[0], phases[(len(phases) - 1) // 2], phases[-1]]), LAYERS, KL, WHOLE]
-    head = ["stage", "who", "time / library", "peak / library", "ms a step", "tokens/s", "MFU", "peak MiB"]
-    print_row(*head, "hours for 1e9 tokens")
-    print_row(*["---"] * 9)
+    head = ["stage", "who", "time / library", "operations / library", "peak / library"]
+    print_row(*head, "ms a step", "tokens/s", "MFU", "peak MiB", "hours for 1e9 tokens")
+    print_row(*["---"] * 10)
     for phase in shown:
         for contender in (c for c in contenders if phase in c.flops):
             ms = statistics.median(turn[phase] for turn in contender.milliseconds)
@@ -482,7 +499,8 @@ def report(contenders: list[Contender], ceiling: float, tokens: int) -> None:
                 phase,
                 contender.name,
                 f"{ratio(contenders, phase, contender.name, LIBRARY):.2f}",
-                f"{contender.bytes[phase] / contenders[0].bytes[phase]:.2f}",
+                f"{contender.flops[phase] / library.flops[phase]:.2f}",
+                f"{contender.bytes[phase] / library.bytes[phase]:.2f}",
                 f"{ms:.1f}",
                 f"{1000 * tokens / ms:,.0f}",
                 f"{contender.flops[phase] / (ms / 1000) / ceiling:.0%}",
@@ -490,30 +508,30 @@ def report(contenders: list[Contender], ceiling: float, tokens: int) -> None:
                 f"{1e9 / tokens * ms / 3.6e6:,.1f}",
             )
 
-    over_floor = [ratio(contenders, phase, LIBRARY, BY_HAND) for phase in [*phases, KL]]
-    plain = next(c for c in contenders if c.name == TRAINER)
+    worst = max([*phases, KL], key=lambda phase: ratio(contenders, phase, LIBRARY, BY_HAND))
     targets = [
-        ("library / by hand, time, worst stage", "<=", 1.05, max(over_floor)),
-        ("Trainer / library, time, layer stages", ">=", 1.7, ratio(contenders, LAYERS, TRAINER, LIBRARY)),
-        ("Trainer / library, time, logit stage", ">=", 1.15, ratio(contenders, KL, TRAINER, LIBRARY)),
-        ("Trainer / library, time, half-and-half", ">=", 1.41, ratio(contenders, WHOLE, TRAINER, LIBRARY)),
-        ("the same with train_prefix='block'", ">=", 1.48, ratio(contenders, WHOLE, TRAINER, BLOCK)),
-        (
-            "TextBrewer, quick start / library, half-and-half",
-            ">=",
-            2.0,
-            ratio(contenders, WHOLE, TEXTBREWER_ALL, LIBRARY),
-        ),
-        ("TextBrewer, logits_mask / library, half-and-half", ">=", 2.0, ratio(contenders, WHOLE, TEXTBREWER, LIBRARY)),
-        ("library / Trainer, peak memory, logit stage", "<=", 0.4, contenders[0].bytes[KL] / plain.bytes[KL]),
+        (f"time, {worst} (the worst stage)", "<=", 1.05, LIBRARY, BY_HAND, worst),
+        ("time, layer stages", ">=", 1.7, TRAINER, LIBRARY, LAYERS),
+        ("time, kl", ">=", 1.15, TRAINER, LIBRARY, KL),
+        ("time, half-and-half", ">=", 1.41, TRAINER, LIBRARY, WHOLE),
+        ("time, half-and-half", ">=", 1.48, TRAINER, BLOCK, WHOLE),
+        ("time, half-and-half", ">=", 2.0, TEXTBREWER, LIBRARY, WHOLE),
+        ("time, half-and-half", ">=", 2.0, TEXTBREWER_ALL, LIBRARY, WHOLE),
+        ("peak memory, kl", "<=", 0.4, LIBRARY, TRAINER, KL),
     ]
     print()
-    print_row("target", "at", "measured")
-    print_row(*["---"] * 3)
-    for what, sign, target, value in targets:
-        if value is not None:
-            missed = "" if (value <= target if sign == "<=" else value >= target) else ", missed"
-            print_row(what, f"{sign} {target:.2f}", f"{value:.2f}{missed}")
+    print_row("what", "of", "target", "measured", "operations")
+    print_row(*["---"] * 5)
+    by_name = {(c.name, phase): c for c in contenders for phase in c.flops}
+    for what, sign, target, one, other, phase in targets:
+        if (one, phase) not in by_name:
+            continue
+        a, b = by_name[one, phase], by_name[other, phase]
+        on_time = what.startswith("time")
+        value = ratio(contenders, phase, one, other) if on_time else a.bytes[phase] / b.bytes[phase]
+        missed = "" if (value <= target if sign == "<=" else value >= target) else ", missed"
+        allowed = f"{a.flops[phase] / b.flops[phase]:.2f}" if on_time else ""
+        print_row(what, f"{one} / {other}", f"{sign} {target:.2f}", f"{value:.2f}{missed}", allowed)
 
 
 def print_row(*cells: str) -> None:
@@ -548,11 +566,16 @@ def main() -> None:
     cases = [(student, length) for length in options.sequence_lengths for student in options.students]
     for number, (student_size, length) in enumerate(cases):
         depth, width = map(int, student_size.split("x"))
-        batch_size, max_steps = options.batch_tokens // length, 2 * depth * options.steps
+        teacher_depth, teacher_width = map(int, options.teacher.split("x"))
+        pairs = resolve_layer_map("uniform", None, depth, teacher_depth)
+        stages = [{"hidden": [pair], "until": n * options.steps} for n, pair in enumerate(pairs, start=1)]
+        # the logit stage is half of the curriculum: twice as many; and a step ends where the next begins: one more
+        batch_size, max_steps = options.batch_tokens // length, (depth + 2) * options.steps + 1
         with tempfile.TemporaryDirectory() as folder:
             args = CurriculumDistillationConfig(
                 folder,
                 max_steps=max_steps,
+                stages=[*stages, {"kl_weight": 1.0}],
                 per_device_train_batch_size=batch_size,
                 train_sampling_strategy="sequential",
                 lr_scheduler_type="constant",
@@ -571,13 +594,13 @@ def main() -> None:
             torch.manual_seed(0)
             sizes = {"vocab_size": options.vocab_size, "sequence_length": length}
             student = build(Namespace(**sizes), depth, width).to(args.device)
-            teacher = build(Namespace(**sizes), *map(int, options.teacher.split("x"))).eval().requires_grad_(False)
+            teacher = build(Namespace(**sizes), teacher_depth, teacher_width).eval().requires_grad_(False)
             dataset = masked_text(options, max_steps * batch_size, length)
             contenders = line_up(options, args, student, teacher.to(args.device), dataset, clock)
             left = options.time_limit - (time.monotonic() - started) if options.time_limit else float("inf")
             measure(contenders, options, args, time.monotonic() + left / (len(cases) - number))
         turns = len(contenders[0].milliseconds)
-        print(f"\n{options.teacher} -> {student_size}, {batch_size} x {length} tokens, medians of {turns} turns\n")
+        print(f"\n{options.teacher} -> {student_size}, {batch_size} x {length} tokens, medians of {turns} turn(s)\n")
         report(contenders, ceiling, batch_size * length)
         del contenders
 

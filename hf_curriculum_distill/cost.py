@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -83,22 +82,24 @@ def stage_flops(
     stage: Stage,
     rows: Tensor | None,
     frozen: int = 0,
-    learnt_rows: Tensor | None = None,
+    online: bool = False,
 ) -> tuple[int, int]:
     """Student's (forward and backward) and teacher's operations for one batch of a stage.
 
     Args:
-        run_student, run_teacher: one forward pass for a stage, with the rows of the logits that count.
-        frozen: layers up to this one get no gradient.
-        learnt_rows: the rows that an online teacher learns from, forward and backward, beside teaching.
+        run_student, run_teacher: one forward pass for a stage and rows of logits; what a stage doesn't need isn't run.
+        rows: the rows of logits that count.
+        frozen: the student's layers up to this one get no gradient.
+        online: whether the teacher learns from these rows' labels, beside teaching.
     """
-    forward = count_flops(lambda: run_student(stage, rows))
+    chosen = rows if stage.needs_logits else None
+    forward = count_flops(lambda: run_student(stage, chosen))
     backward = 2 * forward
     if frozen:
         backward -= 2 * count_flops(lambda: run_student(Stage(hidden=[(frozen, 0)]), None))
-    teacher = count_flops(lambda: run_teacher(stage, rows))
-    if learnt_rows is not None:
-        teacher += 3 * count_flops(lambda: run_teacher(Stage(kl_weight=1.0), learnt_rows))
+    teacher = count_flops(lambda: run_teacher(stage, chosen))
+    if online:
+        teacher += 3 * count_flops(lambda: run_teacher(Stage(kl_weight=1.0), rows))
     return forward + backward, teacher
 
 
@@ -156,16 +157,22 @@ class PeakMemory(TorchDispatchMode):
             held()  # as if it were gone
 
 
-class _FusedAttention(TorchFunctionMode):
+@contextmanager
+def _fused_attention() -> Iterator[None]:
     """Attention as accelerators have it: one kernel, which applies dropout itself and keeps no probabilities."""
+    attend = F.scaled_dot_product_attention
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+    def attend_fused(*args, **kwargs):
         if torch.is_autocast_enabled("cpu"):
             args = [t.to(torch.get_autocast_dtype("cpu")) if isinstance(t, Tensor) else t for t in args]
         with torch.autocast("cpu", enabled=False):
-            return func(*args, **((kwargs or {}) | {"dropout_p": 0.0}))
+            return attend(*args, **kwargs | {"dropout_p": 0.0})
+
+    F.scaled_dot_product_attention = attend_fused  # no mode: a backward pass recomputes blocks outside of modes
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attend
 
 
 @dataclass
@@ -184,39 +191,48 @@ class DryRun:
     ids_shape: tuple[int, ...]
     labels_shape: tuple[int, ...]
     num_rows: int
-    online: bool = False
 
-    def count_flops(self, stage: Stage, frozen: int) -> tuple[int, int]:
-        """Student's and teacher's operations: see [`stage_flops`]."""
+    def __post_init__(self):
+        self._measured: dict[tuple, tuple[int, int, set[str], PeakMemory]] = {}
         with self.mode:
-            rows = torch.zeros(self.num_rows, dtype=torch.long)
-            chosen = rows if stage.needs_logits else None
-            return stage_flops(
-                self._run_student, self._run_teacher, stage, chosen, frozen, rows if self.online else None
-            )
+            shapes = {"input_ids": self.ids_shape, "labels": self.labels_shape}
+            self._inputs = {name: torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()}
+            self._rows = torch.zeros(self.num_rows, dtype=torch.long)
 
-    def try_step(self, stage: Stage, frozen: int) -> tuple[set[str], PeakMemory]:
-        """Names of the student's parameters that get a gradient, and the worst moment; there the logits apart."""
+    def measure(self, stage: Stage, frozen: int = 0, online: bool = False) -> tuple[int, int, set[str], PeakMemory]:
+        """Student's and teacher's operations, names of the parameters that get a gradient, and the worst moment.
+
+        Arguments as in [`stage_flops`]. Of the memory at the worst moment, that of logits is told apart.
+        """
+        key = replace(stage, until=None), frozen, online
+        if key not in self._measured:
+            with self.mode:
+                flops = stage_flops(self._run_student, self._run_teacher, stage, self._rows, frozen, online)
+            self._measured[key] = *flops, *self._try_step(stage, frozen, online)
+        return self._measured[key]
+
+    def _try_step(self, stage: Stage, frozen: int, online: bool) -> tuple[set[str], PeakMemory]:
         args, student = self.args, self.student.model
         models = [one.model for one in (self.student, self.teacher) if one is not None]
         classes = student.config.num_labels if "Classification" in type(student).__name__ else student.config.vocab_size
         dtype = torch.bfloat16 if args.bf16 else torch.float16
-        with self.mode, nullcontext() if args.use_cpu else _FusedAttention():
+        with self.mode, nullcontext() if args.use_cpu else _fused_attention():
             parameters = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
             with PeakMemory(parameters, self.num_rows * classes) as memory:
                 with torch.autocast("cpu", dtype, enabled=args.bf16 or args.fp16):
-                    loss = self._loss(stage, frozen)
+                    loss = self._loss(stage, frozen, online)
                 loss.backward()
             trained = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
             for parameter in parameters:
                 parameter.grad = None
         return trained, memory
 
-    def _loss(self, stage: Stage, frozen: int) -> Tensor:
+    def _loss(self, stage: Stage, frozen: int, online: bool) -> Tensor:
         """The stage's losses in the trainer's order; weights and divisors are numbers, which cost nothing."""
-        rows = torch.zeros(self.num_rows, dtype=torch.long)
-        hidden, logits = self._run_student(stage, rows, frozen)
-        target_hidden, target_logits = self._run_teacher(stage, rows)
+        hidden, logits = self._run_student(stage, self._rows, frozen)
+        hidden = {layer: states.float() for layer, states in hidden.items()}  # as accelerate does in mixed precision
+        logits = None if logits is None else logits.float()
+        target_hidden, target_logits = self._run_teacher(stage, self._rows)
         loss = torch.zeros(())
         for student_layer, teacher_layer in stage.hidden:
             states = target_hidden[teacher_layer].float()
@@ -228,16 +244,11 @@ class DryRun:
             divergence = losses.DIVERGENCES[self.args.divergence]
             loss = loss + divergence(logits, target_logits, self.args.temperature)
         if stage.label_weight:
-            loss = loss + losses.cross_entropy(logits, rows, self.args.label_smoothing_factor)
-        if self.online:
-            _, answers = self._run(self.teacher, Stage(kl_weight=1.0), rows)
-            losses.cross_entropy(answers, rows).backward()
+            loss = loss + losses.cross_entropy(logits, self._rows, self.args.label_smoothing_factor)
+        if online:
+            _, answers = self._run(self.teacher, Stage(kl_weight=1.0), self._rows)
+            losses.cross_entropy(answers, self._rows).backward()
         return loss
-
-    @property
-    def _inputs(self) -> dict[str, Tensor]:
-        shapes = {"input_ids": self.ids_shape, "labels": self.labels_shape}
-        return {name: torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()}
 
     def _run_student(self, stage: Stage, rows: Tensor | None, frozen: int = 0):
         return self._run(self.student, stage, rows, stage.student_layers, frozen)
@@ -249,8 +260,7 @@ class DryRun:
         return self._run(self.teacher, stage, rows, stage.teacher_layers)
 
     def _run(self, model: PartialForward, stage: Stage, rows, layers=(), frozen: int = 0):
-        inputs = self._inputs
-        questions = {"input_ids": inputs["input_ids"]}
+        questions = {"input_ids": self._inputs["input_ids"]}
         if model is self.teacher and model.accepts("use_cache"):
             questions["use_cache"] = False
         logits = bool(stage.kl_weight) if model is self.teacher else stage.needs_logits
@@ -260,7 +270,7 @@ class DryRun:
             layers,
             logits=logits,
             rows=rows,
-            gather=answers_per_token(model.model, inputs),
+            gather=answers_per_token(model.model, self._inputs),
             frozen=frozen,
             truncate=self.args.truncate,
         )

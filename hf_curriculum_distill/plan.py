@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 import transformers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from hf_curriculum_distill.checks import check_launch, check_stages
 from hf_curriculum_distill.config import CurriculumDistillationConfig
@@ -23,7 +23,7 @@ from hf_curriculum_distill.counting import predicts_next_token
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.loading import check_teacher
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.report import _align
+from hf_curriculum_distill.report import align
 from hf_curriculum_distill.stages import Stage, StageScheduler
 
 SIZES = {"bert-large": (24, 1024), "bert-large-narrow": (24, 512), "bert-base": (12, 768)}
@@ -134,14 +134,14 @@ def make_plan(options: PlanArguments, args: CurriculumDistillationConfig) -> Pla
     scheduler = stages and plan.check("steps", _check_steps, stages, args.max_steps)
     if plan.errors:
         return plan
-    plan.layer_map = _pairs(stages)
-    rate, assumption = _find_rate(options, args)
-    plan.stages = _stage_costs(run, scheduler, options.num_processes, rate)
-    plan.total = _add_up("total", plan.stages)
+    (rate, assumption), online = _find_rate(options, args), args.method == "online"
+    plan.stages = plan.check("dry run", _run_dry, run, scheduler, options.num_processes, rate, online) or []
+    if plan.errors:
+        return plan
+    plan.layer_map, plan.total = _pairs(stages), _add_up("total", plan.stages)
     if run.teacher is not None:
         alone = StageScheduler([Stage(kl_weight=1.0, label_weight=args.label_loss_weight)], args.max_steps)
-        offline = dataclasses.replace(run, online=False)
-        plan.one_shot = _add_up("one_shot", _stage_costs(offline, alone, options.num_processes, rate))
+        plan.one_shot = _add_up("one_shot", _run_dry(run, alone, options.num_processes, rate, online=False)[1])
     plan.assumptions = [
         assumption,
         "operations: matrix products of all processes, a backward pass as two forward; no padding, no evaluations",
@@ -160,25 +160,32 @@ def format_plan(plan: Plan) -> str:
     costs = [["stage", "steps", "parameters trained", "student TFLOPs", "teacher TFLOPs", "TFLOPs", "time"]]
     memory = [["GiB at once", *_MEMORY, "total"]]
     for row in filter(None, [*plan.stages, plan.total, plan.one_shot]):
-        flops = [f"{row[name] / 1e12:,.5g}" for name in ("student_flops", "teacher_flops", "flops")]
+        flops = [_tera(row[name]) for name in ("student_flops", "teacher_flops", "flops")]
         steps = f"{row['first_step']:,}-{row['last_step']:,}"
         costs.append([row["name"], steps, f"{row['trained_parameters']:,}", *flops, _duration(row["seconds"])])
         memory.append([row["name"], *(f"{size / 2**30:,.3f}" for size in row["memory"].values())])
-    lines += ["", _align(costs), "", _align([row for row in memory if row[0] != "total"])]
+    lines += ["", align(costs), "", align([row for row in memory if row[0] != "total"])]
     if plan.one_shot:
         lines += ["", f"operations: {plan.total['flops'] / plan.one_shot['flops']:.3f} of one_shot's at the same steps"]
     return "\n".join([*lines, *plan.assumptions])
 
 
+def find_size(name: str) -> tuple[int, int] | None:
+    """Blocks and hidden size that a name as `bert-6-768` or `bert-large` stands for, if nothing else is called so."""
+    size = re.fullmatch(r"bert-(\d+)-(\d+)", name)
+    if os.path.exists(name) or not (size or name in SIZES):
+        return None
+    return tuple(map(int, size.groups())) if size else SIZES[name]
+
+
 def find_config(name: str, dropout: float = 0.1, **bert: Any) -> PreTrainedConfig:
-    """The configuration of a model's folder, config.json or Hub repository, or of a size as `bert-6-768`.
+    """The configuration of a model's folder, config.json or Hub repository, or of a size: see [`find_size`].
 
     Raises:
         OSError: there is none.
     """
-    size = re.fullmatch(r"bert-(\d+)-(\d+)", name)
-    if (size or name in SIZES) and not os.path.exists(name):
-        layers, hidden = map(int, size.groups()) if size else SIZES[name]
+    if (size := find_size(name)) is not None:
+        layers, hidden = size
         return BertConfig(
             num_hidden_layers=layers,
             hidden_size=hidden,
@@ -200,10 +207,15 @@ def find_config(name: str, dropout: float = 0.1, **bert: Any) -> PreTrainedConfi
 # ---- checks: each returns a detail and a result ----
 
 
+def _teacher_name(options: PlanArguments) -> str | None:
+    there = options.teacher is not None and os.path.isfile(os.path.join(options.teacher, "config.json"))
+    return options.teacher if there or options.teacher_size is None else options.teacher_size
+
+
 def _load_tokenizer(options: PlanArguments) -> tuple[str, Any]:
-    name = options.tokenizer or options.teacher
-    if options.tokenizer is None and (name is None or os.path.isfile(name)):
-        return "none is given, so the models' vocabularies are compared by size only", None
+    name = options.tokenizer or _teacher_name(options)
+    if options.tokenizer is None and (name is None or os.path.isfile(name) or find_size(name)):
+        return "none is given; vocabularies are compared by size only", None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -216,24 +228,23 @@ def _load_tokenizer(options: PlanArguments) -> tuple[str, Any]:
 def _build(options: PlanArguments, args: CurriculumDistillationConfig, tokenizer: Any) -> tuple[str, DryRun]:
     """Both models as the run would have them, but for their values."""
     vocabulary = {} if tokenizer is None else {"vocab_size": len(tokenizer)}
-    name = options.teacher
-    if options.teacher_size and not (name and os.path.isfile(os.path.join(name, "config.json"))):
-        name = options.teacher_size
+    name = _teacher_name(options)
     teacher_config = name and find_config(name, options.dropout, **vocabulary)
     if teacher_config and not vocabulary:
-        vocabulary = {"vocab_size": teacher_config.vocab_size}
+        vocabulary = {"vocab_size": getattr(teacher_config, "vocab_size", None)}
     student_config = find_config(options.student, options.dropout, **vocabulary)
     auto, teacher = getattr(transformers, f"AutoModelFor{options.task}"), None
     online = args.method == "online"
     mode = FakeTensorMode()
     with mode:
-        student = PartialForward(auto.from_config(student_config).train())
-        if args.gradient_checkpointing:
-            student.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        student = PartialForward(_make_model(auto, student_config).train())
+        for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name, the old one
+            if getattr(args, name, False):
+                getattr(student.model, f"{name}_enable")(getattr(args, f"{name}_kwargs"))
+                break
         if teacher_config:
-            teacher = auto.from_config(teacher_config).eval().requires_grad_(online)
             dtype = "float32" if online else args.teacher_dtype
-            teacher = PartialForward(teacher.to(getattr(torch, dtype)) if dtype else teacher)
+            teacher = PartialForward(_make_model(auto, teacher_config, dtype).eval().requires_grad_(online))
     models = {"student": student, "teacher": teacher} if teacher else {"student": student}
     detail = "; ".join(
         f"{who} {type(one.model).__name__}, {one.depth} blocks, hidden size {one.hidden_size}, "
@@ -245,7 +256,20 @@ def _build(options: PlanArguments, args: CurriculumDistillationConfig, tokenizer
     num_rows = round(options.mlm_probability * batch_size * (length - predicts_next_token(student.model)))
     if options.task == "SequenceClassification":
         labels_shape, num_rows = (batch_size,), batch_size
-    return detail, DryRun(mode, student, teacher, args, ids_shape, labels_shape, num_rows, online)
+    return detail, DryRun(mode, student, teacher, args, ids_shape, labels_shape, num_rows)
+
+
+def _make_model(auto: Any, config: PreTrainedConfig, dtype: str | None = None) -> PreTrainedModel:
+    if config.is_encoder_decoder or not hasattr(config, "vocab_size"):
+        raise ValueError(f"A {config.model_type} is no single stack of blocks that reads tokens; no other is planned.")
+    try:
+        with no_init_weights():
+            model = auto.from_config(config, **({"dtype": getattr(torch, dtype)} if dtype else {}))
+    except ValueError as error:
+        reason = str(error).split(".\n")[0]
+        raise ValueError(f"There is no {auto.__name__} of type {config.model_type} ({reason}); set task.") from error
+    model.tie_weights()
+    return model
 
 
 def _check_vocabulary(options: PlanArguments, run: DryRun, tokenizer: Any) -> tuple[str, bool]:
@@ -305,25 +329,33 @@ def _check_steps(stages: Sequence[Stage], max_steps: int) -> tuple[str, StageSch
 # ---- costs ----
 
 
-def _stage_costs(run: DryRun, scheduler: StageScheduler, num_processes: int, rate: float | None) -> list[dict]:
+def _run_dry(
+    run: DryRun, scheduler: StageScheduler, num_processes: int, rate: float | None, online: bool
+) -> tuple[str, list[dict[str, Any]]]:
     """One row a stage."""
     args, stages, rows, stepped = run.args, scheduler.stages, [], set()
     parameters = dict(run.student.model.named_parameters())
     values = next((n for name, n in _OPTIMIZER_VALUES.items() if args.optim.startswith(name)), 2)
-    teacher = _num_bytes(run.teacher.model.state_dict().values()) if run.teacher else 0
-    if run.online:  # with gradients and optimizer of its own
+    teacher = _model_bytes(run.teacher.model) if run.teacher else 0
+    if online:  # with gradients and optimizer of its own
         teacher += (1 + values) * _num_bytes(run.teacher.model.parameters())
     projections = len(_pairs(stages)) and run.student.hidden_size * (run.teacher.hidden_size + 2) * 4
     for index, stage in enumerate(stages):
         first, end = scheduler.span(index)
         frozen = num_frozen_layers(stages, index, args.train_prefix, args.freeze_matched_layers)
         times = (end - first) * args.gradient_accumulation_steps * num_processes
-        student_flops, teacher_flops = (times * flops for flops in run.count_flops(stage, frozen))
-        trained, peak = run.try_step(stage, frozen)
+        try:
+            *flops, trained, peak = run.measure(stage, frozen, online)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"Stage {stage.name!r} cannot be run without values ({str(error).splitlines()[0]}): a model whose "
+                "computation depends on values is not planned."
+            ) from error
+        student_flops, teacher_flops = (times * each for each in flops)
         stepped |= trained  # an optimizer keeps what it has for parameters that later stages leave alone
         memory = (
             teacher + len(_pairs(stages)) * projections,
-            _num_bytes(run.student.model.state_dict().values()),
+            _model_bytes(run.student.model),
             _num_bytes(parameters[name] for name in trained),
             values * _num_bytes(parameters[name] for name in stepped),
             peak.peak - peak.peak_of_size,
@@ -342,11 +374,15 @@ def _stage_costs(run: DryRun, scheduler: StageScheduler, num_processes: int, rat
                 "memory": dict(zip(_MEMORY, memory, strict=True)) | {"total": sum(memory)},
             }
         )
-    return rows
+    return f"{len(rows)} stages", rows
 
 
-def _num_bytes(tensors: Sequence[Tensor]) -> int:
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+def _model_bytes(model: PreTrainedModel) -> int:
+    return _num_bytes([*model.parameters(), *model.buffers()])
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _add_up(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -376,17 +412,25 @@ def _measure_products(seconds: float, args: CurriculumDistillationConfig) -> tup
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     on_cpu = args.use_cpu or not torch.accelerator.is_available()
     device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
-    wait = (lambda: None) if on_cpu else torch.accelerator.synchronize
-    size, num_products = 1024 if on_cpu else 8192, -1
+    size = 1024 if on_cpu else 8192
     matrix = torch.ones(size, size, dtype=dtype, device=device)
-    while num_products < 1 or time.perf_counter() - start < seconds:
+
+    def multiply() -> None:
         matrix @ matrix
-        wait()
+        if not on_cpu:
+            torch.accelerator.synchronize()
+
+    multiply()  # warms up
+    num_products, start = 0, time.perf_counter()
+    while not num_products or time.perf_counter() - start < seconds:
+        multiply()
         num_products += 1
-        if num_products == 0:  # the first one warms up
-            start = time.perf_counter()
     rate = 2 * size**3 * num_products / (time.perf_counter() - start)
     return rate, f"measured here: {str(dtype).split('.')[1]} products of {size} x {size} matrices on {device.type}"
+
+
+def _tera(flops: int) -> str:
+    return f"{flops / 1e12:,.0f}" if flops >= 1e17 else f"{flops / 1e12:,.5g}"
 
 
 def _duration(seconds: float | None) -> str:

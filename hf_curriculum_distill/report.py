@@ -42,7 +42,7 @@ def format_table(results: Sequence[Mapping[str, Any]]) -> str:
         if "student_flops" in values:
             values["flops"] = values["student_flops"] + values["teacher_flops"]
         rows.append([show(values[name]) if name in values else "-" for name, (_, show) in _COLUMNS.items()])
-    return _align(rows)
+    return align(rows)
 
 
 def format_summary(
@@ -90,14 +90,14 @@ def format_summary(
             if methods.get(baseline) and np.isfinite([medians[baseline], medians[method]]).all():
                 row += [f"{ratio:.2f}" for ratio in medians[baseline] / medians[method]]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
-    return "\n".join([*heading, "", _align(rows)])
+    return "\n".join([*heading, "", align(rows)])
 
 
 def _show_cost(cost: np.ndarray) -> list[str]:
     return [f"{cost[0]:,.0f}", f"{cost[1]:.2e}"] if np.isfinite(cost).all() else ["-", "-"]
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
+def align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for first, *others in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

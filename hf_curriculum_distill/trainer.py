@@ -34,7 +34,7 @@ from hf_curriculum_distill.checkpoints import (
 )
 from hf_curriculum_distill.checks import check_batch, check_launch, check_stages, check_training_data, naming_batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.cost import count_flops
+from hf_curriculum_distill.cost import stage_flops
 from hf_curriculum_distill.counting import (
     answers_per_token,
     count,
@@ -362,16 +362,14 @@ class CurriculumDistillationTrainer(Trainer):
         return [[(f - num_rows * r) / num_inputs for f, r in zip(whole, per_row, strict=True)], per_row]
 
     def _count_flops(self, inputs, stage: Stage, rows: Tensor | None) -> tuple[float, float]:
-        own_rows = rows if stage.needs_logits else None
-        forward = count_flops(lambda: self._run_student(self._student.model, inputs, stage, own_rows))
-        backward = 2 * forward
-        if frozen := self._num_frozen_layers(stage):
-            below = Stage(hidden=[(frozen, 0)])
-            backward -= 2 * count_flops(lambda: self._run_student(self._student.model, inputs, below, None))
-        teacher = count_flops(lambda: self._run_teacher(inputs, stage, own_rows))
-        if isinstance(self.teacher, OnlineTeacher):
-            teacher += 3 * count_flops(lambda: self._run_teacher(inputs, Stage(kl_weight=1.0), rows))
-        return forward + backward, teacher
+        return stage_flops(
+            lambda *what: self._run_student(self._student.model, inputs, *what),
+            lambda *what: self._run_teacher(inputs, *what),
+            stage,
+            rows,
+            self._num_frozen_layers(stage),
+            isinstance(self.teacher, OnlineTeacher),
+        )
 
     def floating_point_ops(self, inputs) -> float:
         """Operations of student (forward and backward) and teacher (forward; online also its own training)."""

@@ -3,7 +3,16 @@
 import os
 import subprocess
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_weights, weights
+
+from hf_curriculum_distill import ProjectionBank, Stage
+from hf_curriculum_distill.stages import StageScheduler
 
 ROOT = Path(__file__).parents[1]
 TINY = "--teacher_layers 4 --teacher_hidden_size 32 --student_layers 2 --student_hidden_size 24 --vocab_size 100 "
@@ -29,3 +38,54 @@ def test_small_model_overhead_prints_both_stages_and_targets():
     rows = [line.split("|")[0].strip() for line in done.stdout.splitlines() if "|" in line]
     assert [row for row in rows if row] == ["stage", "layer 1", "kl"]
     assert sum("<=" in line for line in done.stdout.splitlines()) == 2
+
+
+def test_peers_prints_every_stage_and_target_for_everyone_who_is_installed():
+    sizes = "--teacher 4x32 --students 2x24 --vocab_size 100 --sequence_lengths 16 --batch_tokens 32 --repeats 1"
+    command = [sys.executable, "benchmarks/peers.py", *sizes.split(), "--use_cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[
+        -2000:
+    ]  # the losses of who trains the same agree, or it ends with an error
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    in_stages = ["library", "library, block", "by hand", "Trainer", "Trainer, rows picked"]
+    without = ["TextBrewer, logits_mask", "TextBrewer, quick start"] if find_spec("textbrewer") else []
+    without += ["torchdistill"] if find_spec("torchdistill") else []
+    for stage in ("layer 1", "layer 2", "layer stages", "kl (one-shot)", "half-and-half"):
+        expected = in_stages + (without if stage in ("kl (one-shot)", "half-and-half") else [])
+        assert [row[1] for row in cells if row[0] == stage] == expected
+    assert sum(row[2][:2] in ("<=", ">=") for row in cells) == (8 if find_spec("textbrewer") else 6)
+
+
+@pytest.mark.parametrize("peer", ["TextBrewer", "Torchdistill"])
+def test_peers_train_on_logits_as_the_loop_by_hand_does(peer, config, monkeypatch):
+    pytest.importorskip(peer.lower())
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import peers
+    from stage_cost import build
+
+    args = config(max_steps=3, per_device_train_batch_size=2, optim="sgd", learning_rate=0.5)
+    options = peers.Options(vocab_size=50)
+    sizes = peers.Namespace(vocab_size=50, sequence_length=16)
+    teacher = build(sizes, 3, 64).eval().requires_grad_(False)
+    dataset = peers.masked_text(options, 6, 16)
+    scheduler, bank = StageScheduler([Stage(kl_weight=1.0)], 3), ProjectionBank.create([], [], [])
+    trained = []
+    for make, given in (
+        (peers.ByHand, {"train_dataset": dataset, "scheduler": scheduler, "bank": bank}),
+        (getattr(peers, peer), {"train_dataset": [{"input_ids": e["input_ids"]} for e in dataset], "pairs": []}),
+    ):
+        torch.manual_seed(0)
+        student = build(sizes, 2, 32)
+        before = weights(student)
+        probe = peers.Probe(time.perf_counter, args.device, {"kl": range(3)})
+        probe.start(None)
+        run = make(student, args, probe=probe, teacher=teacher, **given)
+        run.temperature = 1.0
+        run.train()
+        trained.append(weights(student))
+    assert not torch.equal(
+        before["bert.embeddings.word_embeddings.weight"], trained[0]["bert.embeddings.word_embeddings.weight"]
+    )
+    assert_same_weights(trained[1], trained[0], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,355 @@
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import STUDENT_DEPTH, VOCAB_SIZE, tiny_bert
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    TrainerCallback,
+)
+
+from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill.cli import main, parse_arguments
+from hf_curriculum_distill.cost import PeakMemory
+from hf_curriculum_distill.plan import PlanArguments, PlannedConfig, find_config, format_plan, make_plan
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "recipes/configs/bert_large/quickstart.yaml"
+TOKENIZER = ROOT / "recipes/data/bert_uncased"
+LENGTH, LABELS = 12, 3
+
+
+def tiny_gpt(depth):
+    torch.manual_seed(depth)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=depth, n_head=2, n_positions=32))
+
+
+def examples_for(model):
+    """As many labels in each example, so that one batch costs what any other does."""
+    torch.manual_seed(0)
+    examples = []
+    for _ in range(16):
+        ids = torch.randint(5, model.config.vocab_size, (LENGTH,))
+        if isinstance(model, BertForSequenceClassification):
+            labels = ids[0] % 2
+        elif isinstance(model, GPT2LMHeadModel):
+            labels = ids
+        else:
+            labels = torch.where(torch.randperm(LENGTH) < LABELS, ids, -100)
+        examples.append({"input_ids": ids, "labels": labels})
+    return examples
+
+
+def saved(folder, model):
+    model.config.save_pretrained(folder)
+    return str(folder / "config.json")
+
+
+def planned(tmp_path, student, teacher, options=None, **fields):
+    task = {"BertForMaskedLM": "MaskedLM", "GPT2LMHeadModel": "CausalLM"}.get(
+        type(student).__name__, "SequenceClassification"
+    )
+    share = {"mlm_probability": LABELS / LENGTH} if task == "MaskedLM" else {}
+    models = {"student": saved(tmp_path / "student", student), "teacher": saved(tmp_path / "teacher", teacher)}
+    shape = {"task": task, "block_size": LENGTH} | share
+    defaults = {"max_steps": 8, "per_device_train_batch_size": 4, "use_cpu": True}
+    return make_plan(
+        PlanArguments(**models | shape | (options or {})), PlannedConfig(str(tmp_path / "out"), **defaults | fields)
+    )
+
+
+class Watch(TrainerCallback):
+    """What a real run's last step of each stage had: parameters with gradients, bytes of optimizer states."""
+
+    def __init__(self):
+        self.trained, self.states = {}, {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        stage = self.trainer._stage_index
+        self.trained[stage] = sum(p.numel() for p in model.parameters() if p.grad is not None)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        states = (v for values in optimizer.state.values() for n, v in values.items() if n.startswith("exp_avg"))
+        self.states[self.trainer._stage_index] = sum(v.numel() * v.element_size() for v in states)
+
+
+BLOCKWISE = {"train_prefix": "block", "freeze_matched_layers": True}
+RUNS = {
+    "curriculum": {},
+    "blocks": BLOCKWISE,
+    "cumulative": {"layer_order": "cumulative", "hidden_weight_in_logit_stage": 0.5, "label_loss_weight": 1.0},
+    "whole models": {"truncate": False},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "embeddings": {"stages": [{"hidden": [[0, 0]], "until": 2}, {"hidden": [[2, 1]], "until": 5}, {"kl_weight": 1.0}]},
+    "one_shot": {"method": "one_shot"},
+    "online": {"method": "online"},
+    "labels": {"method": "labels"},
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "make"),
+    [(run, tiny_bert) for run in RUNS]
+    + [("curriculum", tiny_gpt), ("curriculum", lambda d: tiny_bert(d, model_class=BertForSequenceClassification))],
+)
+def test_a_plan_says_what_the_run_then_books_and_trains(tmp_path, config, run, make):
+    student, teacher = make(STUDENT_DEPTH), make(4)
+    plan = planned(tmp_path, student, teacher, **RUNS[run])
+    watch = Watch()
+    trainer = CurriculumDistillationTrainer(
+        model=student,
+        args=config(**RUNS[run]),
+        train_dataset=examples_for(student),
+        teacher_model=teacher,
+        callbacks=[watch],
+    )
+    watch.trainer = trainer
+    trainer.train()
+    assert not plan.errors and [row["name"] for row in plan.stages] == [stage.name for stage in trainer.stages]
+    spent = {log["step"]: log for log in trainer.state.log_history if "student_flops" in log}
+    for name in ("student_flops", "teacher_flops"):
+        sums = list(accumulate(row[name] for row in plan.stages))
+        assert [round(spent[row["last_step"]][name]) for row in plan.stages] == sums
+        assert plan.total[name] == sums[-1]
+    assert [row["trained_parameters"] for row in plan.stages] == list(watch.trained.values())
+    assert [row["memory"]["gradients"] for row in plan.stages] == [4 * n for n in watch.trained.values()]
+    assert [row["memory"]["optimizer"] for row in plan.stages] == list(watch.states.values())
+
+
+@pytest.mark.parametrize(("bf16", "dropout"), [(False, 0.1), (True, 0.0)])
+def test_planned_memory_is_what_torch_holds_at_the_worst_moment_of_a_real_step(
+    tmp_path, config, monkeypatch, bf16, dropout
+):
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "6")
+    student, teacher = (tiny_bert(4, width=64, dropout=dropout, vocab_size=997) for _ in range(2))
+    fields = {"stages": [{"hidden": [[3, 3]], "until": 1}, {"kl_weight": 1.0}], "max_steps": 2, "bf16": bf16}
+    plan = planned(tmp_path, student, teacher, per_device_train_batch_size=16, **fields)
+    peaks = []
+
+    class Profiled(CurriculumDistillationTrainer):
+        def training_step(self, *args):
+            self._enter_stage(args[1])  # which counts operations
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+                loss = super().training_step(*args)
+            events = record.profiler.kineto_results.events()
+            peaks.append(max(accumulate(event.nbytes() for event in events if event.name() == "[memory]")))
+            return loss
+
+    Profiled(
+        model=student,
+        args=config(per_device_train_batch_size=16, standardize_targets=False, **fields),
+        train_dataset=examples_for(student),
+        teacher_model=teacher,
+    ).train()
+    for row, peak in zip(plan.stages, peaks, strict=True):
+        held = row["memory"]["activations"] + row["memory"]["logits"]
+        assert held == pytest.approx(peak, rel=0.002)  # kernels hold a little for themselves
+        assert (row["memory"]["logits"] > 0) == (row["name"] == "kl")
+
+
+def test_gradients_leave_the_account_when_they_are_whole():
+    layers = torch.nn.Sequential(*(torch.nn.Linear(100, 100) for _ in range(8)))
+    peaks = []
+    for parameters in ((), layers.parameters()):
+        layers.zero_grad()
+        with PeakMemory(parameters) as memory:
+            layers(torch.ones(1, 100)).sum().backward()
+        peaks.append(memory.peak)
+    assert peaks[0] > 8 * 4 * 100**2 > 3 * peaks[1]
+
+
+def test_weights_states_and_projections_are_counted_to_the_byte(tmp_path):
+    student, teacher = tiny_bert(2), tiny_bert(4, width=24)
+    numbers = [sum(tensor.numel() for tensor in model.parameters()) for model in (student, teacher)]
+    positions = 2 * 32 * 8  # buffers: positions and token types
+    projections = 2 * (16 * 24 + 2 * 16) * 4
+    row = planned(tmp_path, student, teacher).total["memory"]
+    assert row["teacher"] == 4 * numbers[1] + positions + projections
+    assert row["student"] == 4 * numbers[0] + positions
+    assert row["optimizer"] == 2 * row["gradients"] == 8 * numbers[0]
+    assert row["total"] == sum(size for name, size in row.items() if name != "total")
+    half = planned(tmp_path, student, teacher, teacher_dtype="bfloat16", optim="sgd").total["memory"]
+    assert half["teacher"] == 2 * numbers[1] + positions + projections and half["optimizer"] == 0
+    online = planned(tmp_path, student, teacher, method="online").total["memory"]
+    assert online["teacher"] == 16 * numbers[1] + positions  # with gradients and two states each
+    assert online["activations"] > planned(tmp_path, student, teacher, method="one_shot").total["memory"]["activations"]
+
+
+def test_accelerators_keep_no_attention_probabilities_and_checkpointing_keeps_little(tmp_path):
+    def activations(length, **fields):
+        student = tiny_bert(2, dropout=0.1)
+        student.config.max_position_embeddings = 512
+        fields = {"method": "labels", **fields}
+        plan = planned(tmp_path, student, student, {"block_size": length, "mlm_probability": 0.05}, **fields)
+        return plan.total["memory"]["activations"]
+
+    long, short = activations(512, use_cpu=False), activations(256, use_cpu=False)
+    assert long == pytest.approx(2 * short, rel=0.05)  # linear in the length
+    assert activations(512) > 4 * long
+    assert activations(512, use_cpu=False, gradient_checkpointing=True) < 0.9 * long
+
+
+def test_models_larger_than_any_machine_are_planned():
+    options = PlanArguments(student="bert-2-131072", teacher="bert-2-131072")
+    plan = make_plan(options, PlannedConfig("none", max_steps=1, per_device_train_batch_size=1, method="one_shot"))
+    assert plan.total["memory"]["student"] > 2**40 and not Path("none").exists()
+
+
+def test_time_follows_from_rate_processes_and_utilisation(tmp_path):
+    student, teacher = tiny_bert(1), tiny_bert(1)
+    one = planned(tmp_path, student, teacher, {"flops_per_second": 1e6})
+    assert one.total["seconds"] == pytest.approx(one.total["flops"] / 1e6)
+    two = planned(tmp_path, student, teacher, {"flops_per_second": 1e6, "num_processes": 2})
+    assert two.total["flops"] == 2 * one.total["flops"] and two.total["seconds"] == one.total["seconds"]
+    assert two.total["memory"] == one.total["memory"]
+    assert planned(tmp_path, student, teacher).total["seconds"] is None
+    measured = planned(tmp_path, student, teacher, {"measure": 0.01, "utilisation": 0.25})
+    ceiling = float(re.search(r"0.25 .* of (\S+) FLOP/s", measured.assumptions[0])[1])
+    assert 1e8 < ceiling < 1e14
+    assert measured.total["seconds"] == pytest.approx(measured.total["flops"] / (0.25 * ceiling), rel=0.01)
+
+
+def test_one_shot_costs_what_one_shot_costs(tmp_path):
+    student, teacher = tiny_bert(2), tiny_bert(4)
+    plan = planned(tmp_path, student, teacher, method="one_shot")
+    assert plan.one_shot | {"name": "total"} == plan.total
+    assert "operations: 1.000 of one_shot's" in format_plan(plan)
+    curriculum = planned(tmp_path, student, teacher)
+    assert curriculum.one_shot["flops"] == plan.total["flops"] > curriculum.total["flops"]
+
+
+def test_sizes_are_the_models_that_the_recipe_makes():
+    recipe, tokenizer = runpy.run_path(str(ROOT / "recipes/bert_large.py")), AutoTokenizer.from_pretrained(TOKENIZER)
+    for name in [*recipe["PRESETS"], "bert-2-64", "bert-1-32"]:
+        with torch.device("meta"):
+            made = recipe["make_model"](name, 0.0, tokenizer).config.to_diff_dict()
+        found = find_config(name, dropout=0.0, vocab_size=len(tokenizer)).to_diff_dict()
+        assert found == {key: value for key, value in made.items() if key not in ("architectures", "dtype")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/configs").glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_options_of_the_recipes_are_no_errors(path):
+    unread = []
+    argv = ["--config", str(path), "--student", "bert-2-64", "--output_dir", "out"]
+    parse_arguments([PlanArguments, PlannedConfig], argv, unread=unread)
+    assert not {"max_steps", "learning_rate", "method", "teacher", "per_device_train_batch_size"} & set(unread)
+
+
+# ---- the command ----
+
+
+def test_the_command_prints_the_quick_starts_plan(tmp_path):
+    path, teacher = tmp_path / "plan.json", tmp_path / "teacher"
+    argv = ["plan", "--config", QUICKSTART, "--teacher", teacher, "--flops_per_second", "1e10", "--json", path]
+    command = [sys.executable, "-m", "hf_curriculum_distill.cli", *map(str, argv)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    plan, lines = json.loads(path.read_text()), done.stdout.splitlines()
+    assert {outcome for outcome, _, _ in plan["checks"]} == {"ok"}
+    assert lines[:7] == [f"{outcome:5}  {name}: {detail}" for outcome, name, detail in plan["checks"]]
+    assert "student layer 2 <- teacher layer 2" in lines
+    cells = {line.split()[0]: line.split()[1:] for line in lines if re.search(r"\d-\d", line)}
+    total = plan["total"]
+    assert cells["total"] == ["1-600", "2,121,210", "0.91256", "0.82052", "1.7331", "2.9", "min"]
+    assert total["flops"] == pytest.approx(1.7331e12, rel=1e-4) and total["seconds"] == pytest.approx(
+        total["flops"] / 1e10
+    )
+    assert lines[-1] == "not read, for these are options of a recipe: dataset, eval_blocks, teacher_steps, compare_with"
+    assert not teacher.exists()
+
+
+def folder_of(tmp_path, name, model):
+    return saved(tmp_path / name, model).removesuffix("/config.json")
+
+
+def other_tokenizer(tmp_path):
+    folder = Path(folder_of(tmp_path, "teacher", tiny_bert(4, vocab_size=30522)))
+    shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)
+    first, *others = (folder / "vocab.txt").read_text().splitlines()
+    (folder / "vocab.txt").write_text("\n".join([*others[:-1], first, others[-1]]))
+    student = folder_of(tmp_path, "student", tiny_bert(2, vocab_size=30522))
+    return ["--student", student, "--teacher", str(folder), "--tokenizer", str(TOKENIZER)]
+
+
+def written(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    return ["--config", str(tmp_path / "run.yaml")]
+
+
+def t5(tmp_path):
+    T5Config().save_pretrained(tmp_path / "t5")
+    return ["--student", str(tmp_path / "t5")]
+
+
+def gpt(tmp_path):
+    return ["--student", folder_of(tmp_path, "gpt", tiny_gpt(2))]
+
+
+WRONG = {
+    "student": (lambda _: ["--student", "no/where"], r"models: 'no/where' has no configuration within reach; give a"),
+    "teacher": (lambda _: ["--teacher", "no/where"], r"models: 'no/where' has no configuration within reach; give a"),
+    "no teacher": (lambda _: ["--teacher", ""], r"layer map: There is no teacher and there are no stages"),
+    "vocabulary": (
+        lambda t: ["--student", folder_of(t, "s", tiny_bert(2, vocab_size=51))],
+        r"vocabulary: .* 51 .* 50;",
+    ),
+    "tokenizer": (other_tokenizer, r"vocabulary: The tokenizer of .* map tokens to different ids"),
+    "small vocabulary": (lambda _: ["--tokenizer", str(TOKENIZER)], r"30,522 tokens, but the student's vocabulary 50"),
+    "no tokenizer": (lambda t: ["--tokenizer", str(t)], r"tokenizer: "),
+    "layers": (lambda _: ["--layer_map", "[[1, 9]]"], r"layer map: Layer pair \(1, 9\) names teacher layer 9, but"),
+    "projection": (lambda _: ["--student", "bert-2-32", "--projection", "identity"], r"layer map: .*identity"),
+    "no steps": (lambda _: ["--max_steps", "-1"], r"steps: max_steps is -1; a plan has no data set"),
+    "few steps": (lambda _: ["--max_steps", "2"], r"steps: stages\[0\].until is 0.25 \(step 0 of 2\)"),
+    "length": (lambda _: ["--block_size", "33"], r"batch: block_size is 33, but the student reads at most 32 tokens\."),
+    "no labels": (lambda _: ["--mlm_probability", "0.001"], r"batch: mlm_probability is 0.001, with which no label"),
+    "encoder-decoder": (t5, r"models: A t5 is no single stack of blocks"),
+    "no such task": (gpt, r"models: There is no AutoModelForMaskedLM of type gpt2 .*; set task\."),
+    "task": (lambda _: ["--task", "Translation"], r"task is 'Translation'; use one of MaskedLM, CausalLM"),
+    "rate": (lambda _: ["--flops_per_second", "0"], r"flops_per_second is 0.0; it must be above 0\."),
+    "two rates": (lambda _: ["--flops_per_second", "1", "--measure", "1"], r"Both flops_per_second and measure"),
+    "share": (lambda _: ["--mlm_probability", "1.5"], r"mlm_probability is 1.5; it must be above 0 and at most 1\."),
+    "processes": (lambda _: ["--num_processes", "0"], r"num_processes is 0; it must be at least 1\."),
+    "misspelt": (lambda t: written(t, "max_step: 5"), r"sets 'max_step', which is no option; did you mean max_steps\?"),
+    "type": (lambda t: written(t, "max_steps: [5]"), r"sets max_steps to \[5\], but it must be of type int"),
+    "option": (lambda _: ["--stepss", "5"], r"sets 'stepss', which is no option"),
+    "value": (lambda _: ["--layer_order", "random"], r"layer_order is 'random'; use one of"),
+    "no folder": (lambda t: ["--json", str(t / "none/plan.json")], r"No such file"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_runs_end_with_status_2_and_say_what_and_where(tmp_path, capsys, name):
+    argv, message = WRONG[name]
+    models = {
+        "--student": folder_of(tmp_path, "student", tiny_bert(2)),
+        "--teacher": folder_of(tmp_path, "teacher", tiny_bert(4)),
+    }
+    given = ["--max_steps", "8", "--block_size", "12", "--output_dir", str(tmp_path / "out")]
+    given += [word for option in models.items() for word in option]
+    with pytest.raises(SystemExit) as error:
+        main(["plan", *given, *argv(tmp_path)])
+    assert error.value.code == 2
+    printed = capsys.readouterr()
+    assert re.search(message, printed.err.splitlines()[-1]), printed.err
+    assert "stage  " not in printed.out or name == "no folder"
+    if re.match(r"[a-z ]+: ", message):
+        assert f"error  {message.split(':')[0]}: " in printed.out
+
+
+def test_no_student_and_options_that_compare_lacks_are_errors(capsys):
+    for argv, message in ((["plan"], "No student is given"), (["compare", "a", "--student", "b"], "unrecognized")):
+        with pytest.raises(SystemExit) as error:
+            main(argv)
+        assert error.value.code == 2 and message in capsys.readouterr().err
