@@ -676,7 +676,7 @@ class CurriculumDistillationTrainer(Trainer):
         try:
             yield
         except Exception as error:
-            if not self._declared_stages:
+            if not self._declared_stages or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise OSError(
                 f"{checkpoint} cannot be resumed from: {error!r}. Its files are damaged, or those of another model; "
