@@ -34,7 +34,7 @@ from hf_curriculum_distill.checkpoints import (
 )
 from hf_curriculum_distill.checks import check_batch, check_launch, check_stages, check_training_data, naming_batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.cost import stage_flops
+from hf_curriculum_distill.cost import num_frozen_layers, stage_flops
 from hf_curriculum_distill.counting import (
     answers_per_token,
     count,
@@ -280,7 +280,7 @@ class CurriculumDistillationTrainer(Trainer):
             logits=stage.needs_logits,
             rows=rows,
             gather=answers_per_token(self.model, inputs),
-            frozen=self._num_frozen_layers(stage),
+            frozen=self._num_frozen_layers,
             truncate=self.args.truncate,
         )
 
@@ -318,13 +318,11 @@ class CurriculumDistillationTrainer(Trainer):
             questions["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
         return questions
 
-    def _num_frozen_layers(self, stage: Stage) -> int:
-        matched = [max(s.student_layers) for s in self.stages[: self._stage_index] if s.hidden]
-        if stage.needs_logits:
-            return max(matched, default=0) if self.args.freeze_matched_layers else 0
-        if self.args.train_prefix == "joint":
-            return 0
-        return max((layer for layer in matched if layer < max(stage.student_layers)), default=0)
+    @property
+    def _num_frozen_layers(self) -> int:
+        return num_frozen_layers(
+            self.stages, self._stage_index, self.args.train_prefix, self.args.freeze_matched_layers
+        )
 
     def _enter_stage(self, inputs) -> Stage:
         """The stage of this optimizer step; on its first batch, say so and measure its cost."""
@@ -367,7 +365,7 @@ class CurriculumDistillationTrainer(Trainer):
             lambda *what: self._run_teacher(inputs, *what),
             stage,
             rows,
-            self._num_frozen_layers(stage),
+            self._num_frozen_layers,
             isinstance(self.teacher, OnlineTeacher),
         )
 
