@@ -141,6 +141,14 @@ class CurriculumDistillationConfig(TrainingArguments):
         default=True,
         metadata={"help": "Whether layer stages stop behind their last block; off: whole models, same loss."},
     )
+    logit_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of logits, student's and teacher's, that are in memory at a time; 0 for all, by default as "
+            "many as fill 4 MiB on a CPU and 128 MiB elsewhere. Loss and operations are the same. All at once with "
+            "torch_compile, fp16, FSDP or DeepSpeed, for classifiers and in evaluation."
+        },
+    )
     restart_schedule_per_stage: bool = field(
         default=False, metadata={"help": "Whether each stage has a learning-rate schedule of its own."}
     )
@@ -210,6 +218,14 @@ class CurriculumDistillationConfig(TrainingArguments):
                 f"{_schedule_name(self)!r}; use one like 'cosine' or 'linear'."
             )
         self._check_who_teaches()
+        if self.logit_chunk_size is not None:
+            self._check_range("logit_chunk_size", 0, math.inf, "whole", lambda x: isinstance(x, int) and x >= 0)
+            for name in ("torch_compile", "fp16", "deepspeed", "fsdp"):
+                if self.logit_chunk_size and getattr(self, name):
+                    raise ValueError(
+                        f"logit_chunk_size is {self.logit_chunk_size}, but with {name} logits are computed at once, "
+                        "because gradients of a chunk are taken inside the forward pass; leave one of the two out."
+                    )
         if self.num_layer_stages is not None:
             self._check_range("num_layer_stages", 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
         if self.stages is not None:

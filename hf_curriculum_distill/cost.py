@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from torch.utils.module_tracker import ModuleTracker
 
 from hf_curriculum_distill import losses
+from hf_curriculum_distill.chunks import RowLogits, chunk_size, cut_rows, logit_losses, sum_over_chunks
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.counting import answers_per_token, label_weights, position_weights
 from hf_curriculum_distill.layers import PartialForward
@@ -60,7 +62,9 @@ def count_flops(forward: Callable[[], Any]) -> int:
     costs twice as much: one product for the inputs' gradient and one for the weights'.
     """
     with preserved_random_state(), flop_counter() as counter:
-        forward()
+        for output in tree_leaves(forward()):
+            if isinstance(output, RowLogits):  # left to be computed
+                output.run()
     return counter.get_total_flops()
 
 
@@ -111,10 +115,10 @@ class PeakMemory(TorchDispatchMode):
 
     Attributes:
         peak: bytes at the worst moment.
-        peak_of_size: of these, bytes of tensors with `num_elements` elements.
+        peak_of_size: of these, bytes of tensors with as many elements as one of `num_elements`.
     """
 
-    def __init__(self, parameters: Iterable[Tensor] = (), num_elements: int | None = None):
+    def __init__(self, parameters: Iterable[Tensor] = (), num_elements: Collection[int] = ()):
         super().__init__()
         self.peak = self.peak_of_size = 0
         self._live = self._live_of_size = 0
@@ -140,7 +144,7 @@ class PeakMemory(TorchDispatchMode):
         if storage._cdata in self._held:
             return
         size = storage.nbytes()
-        of_size = size if tensor.numel() == self._num_elements else 0
+        of_size = size if tensor.numel() in self._num_elements else 0
         self._held[storage._cdata] = weakref.finalize(storage, self._release, storage._cdata, size, of_size)
         self._live += size
         self._live_of_size += of_size
@@ -214,11 +218,12 @@ class DryRun:
     def _try_step(self, stage: Stage, frozen: int, online: bool) -> tuple[set[str], PeakMemory]:
         args, student = self.args, self.student.model
         models = [one.model for one in (self.student, self.teacher) if one is not None]
-        classes = student.config.num_labels if "Classification" in type(student).__name__ else student.config.vocab_size
+        chunks = cut_rows(self.num_rows, self._chunk_size or max(1, self.num_rows))
+        sizes = {(chunk.stop - chunk.start) * self._num_classes for chunk in chunks}
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with self.mode, nullcontext() if args.use_cpu else _fused_attention():
             parameters = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
-            with PeakMemory(parameters, self.num_rows * classes) as memory:
+            with PeakMemory(parameters, sizes) as memory:
                 with torch.autocast("cpu", dtype, enabled=args.bf16 or args.fp16):
                     loss = self._loss(stage, frozen, online)
                 loss.backward()
@@ -229,10 +234,15 @@ class DryRun:
 
     def _loss(self, stage: Stage, frozen: int, online: bool) -> Tensor:
         """The stage's losses in the trainer's order; weights and divisors are numbers, which cost nothing."""
-        hidden, logits = self._run_student(stage, self._rows, frozen)
-        hidden = {layer: states.float() for layer, states in hidden.items()}  # as accelerate does in mixed precision
-        logits = None if logits is None else logits.float()
         target_hidden, target_logits = self._run_teacher(stage, self._rows)
+
+        def losses_of(logits: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            return logit_losses(stage, self.args, target_logits, self._rows, logits.float(), rows)
+
+        reduce = functools.partial(sum_over_chunks, losses_of) if self._chunk_size else None
+        hidden, logits = self._run_student(stage, self._rows, frozen, reduce)
+        logits = logits.float() if isinstance(logits, Tensor) else logits
+        hidden = {layer: states.float() for layer, states in hidden.items()}  # as accelerate does in mixed precision
         loss = torch.zeros(())
         for student_layer, teacher_layer in stage.hidden:
             states = target_hidden[teacher_layer].float()
@@ -240,26 +250,34 @@ class DryRun:
             weigh = label_weights if self.args.hidden_positions == "labels" else position_weights
             weights = weigh(self.student.model, self._inputs, target)
             loss = loss + losses.hidden_state_mse(hidden[student_layer], target, weights)
-        if stage.kl_weight:
-            divergence = losses.DIVERGENCES[self.args.divergence]
-            loss = loss + divergence(logits, target_logits, self.args.temperature)
-        if stage.label_weight:
-            loss = loss + losses.cross_entropy(logits, self._rows, self.args.label_smoothing_factor)
+        if stage.needs_logits:
+            total, _ = logits if self._chunk_size else losses_of(logits, slice(None))
+            loss = loss + total
         if online:
             _, answers = self._run(self.teacher, Stage(kl_weight=1.0), self._rows)
             losses.cross_entropy(answers, self._rows).backward()
         return loss
 
-    def _run_student(self, stage: Stage, rows: Tensor | None, frozen: int = 0):
-        return self._run(self.student, stage, rows, stage.student_layers, frozen)
+    @property
+    def _num_classes(self) -> int:
+        config = self.student.model.config
+        return config.num_labels if "Classification" in type(self.student.model).__name__ else config.vocab_size
+
+    @property
+    def _chunk_size(self) -> int | None:
+        sharded = self.args.deepspeed or self.args.fsdp
+        return None if sharded else chunk_size(self.args, self.num_rows, self._num_classes)
+
+    def _run_student(self, stage: Stage, rows: Tensor | None, frozen: int = 0, reduce: Callable | None = None):
+        return self._run(self.student, stage, rows, stage.student_layers, frozen, reduce, self._chunk_size)
 
     @torch.no_grad()
     def _run_teacher(self, stage: Stage, rows: Tensor | None):
         if not stage.needs_teacher:
             return {}, None
-        return self._run(self.teacher, stage, rows, stage.teacher_layers)
+        return self._run(self.teacher, stage, rows, stage.teacher_layers, chunk_size=self._chunk_size)
 
-    def _run(self, model: PartialForward, stage: Stage, rows, layers=(), frozen: int = 0):
+    def _run(self, model: PartialForward, stage: Stage, rows, layers=(), frozen: int = 0, reduce=None, chunk_size=None):
         questions = {"input_ids": self._inputs["input_ids"]}
         if model is self.teacher and model.accepts("use_cache"):
             questions["use_cache"] = False
@@ -273,4 +291,6 @@ class DryRun:
             gather=answers_per_token(model.model, self._inputs),
             frozen=frozen,
             truncate=self.args.truncate,
+            chunk_size=chunk_size,
+            reduce=reduce,
         )

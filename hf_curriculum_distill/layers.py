@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_curriculum_distill.chunks import RowLogits
 from hf_curriculum_distill.counting import predicts_next_token
 
 
@@ -69,10 +70,13 @@ class _Request:
     rows: Tensor | None
     gather: bool
     frozen: int
+    chunk_size: int | None
+    reduce: Callable[[Tensor | RowLogits], Any] | None
     grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     number: int = 0  # of the block that ran last
     gathered: bool = False
+    before_head: dict[nn.Module, Any] = field(default_factory=dict)  # outputs that the head alone is run behind
 
     @property
     def last(self) -> int:
@@ -80,7 +84,7 @@ class _Request:
 
 
 class _Stop(Exception):
-    """Raised behind the last block that is needed; caught inside the same model's forward."""
+    """Raised behind the last block that is needed, or before the head; caught inside the same model's forward."""
 
 
 class PartialForward:
@@ -141,7 +145,9 @@ class PartialForward:
         gather: bool = True,
         frozen: int = 0,
         truncate: bool = True,
-    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        chunk_size: int | None = None,
+        reduce: Callable[[Tensor | RowLogits], Any] | None = None,
+    ) -> tuple[dict[int, Tensor], Any]:
         """Run `wrapped(**inputs)`, the model or whatever wraps it.
 
         Args:
@@ -151,14 +157,18 @@ class PartialForward:
             gather: pick the rows before the head (logits have one row a token) rather than after it.
             frozen: layers up to this one run without gradients.
             truncate: stop behind the last of `layers` when no logits are asked for.
+            chunk_size: stop before the head, and let it answer so many rows at a time: logits are then a [`RowLogits`];
+                a tensor all the same where rows aren't gathered before the head, or it is no language model's.
+            reduce: what to make of the logits inside the model's forward, where a wrapper sees it, and to return.
 
         Returns:
-            `{layer: [batch, length, hidden]}`, and `[rows, classes]` logits or None.
+            `{layer: [batch, length, hidden]}`, and `[rows, classes]` logits (what `reduce` makes of them) or None.
         """
         if not self._handles:
             self.install()
-        whole = logits or not truncate
-        self._pending = _Request(tuple(layers), whole, rows, gather and rows is not None, frozen)
+        whole, gather = logits or not truncate, gather and rows is not None
+        chunk_size, reduce = (chunk_size, reduce) if logits else (None, None)
+        self._pending = _Request(tuple(layers), whole, rows, gather, frozen, chunk_size, reduce)
         try:
             hidden, scores = wrapped(**inputs)
         finally:
@@ -186,6 +196,8 @@ class PartialForward:
             hook = functools.partial(self._record_output, self.blocks.index(block) + 1)
             self._handles.append(block.register_forward_hook(hook))
         self._handles += [m.register_forward_hook(self._gather_rows) for m in self._modules_before_head()]
+        if getattr(model.config, "is_encoder_decoder", False):
+            self._handles.append(model.get_encoder().register_forward_hook(self._keep_for_head))
 
     def remove(self) -> None:
         """Leave the model as it was found."""
@@ -206,7 +218,7 @@ class PartialForward:
             modules.append(self.model.get_decoder())  # OPT and T5 bypass the base model's forward
         return [m for m in dict.fromkeys(modules) if m is not None and m is not self.model]
 
-    def _run(self, original, args, kwargs) -> tuple[dict[int, Tensor], Tensor | None]:
+    def _run(self, original, args, kwargs) -> tuple[dict[int, Tensor], Any]:
         request = self._active = self._pending
         try:
             if request.frozen:
@@ -224,16 +236,52 @@ class PartialForward:
             )
         if not request.whole:
             return request.hidden, None
+        if outputs is None:
+            logits = self._logits_of_rows(request, functools.partial(original, *args, **kwargs))
+        else:
+            logits = self._read_logits(outputs, request)
+        return request.hidden, logits if request.reduce is None else request.reduce(logits)
+
+    def _read_logits(self, outputs: Any, request: _Request) -> Tensor:
+        logits = self._logits_in(outputs)
+        if request.gathered and logits.shape[:-1] == (1, len(request.rows)):
+            return logits.squeeze(0)
+        logits = logits.flatten(0, -2)  # a head of whole sequences, or one that reads them from elsewhere
+        return logits if request.rows is None else logits[request.rows]
+
+    def _logits_in(self, outputs: Any) -> Tensor:
         if isinstance(outputs, Mapping) and "logits" not in outputs:
             raise ValueError(
                 f"{type(self.model).__name__} returns no logits, only {', '.join(outputs)}; use a model with one "
                 "head, like those of AutoModelForMaskedLM or AutoModelForSequenceClassification."
             )
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        if request.gathered and logits.shape[:-1] == (1, len(request.rows)):
-            return request.hidden, logits.squeeze(0)
-        logits = logits.flatten(0, -2)  # a head of whole sequences, or one that reads them from elsewhere
-        return request.hidden, logits if request.rows is None else logits[request.rows]
+        return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+    def _logits_of_rows(self, request: _Request, original: Callable[[], Any]) -> RowLogits:
+        """Logits by running the model's own forward around what it recorded, which leaves its head to run."""
+        *_, (base, output) = request.before_head.items()
+        hidden = output[0].squeeze(0)
+
+        def run_head(rows: Tensor) -> Tensor:
+            kept = request.before_head | {base: _with_last_hidden_state(output, rows[None])}
+            own = {module: module.__dict__.get("forward") for module in kept}
+            try:
+                for module, recorded in kept.items():
+                    module.forward = functools.partial(_return, recorded)
+                logits = self._logits_in(original())
+            finally:
+                for module, forward in own.items():
+                    module.__dict__.pop("forward")
+                    if forward is not None:
+                        module.forward = forward
+            if logits.shape[:-1] != (1, len(rows)):
+                raise ValueError(
+                    f"The head of {type(self.model).__name__} answers {tuple(logits.shape)} to {len(rows)} rows, so it "
+                    "reads more than these and cannot be run in chunks; set logit_chunk_size=0."
+                )
+            return logits.squeeze(0)
+
+        return RowLogits(hidden, run_head, self.model.get_output_embeddings(), request.chunk_size)
 
     def _record_input(self, block, args, kwargs) -> None:
         request = self._active
@@ -257,14 +305,30 @@ class PartialForward:
         if layer == request.last and not request.whole:
             raise _Stop
 
+    def _keep_for_head(self, module, args, output) -> None:
+        if self._active is not None and self._active.chunk_size:
+            self._active.before_head[module] = output
+
     def _gather_rows(self, module, args, output):
         request = self._active
         if request is None or not request.gather or request.gathered:
             return output
         request.gathered = True
-        hidden = output[0]
-        chosen = hidden.flatten(0, 1).index_select(0, request.rows).unsqueeze(0)
-        if isinstance(output, tuple):
-            return (chosen, *output[1:])
-        output["last_hidden_state"] = chosen
+        chosen = output[0].flatten(0, 1).index_select(0, request.rows).unsqueeze(0)
+        output = _with_last_hidden_state(output, chosen)
+        head = self.model.get_output_embeddings() if request.chunk_size else None
+        if head is not None and head not in module.modules():  # else a classifier, or rows are picked behind the head
+            request.before_head[module] = output
+            raise _Stop
         return output
+
+
+def _with_last_hidden_state(output: Any, hidden: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output["last_hidden_state"] = hidden
+    return output
+
+
+def _return(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output

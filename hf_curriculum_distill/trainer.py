@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import logging
@@ -33,6 +34,7 @@ from hf_curriculum_distill.checkpoints import (
     remove_unfinished,
 )
 from hf_curriculum_distill.checks import check_batch, check_launch, check_stages, check_training_data, naming_batch
+from hf_curriculum_distill.chunks import RowLogits, chunk_size, logit_losses, sum_over_chunks
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import num_frozen_layers, stage_flops
 from hf_curriculum_distill.counting import (
@@ -108,6 +110,11 @@ class CurriculumDistillationTrainer(Trainer):
                 raise ValueError("projection_bank was given without teacher_model, so nothing is projected; pass both.")
             return
         check_launch(self.args, self.compute_loss_func)
+        if self.args.logit_chunk_size and self._shards_parameters:
+            raise ValueError(
+                f"logit_chunk_size is {self.args.logit_chunk_size}, but FSDP and DeepSpeed need all logits at once; "
+                "leave it out, or launch with DDP."
+            )
         self._student = PartialForward(self.model)
         if teacher_model is not None:
             self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)
@@ -231,9 +238,18 @@ class CurriculumDistillationTrainer(Trainer):
 
         stage = self._enter_stage(inputs)
         rows, labels = counted_rows(self.model, inputs) if stage.needs_logits else (None, None)
+        if stage.label_weight and labels is None:
+            raise ValueError(f"Stage {stage.name!r} learns from labels, but the batch has none; check the collator.")
         self._num_rows = 0 if rows is None else len(rows)
-        hidden, logits = self._run_student(model, inputs, stage, rows)
-        target_hidden, target_logits = self._run_teacher(inputs, stage, rows)
+        chunk_size = None if return_outputs else self._chunk_size(rows)
+        target_hidden, target_logits = self._run_teacher(inputs, stage, rows, chunk_size)
+
+        def sum_logit_losses(logits: Tensor | RowLogits) -> tuple[Tensor, dict[str, Tensor]]:
+            losses_of = functools.partial(logit_losses, stage, self.args, target_logits, labels)
+            return sum_over_chunks(losses_of, logits)
+
+        reduce = sum_logit_losses if chunk_size else None  # its gradients are taken where wrappers see the head run
+        hidden, logits = self._run_student(model, inputs, stage, rows, chunk_size, reduce)
 
         counts = count(self.model, inputs) if num_items_in_batch is None else num_items_in_batch
         num_positions, num_rows = counts.clamp(min=1)
@@ -247,17 +263,10 @@ class CurriculumDistillationTrainer(Trainer):
                 errors.append(losses.hidden_state_mse(hidden[student_layer], target, weights))
             terms["hidden_mse"] = torch.stack(errors).mean() / num_matched
             loss += stage.hidden_weight * terms["hidden_mse"]
-        if stage.kl_weight:
-            divergence = losses.DIVERGENCES[self.args.divergence]
-            terms["kl"] = divergence(logits, target_logits, self.args.temperature) / num_rows
-            loss += stage.kl_weight * terms["kl"]
-        if stage.label_weight:
-            if labels is None:
-                raise ValueError(
-                    f"Stage {stage.name!r} learns from labels, but the batch has none; check the collator."
-                )
-            terms["label_loss"] = losses.cross_entropy(logits, labels, self.args.label_smoothing_factor) / num_rows
-            loss += stage.label_weight * terms["label_loss"]
+        if stage.needs_logits:
+            total, sums = logits if chunk_size else sum_logit_losses(logits)
+            terms |= {name: value / num_rows for name, value in sums.items()}
+            loss += total / num_rows
         if isinstance(self.teacher, OnlineTeacher):
             terms = {"teacher_loss": self._train_teacher(inputs, num_rows)} | terms  # first, for it explains the rest
         self._ledger.add_terms(terms)
@@ -269,8 +278,19 @@ class CurriculumDistillationTrainer(Trainer):
     def _weigh(self):
         return label_weights if self.args.hidden_positions == "labels" else position_weights
 
-    def _run_student(self, model, inputs, stage: Stage, rows: Tensor | None):
-        """Hidden states and logits of the stage. `model` is the student or what wraps it."""
+    @property
+    def _shards_parameters(self) -> bool:
+        # processes gather them wherever a module runs, so that all must run the head equally often
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _chunk_size(self, rows: Tensor | None) -> int | None:
+        """How many rows of logits to have at a time; None for all."""
+        if rows is None or self._shards_parameters:
+            return None
+        return chunk_size(self.args, len(rows), getattr(self.model.config.get_text_config(), "vocab_size", 0))
+
+    def _run_student(self, model, inputs, stage: Stage, rows: Tensor | None, chunk_size=None, reduce=None):
+        """Hidden states and logits of the stage, or what `reduce` makes of these. `model` is what wraps the student."""
         if self.args.torch_compile and rows is not None:
             torch._dynamo.maybe_mark_dynamic(rows, 0)  # how many count differs from batch to batch: one graph for all
         return self._student(
@@ -282,9 +302,11 @@ class CurriculumDistillationTrainer(Trainer):
             gather=answers_per_token(self.model, inputs),
             frozen=self._num_frozen_layers,
             truncate=self.args.truncate,
+            chunk_size=chunk_size,
+            reduce=reduce,
         )
 
-    def _run_teacher(self, inputs, stage: Stage, rows: Tensor | None):
+    def _run_teacher(self, inputs, stage: Stage, rows: Tensor | None, chunk_size: int | None = None):
         if not stage.needs_teacher:
             return {}, None
         teacher = self.teacher.at(self.state.global_step if self.model.training else None)
@@ -296,6 +318,7 @@ class CurriculumDistillationTrainer(Trainer):
                 rows=rows,
                 gather=answers_per_token(self.model, inputs),
                 truncate=self.args.truncate,
+                chunk_size=chunk_size,
             )
 
     def _train_teacher(self, inputs, num_rows: Tensor) -> Tensor:
@@ -360,9 +383,10 @@ class CurriculumDistillationTrainer(Trainer):
         return [[(f - num_rows * r) / num_inputs for f, r in zip(whole, per_row, strict=True)], per_row]
 
     def _count_flops(self, inputs, stage: Stage, rows: Tensor | None) -> tuple[float, float]:
+        chunk_size = self._chunk_size(rows)
         return stage_flops(
-            lambda *what: self._run_student(self._student.model, inputs, *what),
-            lambda *what: self._run_teacher(inputs, *what),
+            lambda *what: self._run_student(self._student.model, inputs, *what, chunk_size),
+            lambda *what: self._run_teacher(inputs, *what, chunk_size),
             stage,
             rows,
             self._num_frozen_layers,

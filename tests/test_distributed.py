@@ -67,6 +67,11 @@ def test_recomputing_activations_changes_nothing_on_any_number_of_processes(whol
     assert_same_training(cut / "checkpointed", whole)
 
 
+def test_logits_in_chunks_change_nothing_on_any_number_of_processes(whole, cut):
+    assert_same_training(whole / "chunks", whole)
+    assert_same_training(cut / "chunks", whole)
+
+
 def test_epochs_that_end_in_a_smaller_step_and_processes_without_labels_are_cut_as_exactly(whole, cut):
     assert [entry["step"] for entry in read(whole / "uneven")[0] if "loss" in entry] == list(range(1, 9))
     assert_same_training(cut / "uneven", whole / "uneven")

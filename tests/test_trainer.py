@@ -440,12 +440,15 @@ def test_logged_averages_never_mix_two_stages(config, student, teacher, examples
     assert [(log["step"], log["stage"]) for log in step_logs(trainer)] == [(3, 0), (5, 1)]
 
 
+@pytest.mark.parametrize("logit_chunk_size", [0, 7])
 @pytest.mark.parametrize(
     "train_prefix, unneeded",
     # the first block above a frozen one needs no gradient of its input (query, key, value), but is booked as if
     [("joint", 0), ("block", 3 * 2 * 16 * 12 * 16 * 16)],
 )
-def test_booked_operations_are_those_of_a_real_step(config, teacher, examples, train_prefix, unneeded):
+def test_booked_operations_are_those_of_a_real_step(
+    config, teacher, examples, train_prefix, unneeded, logit_chunk_size
+):
     student = tiny_bert(3, seed=1)
     for model in (student, teacher):
         model.set_attn_implementation("eager")  # plain matrix products: torch doesn't count the CPU's fused attention
@@ -460,7 +463,8 @@ def test_booked_operations_are_those_of_a_real_step(config, teacher, examples, t
             return loss
 
     stages = [{"hidden": [[1, 2]], "until": 1}, {"hidden": [[3, 4]], "until": 2}, {"kl_weight": 1.0}]
-    args = config(stages=stages, max_steps=6, per_device_train_batch_size=16, train_prefix=train_prefix)
+    args = {"stages": stages, "max_steps": 6, "per_device_train_batch_size": 16, "train_prefix": train_prefix}
+    args = config(**args, logit_chunk_size=logit_chunk_size)
     trainer = Counting(student, args, train_dataset=examples, teacher_model=teacher)
     trainer.train()
     booked = np.diff([0, *(log["student_flops"] + log["teacher_flops"] for log in step_logs(trainer))])
