@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +57,28 @@ def check_stages(stages: Sequence[Stage], args: CurriculumDistillationConfig, de
             f"weight_decay is {args.weight_decay}, but DeepSpeed takes missing gradients for zeros and would shrink "
             "the blocks that a layer stage leaves out; set weight_decay=0, or launch with DDP or FSDP2."
         )
+
+
+def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, model: nn.Module) -> None:
+    """Raise a `ValueError` for targets that cannot be kept, an `OSError` for a folder that cannot be written."""
+    if args.teacher_cache is None:
+        return
+    if not any(stage.needs_teacher for stage in stages):
+        raise ValueError("teacher_cache was given, but no stage asks the teacher; leave it out.")
+    k, classes = args.teacher_cache_logits, _num_classes(model)
+    whole = k is None or (classes is not None and k >= classes)
+    if args.divergence != "forward_kl" and not whole and any(stage.kl_weight for stage in stages):
+        raise ValueError(
+            f"divergence is {args.divergence!r}, but of {classes} classes teacher_cache keeps {k} and the rest as one, "
+            "which only 'forward_kl' can be computed from; use that, or teacher_cache_logits=None, which keeps all."
+        )
+    try:
+        os.makedirs(args.teacher_cache, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.teacher_cache).close()
+    except OSError as error:
+        raise OSError(
+            f"teacher_cache {args.teacher_cache} cannot be written ({error}); give a folder that can."
+        ) from error
 
 
 def check_training_data(data: Any, args: CurriculumDistillationConfig) -> None:

@@ -39,7 +39,7 @@ def chunk_size(args: CurriculumDistillationConfig, num_rows: int, num_classes: i
 def logit_losses(
     stage: Stage,
     args: CurriculumDistillationConfig,
-    target_logits: Tensor | RowLogits | None,
+    target_logits: Tensor | RowLogits | losses.TopLogits | None,
     labels: Tensor | None,
     logits: Tensor,
     rows: slice,
@@ -47,7 +47,8 @@ def logit_losses(
     """A stage's weighted sum over rows of the student's logits, and its terms; `rows` are these of the others'."""
     terms, total = {}, 0.0
     if stage.kl_weight:
-        divergence = losses.DIVERGENCES[args.divergence]
+        top = isinstance(target_logits, losses.TopLogits)
+        divergence = losses.top_kl_divergence if top else losses.DIVERGENCES[args.divergence]
         terms["kl"] = divergence(logits, target_logits[rows], args.temperature)
         total += stage.kl_weight * terms["kl"]
     if stage.label_weight:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,6 +172,20 @@ class CurriculumDistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "The teacher's peak learning rate with method='online'; the student's by default."},
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder to keep the teacher's targets in, for later epochs and other students that read the same "
+            "tokens: with random masks they never do."
+        },
+    )
+    teacher_cache_logits: int | None = field(
+        default=64,
+        metadata={
+            "help": "How many of the likeliest classes teacher_cache keeps of each row of logits, all others as one; "
+            "None (null in YAML): all, which is exact."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -226,6 +241,7 @@ class CurriculumDistillationConfig(TrainingArguments):
                         f"logit_chunk_size is {self.logit_chunk_size}, but with {name} logits are computed at once, "
                         "because gradients of a chunk are taken inside the forward pass; leave one of the two out."
                     )
+        self._check_cache()
         if self.num_layer_stages is not None:
             self._check_range("num_layer_stages", 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
         if self.stages is not None:
@@ -304,6 +320,21 @@ class CurriculumDistillationConfig(TrainingArguments):
                     f"method='online' needs a schedule that is a function of the step, but lr_scheduler_type is "
                     f"{_schedule_name(self)!r}; use one like 'cosine' or 'linear'."
                 )
+
+    def _check_cache(self) -> None:
+        if self.teacher_cache_logits is not None:
+            self._check_range("teacher_cache_logits", 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
+        if self.teacher_cache is None:
+            return
+        if not isinstance(self.teacher_cache, (str, os.PathLike)) or not os.fspath(self.teacher_cache):
+            raise ValueError(f"teacher_cache is {self.teacher_cache!r}; give the name of a folder.")
+        self.teacher_cache = os.fspath(self.teacher_cache)
+        if self.method in ("progressive", "online", "labels"):
+            why = "no teacher is asked" if self.method == "labels" else "the teacher changes while it teaches"
+            raise ValueError(
+                f"teacher_cache was given with method={self.method!r}, in which {why}, so that nothing can be read "
+                "again; leave it out, or use method='curriculum' or 'one_shot'."
+            )
 
     def _check_choice(self, name: str, choices: tuple, otherwise: str = "") -> None:
         if getattr(self, name) not in choices:

@@ -38,6 +38,13 @@ def answers_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     return not any(task in type(model).__name__ for task in _ONE_ANSWER_PER_EXAMPLE)
 
 
+def answers_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """How many rows of logits an example has: one, or one a token (of the labels, where there are any)."""
+    if not answers_per_token(model, inputs):
+        return 1
+    return inputs.get("labels", inputs[model.main_input_name]).shape[1]
+
+
 def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """Which rows of the flattened logits count, and their labels.
 

@@ -43,10 +43,15 @@ class Ledger:
         """Take the mean of what the processes measured on their own batches. Every process must take part."""
         self.rates[stage] = accelerator.reduce(_on_device(rates, accelerator), "mean").tolist()
 
-    def add_flops(self, stage: int, num_inputs: int, num_rows: int) -> float:
-        """Book a micro-batch of so many input elements and rows of logits; returns its floating-point operations."""
+    def add_flops(self, stage: int, num_inputs: int, num_rows: int, teacher: bool = True) -> float:
+        """Book a micro-batch of so many input elements and rows of logits; returns its floating-point operations.
+
+        Args:
+            teacher: whether the teacher was asked.
+        """
         per_input, per_row = self.rates[stage]
         added = [num_inputs * a + num_rows * b for a, b in zip(per_input, per_row, strict=True)]
+        added[1] *= teacher
         self.flops = [total + new for total, new in zip(self.flops, added, strict=True)]
         return sum(added)
 

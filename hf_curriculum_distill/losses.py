@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,50 @@ def jensen_shannon_divergence(student_logits: Tensor, teacher_logits: Tensor, te
     Symmetric, at most `log 2` per row (times `T^2`), zero exactly at equality. Shapes as [`kl_divergence`].
     """
     return _sum_over_rows(_jensen_shannon_divergence, student_logits, teacher_logits, temperature)
+
+
+@dataclass
+class TopLogits:
+    """What is left of a teacher's logits `[rows, classes]`: its likeliest classes, and all others as one.
+
+    Args:
+        log_probabilities: `[rows, k + 1]`, of the classes below, then of all others together, at the temperature.
+        classes: `[rows, k]`, likeliest first.
+    """
+
+    log_probabilities: Tensor
+    classes: Tensor
+
+    def __getitem__(self, rows: slice) -> TopLogits:
+        return TopLogits(self.log_probabilities[rows], self.classes[rows])
+
+
+def top_logits(logits: Tensor, k: int, temperature: float = 1.0) -> TopLogits:
+    """Keep the `k` likeliest classes of each row, fewer than there are."""
+    logits = logits.float() / temperature
+    return TopLogits(*_bucketed(logits, logits.topk(k, -1).indices))
+
+
+def top_kl_divergence(student_logits: Tensor, teacher: TopLogits, temperature: float = 1.0) -> Tensor:
+    """`T^2 * sum KL(teacher || student)` over `k + 1` outcomes: the teacher's likeliest classes, and any other.
+
+    Never above [`kl_divergence`] and the closer to it the larger `k` is, because merging outcomes only hides
+    differences; zero where the student gives each of the classes, so also the rest, the teacher's probability.
+    """
+    num_rows = max(1, _BLOCK_SIZE // student_logits.shape[-1])
+    total = torch.zeros((), device=student_logits.device)
+    blocks = (tensor.split(num_rows) for tensor in (student_logits, teacher.log_probabilities, teacher.classes))
+    for student, log_probabilities, classes in zip(*blocks, strict=True):
+        own, _ = _bucketed(student.float() / temperature, classes)
+        total = total + _kl_divergence(own, log_probabilities)
+    return temperature**2 * total
+
+
+def _bucketed(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    # the rest is summed up, not subtracted from 1, which would leave rounding alone where it is small
+    rest = logits.scatter(-1, classes, -math.inf).logsumexp(-1, keepdim=True)
+    chosen = torch.cat([logits.gather(-1, classes), rest], -1)
+    return chosen - logits.logsumexp(-1, keepdim=True), classes
 
 
 def cross_entropy(student_logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -36,7 +36,7 @@ _SETTINGS = (
 )
 
 # What must be the same for a resumed run to equal one that was never interrupted.
-_FIXED = ("method", "max_steps", "stages", "settings", "teacher", "projection_matrices")
+_FIXED = ("method", "max_steps", "stages", "settings", "teacher", "projection_matrices", "cached_logits")
 _MAY_MOVE = ("teacher.name", "teacher.revision")  # the same weights by another name are the same teacher
 
 
@@ -56,6 +56,7 @@ def make_record(
         "teacher": teacher and {name: getattr(teacher, name) for name in ("name", "revision", "fingerprint")},
         "projection_matrices": bank and bank.matrix_fingerprint,
         "projection_bank": bank and bank.fingerprint,
+        "cached_logits": None if args.teacher_cache is None else args.teacher_cache_logits or "all",
         **progress,
         "versions": {
             "hf_curriculum_distill": importlib.metadata.version("hf_curriculum_distill"),

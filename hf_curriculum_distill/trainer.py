@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.batches import SeededBatches, seeded
+from hf_curriculum_distill.cache import Question, TeacherCache
 from hf_curriculum_distill.checkpoints import (
     check_writable,
     find_last_checkpoint,
@@ -33,11 +34,19 @@ from hf_curriculum_distill.checkpoints import (
     read_whole,
     remove_unfinished,
 )
-from hf_curriculum_distill.checks import check_batch, check_launch, check_stages, check_training_data, naming_batch
+from hf_curriculum_distill.checks import (
+    check_batch,
+    check_cache,
+    check_launch,
+    check_stages,
+    check_training_data,
+    naming_batch,
+)
 from hf_curriculum_distill.chunks import RowLogits, chunk_size, logit_losses, sum_over_chunks
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import num_frozen_layers, stage_flops
 from hf_curriculum_distill.counting import (
+    answers_per_example,
     answers_per_token,
     count,
     counted_rows,
@@ -95,6 +104,7 @@ class CurriculumDistillationTrainer(Trainer):
         self.stage_scheduler: StageScheduler | None = None
         self.teacher: FrozenTeacher | None = None
         self.projection_bank: ProjectionBank | None = None
+        self._cache: TeacherCache | None = None
         self._resumed: dict[str, Any] | None = None
         self._unrestored: dict[str, Any] | None = None
         distils = teacher_model is not None or getattr(args, "stages", None) is not None
@@ -121,6 +131,7 @@ class CurriculumDistillationTrainer(Trainer):
         depths = self._student.depth, None if self.teacher is None else self.teacher.partial_forward.depth
         self._declared_stages = self.args.resolve_stages(*depths)
         check_stages(self._declared_stages, self.args, self.is_deepspeed_enabled)
+        check_cache(self._declared_stages, self.args, self.model)
         self.projection_bank = self._make_bank(projection_bank)
         # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
@@ -242,7 +253,8 @@ class CurriculumDistillationTrainer(Trainer):
             raise ValueError(f"Stage {stage.name!r} learns from labels, but the batch has none; check the collator.")
         self._num_rows = 0 if rows is None else len(rows)
         chunk_size = None if return_outputs else self._chunk_size(rows)
-        target_hidden, target_logits = self._run_teacher(inputs, stage, rows, chunk_size)
+        ask = self._run_teacher if self._cache is None else self._ask_cache
+        target_hidden, target_logits = ask(inputs, stage, rows, chunk_size)
 
         def sum_logit_losses(logits: Tensor | RowLogits) -> tuple[Tensor, dict[str, Tensor]]:
             losses_of = functools.partial(logit_losses, stage, self.args, target_logits, labels)
@@ -258,7 +270,10 @@ class CurriculumDistillationTrainer(Trainer):
             num_matched = num_rows if self.args.hidden_positions == "labels" else num_positions
             errors = []
             for student_layer, teacher_layer in stage.hidden:
-                target = self.projection_bank.project(student_layer, target_hidden[teacher_layer])
+                if self._cache is None:
+                    target = self.projection_bank.project(student_layer, target_hidden[teacher_layer])
+                else:  # which keeps them projected
+                    target = target_hidden[student_layer]
                 weights = self._weigh(self.model, inputs, target)
                 errors.append(losses.hidden_state_mse(hidden[student_layer], target, weights))
             terms["hidden_mse"] = torch.stack(errors).mean() / num_matched
@@ -321,6 +336,36 @@ class CurriculumDistillationTrainer(Trainer):
                 chunk_size=chunk_size,
             )
 
+    def _ask_cache(self, inputs, stage: Stage, rows: Tensor | None, chunk_size: int | None = None):
+        """As [`_run_teacher`], but with hidden states projected, by student layer; the teacher runs where one lacks."""
+        if not stage.needs_teacher:
+            return {}, None
+        asked = self._asked(stage)
+        question = self._ask_about(inputs, asked)
+        self._num_rows = self._num_rows if question.rows is None else len(question.rows)
+        return self._cache.targets(question, stage, asked)
+
+    def _asked(self, stage: Stage) -> Stage:
+        """What the teacher answers when it is asked in a stage: with a cache, at once what any stage wants."""
+        if self._cache is None or not stage.needs_teacher:
+            return stage
+        pairs = dict.fromkeys(pair for one in self.stages for pair in one.hidden)
+        return Stage(hidden=pairs, kl_weight=float(any(one.kl_weight for one in self.stages)))
+
+    def _ask_about(self, inputs, asked: Stage) -> Question:
+        """What the teacher reads of a batch, the rows of logits that count, and how it is asked."""
+        questions = {n: v for n, v in self._questions(inputs).items() if self.teacher.partial_forward.accepts(n)}
+        answers, rows = answers_per_example(self.model, inputs), None
+        if asked.kl_weight:
+            rows, _ = counted_rows(self.model, inputs)
+            rows = torch.arange(answers * len(inputs[self.model.main_input_name])) if rows is None else rows
+
+        def ask():
+            hidden, logits = self._run_teacher(inputs, asked, rows, self._chunk_size(rows))
+            return {s: self.projection_bank.project(s, hidden[t]) for s, t in asked.hidden}, logits
+
+        return Question(questions, rows, answers, ask)
+
     def _train_teacher(self, inputs, num_rows: Tensor) -> Tensor:
         rows, labels = counted_rows(self.model, inputs)
         if labels is None:
@@ -373,7 +418,8 @@ class CurriculumDistillationTrainer(Trainer):
 
     def _measure_flops(self, inputs, stage: Stage) -> list[list[float]]:
         """Student's and teacher's operations for one element of the main input, and for one row, from one batch."""
-        counts = stage.needs_logits or isinstance(self.teacher, OnlineTeacher)
+        online = isinstance(self.teacher, OnlineTeacher)
+        counts = stage.needs_logits or self._asked(stage).needs_logits or online
         rows, _ = counted_rows(self.model, inputs) if counts else (None, None)
         whole, num_rows, per_row = self._count_flops(inputs, stage, rows), 0, [0.0, 0.0]
         if rows is not None and len(rows) > 1:
@@ -384,9 +430,14 @@ class CurriculumDistillationTrainer(Trainer):
 
     def _count_flops(self, inputs, stage: Stage, rows: Tensor | None) -> tuple[float, float]:
         chunk_size = self._chunk_size(rows)
+
+        def run_teacher(taught: Stage, _):
+            asked = self._asked(taught)
+            return self._run_teacher(inputs, asked, rows if asked.needs_logits else None, chunk_size)
+
         return stage_flops(
             lambda *what: self._run_student(self._student.model, inputs, *what, chunk_size),
-            lambda *what: self._run_teacher(inputs, *what, chunk_size),
+            run_teacher,
             stage,
             rows,
             self._num_frozen_layers,
@@ -397,7 +448,9 @@ class CurriculumDistillationTrainer(Trainer):
         """Operations of student (forward and backward) and teacher (forward; online also its own training)."""
         if not self._declared_stages:
             return super().floating_point_ops(inputs)
-        return self._ledger.add_flops(self._stage_index, inputs[self.model.main_input_name].numel(), self._num_rows)
+        asked = self._cache is None or self._cache.asked
+        num_inputs = inputs[self.model.main_input_name].numel()
+        return self._ledger.add_flops(self._stage_index, num_inputs, self._num_rows, asked)
 
     # ---- the whole run ----
 
@@ -429,10 +482,12 @@ class CurriculumDistillationTrainer(Trainer):
                 "The data collator has a seed and so a random state of its own, which no checkpoint holds: a resumed "
                 "run draws other masks. Leave its seed out; batches are drawn from args.seed."
             )
+        self._cache = self._open_cache()
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._release_models()
+            self._cache = None
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
@@ -475,6 +530,8 @@ class CurriculumDistillationTrainer(Trainer):
             self._loading.restart(self._data_seed, epoch)
         with seeded(kwargs["train_dataloader"], kwargs["epoch"]):
             super()._run_epoch(*args, **kwargs)
+        if self._cache is not None:
+            self._cache.log_epoch(kwargs["epoch"])
 
     def _finalize_training(self, *args: Any):
         self._restore_logs()  # where no epoch was left to run
@@ -513,11 +570,39 @@ class CurriculumDistillationTrainer(Trainer):
                 examples = [data[i] for i in chosen]
             else:
                 examples = list(itertools.islice(data, num_samples))
-            collator = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
-            loader = DataLoader(examples, self.args.train_batch_size, collate_fn=collator)
-            self.projection_bank.fit(teacher, self._checked(loader))
+            self.projection_bank.fit(teacher, self._checked(self._load(examples, "calibration")))
         for tensor in self.projection_bank.tensors().values():
             broadcast(tensor)
+
+    def _load(self, examples: list, description: str) -> DataLoader:
+        collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        return DataLoader(examples, self.args.train_batch_size, collate_fn=collator)
+
+    def _open_cache(self) -> TeacherCache | None:
+        """The cache of `args.teacher_cache`, with a forecast of what it costs and saves, from a sample of the data."""
+        args, data = self.args, self.train_dataset
+        if args.teacher_cache is None:
+            return None
+        self._cache = TeacherCache(self.teacher, self.projection_bank, args)
+        step = 0 if self._resumed is None else self._resumed["step"]
+        if not hasattr(data, "__len__") or step >= self.stage_scheduler.max_steps:
+            return self._cache
+        chosen = random.Random(self._data_seed).sample(range(len(data)), min(len(data), int(args.calibration_samples)))
+        loads = []
+        for draw in range(2):  # what depends on chance differs between them
+            with preserved_random_state(self._data_seed + draw):
+                loads.append(list(self._load([data[i] for i in chosen], "forecast")))
+        epochs = args.train_batch_size * args.gradient_accumulation_steps * args.world_size / len(data)  # a step
+        depth, spans = self.teacher.partial_forward.depth, []
+        for number, stage in enumerate(self.stages):
+            begin, end = self.stage_scheduler.span(number)
+            share = 1.0 if stage.kl_weight else max(stage.teacher_layers, default=0) / depth
+            spans.append((max(0, end - max(begin, step)) * epochs, share))
+        asked = self._asked(next(stage for stage in self.stages if stage.needs_teacher))
+        with naming_batch("the cache's forecast"):
+            questions = [[self._ask_about(self._prepare_inputs(batch), asked) for batch in load] for load in loads]
+            self._cache.forecast(*questions, asked, len(data), spans, self.is_world_process_zero())
+        return self._cache
 
     def _checked(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The batches of the calibration sample, still in host memory, if they can be learnt from."""

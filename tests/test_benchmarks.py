@@ -89,3 +89,15 @@ def test_peers_train_on_logits_as_the_loop_by_hand_does(peer, config, monkeypatc
         before["bert.embeddings.word_embeddings.weight"], trained[0]["bert.embeddings.word_embeddings.weight"]
     )
     assert_same_weights(trained[1], trained[0], rtol=1e-4, atol=1e-6)
+
+
+def test_cache_prints_every_stage_and_the_target():
+    sizes = "--teacher_layers 4 --teacher_hidden_size 32 --student_layers 2 --student_hidden_size 24 --vocab_size 100 "
+    sizes += "--batch_size 2 --sequence_length 16 --batches 4 --epochs 3 --use_cpu"
+    command = [sys.executable, "benchmarks/cache.py", *sizes.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]  # both caches train the same, or it ends with an error
+    rows = [line.split("|")[0].strip() for line in done.stdout.splitlines() if "|" in line]
+    assert rows == ["ms a step", "layer 1", "layer 2", "kl", "curriculum"]
+    assert sum(">=" in line for line in done.stdout.splitlines()) == 1

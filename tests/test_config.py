@@ -40,6 +40,8 @@ OTHER_VALUES = {
     "teacher_dtype": ["float32", "bfloat16", "float16"],
     "teacher_schedule": ["fraction", [3, 7], [0.25, 0.5], []],
     "teacher_learning_rate": [1e-3, 1],
+    "teacher_cache": ["cache", "/tmp/a folder"],
+    "teacher_cache_logits": [1, 10_000, None],
 }
 
 WRONG_VALUES = {
@@ -63,6 +65,8 @@ WRONG_VALUES = {
     "teacher_dtype": ["int8", "bf16", "auto"],
     "teacher_schedule": ["steps", None, 3, [0], [1.0], [True], ["2"], "[1, 2"],
     "teacher_learning_rate": [0, -1.0, math.nan, math.inf, "1"],
+    "teacher_cache": ["", 3, True],
+    "teacher_cache_logits": [0, -1, 2.5, math.nan, math.inf, "8", True],
 }
 
 
