@@ -7,33 +7,21 @@ import inspect
 import itertools
 import logging
 import math
-import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any
 
-import datasets
 import torch
 from accelerate.utils import broadcast
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
 
 from hf_curriculum_distill import losses
-from hf_curriculum_distill.batches import SeededBatches, seeded
+from hf_curriculum_distill.batches import seeded
 from hf_curriculum_distill.cache import Question, TeacherCache
-from hf_curriculum_distill.checkpoints import (
-    check_writable,
-    find_last_checkpoint,
-    list_files,
-    read_whole,
-    remove_unfinished,
-)
 from hf_curriculum_distill.checks import (
     check_batch,
     check_cache,
@@ -54,21 +42,19 @@ from hf_curriculum_distill.counting import (
     position_weights,
 )
 from hf_curriculum_distill.layers import PartialForward
-from hf_curriculum_distill.ledger import Ledger
 from hf_curriculum_distill.loading import TeacherModel, prepare_teacher
 from hf_curriculum_distill.metrics import TeacherComparison
-from hf_curriculum_distill.online import OnlineTeacher, remove_old_teachers, teacher_folder
+from hf_curriculum_distill.online import OnlineTeacher
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.randomness import RandomStream, preserved_random_state
-from hf_curriculum_distill.record import check_resumable, make_record, write_record
+from hf_curriculum_distill.randomness import preserved_random_state
+from hf_curriculum_distill.resume import ResumableTrainer
 from hf_curriculum_distill.schedules import restarted_schedule
 from hf_curriculum_distill.stages import Stage, StageScheduler, parse_layer_pairs
-from hf_curriculum_distill.teachers import FrozenTeacher
 
 logger = logging.getLogger(__name__)
 
 
-class CurriculumDistillationTrainer(Trainer):
+class CurriculumDistillationTrainer(ResumableTrainer):
     """Distils a teacher into `model`, stage by stage; everything else is [`~transformers.Trainer`].
 
     Args:
@@ -100,13 +86,7 @@ class CurriculumDistillationTrainer(Trainer):
         projection_bank: ProjectionBank | None = None,
         **trainer_kwargs: Any,
     ):
-        self._declared_stages: tuple[Stage, ...] = ()
-        self.stage_scheduler: StageScheduler | None = None
-        self.teacher: FrozenTeacher | None = None
-        self.projection_bank: ProjectionBank | None = None
         self._cache: TeacherCache | None = None
-        self._resumed: dict[str, Any] | None = None
-        self._unrestored: dict[str, Any] | None = None
         distils = teacher_model is not None or getattr(args, "stages", None) is not None
         if distils:
             args = TrainingArguments("tmp_trainer") if args is None else args
@@ -135,12 +115,7 @@ class CurriculumDistillationTrainer(Trainer):
         self.projection_bank = self._make_bank(projection_bank)
         # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
-        self._ledger = Ledger()
         self._num_rows = 0  # of the micro-batch: that its logits are computed for
-        self._loading = RandomStream()
-        self._position = {"epoch": 0, "batches": 0}
-        self._total_loss_scalar = 0.0
-        self._stage_index: int | None = None
         self._comparison: TeacherComparison | None = None
         self._resolve_steps()
 
@@ -187,27 +162,6 @@ class CurriculumDistillationTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- one batch ----
-
-    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, *args: Any, **kwargs: Any):
-        """As `Trainer`; in training and evaluation a batch's random draws belong to it: see [`SeededBatches`]."""
-        if not self._declared_stages:
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
-        if isinstance(dataset, IterableDataset):
-            # a worker that stays would draw on from one epoch to the next, and no checkpoint knows how far it got
-            persistent, self.args.dataloader_persistent_workers = self.args.dataloader_persistent_workers, False
-            try:
-                return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
-            finally:
-                self.args.dataloader_persistent_workers = persistent
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description=description)
-        sampler = sampler_fn and (lambda _: sampler_fn(dataset))
-        batches = SeededBatches(dataset, self._data_seed)
-        return super()._get_dataloader(batches, description, batch_size, sampler, *args, **kwargs)
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As `Trainer`, but counts what the losses are divided by over all micro-batches and processes."""
@@ -462,20 +416,8 @@ class CurriculumDistillationTrainer(Trainer):
         """
         if not self._declared_stages:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        self._resumed = None
-        if self.args.should_save:
-            check_writable(self.args.output_dir)
-        if isinstance(resume_from_checkpoint, os.PathLike):
-            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning("%s has no whole checkpoint; training starts from the beginning", self.args.output_dir)
-        if isinstance(resume_from_checkpoint, str):
-            self._resume(resume_from_checkpoint)
-            if self.args.should_save:
-                remove_unfinished(self.args.output_dir, self._resumed["step"])
-        elif self.projection_bank is not None and not self.projection_bank.frozen:
+        checkpoint = self._start_from(resume_from_checkpoint)
+        if self._resumed is None and self.projection_bank is not None and not self.projection_bank.frozen:
             self._calibrate()
         if getattr(self.data_collator, "seed", None) is not None:
             logger.warning(
@@ -484,66 +426,16 @@ class CurriculumDistillationTrainer(Trainer):
             )
         self._cache = self._open_cache()
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
         finally:
             self._release_models()
             self._cache = None
         return output._replace(training_loss=output.metrics["train_loss"])
 
-    def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """As `Trainer`, which comes here again where `auto_find_batch_size` makes it start again."""
-        trained = super()._init_training_state(*args)
-        if not self._declared_stages:
-            return trained
-        self._ledger, self._stage_index, self._unrestored = Ledger(), None, self._resumed
-        self._ended_step = self.state.global_step
-        if isinstance(self.teacher, OnlineTeacher):
-            decayed = self.get_decay_parameter_names(self.teacher.model)
-            self.teacher.start(self.args, self.stage_scheduler.max_steps, decayed)
-        if self._resumed is None:
-            return trained
-        *_, checkpoint, trial = args
-        if isinstance(self.teacher, OnlineTeacher):
-            self.teacher.load(teacher_folder(checkpoint), self._resumed["step"])
-        best = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-        if os.path.isdir(best):  # the run's folder may have been moved
-            self.state.best_model_checkpoint = best
-        if hasattr(self.train_dataset, "__len__") or self.args.ignore_data_skip:
-            return trained
-        # a stream may have ended and begun again since the run's first step, which Trainer cannot know
-        return self._resumed["epoch"], self._resumed["batches"]
-
-    def _evaluate(self, *args: Any, skip_scheduler: bool = False, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer`, but `eval_on_start` is for the start of the run, not of its resumption."""
-        if skip_scheduler and self._unrestored is not None:
-            return {}
-        return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self._declared_stages:
-            self._restore_logs()
-            if self.state.global_step >= self.state.max_steps:
-                self.control.should_training_stop = True  # a finished run is resumed: Trainer would go on
-                return
-            epoch, resumes = kwargs["epoch"], kwargs["epoch"] == kwargs["epochs_trained"]
-            self._position = {"epoch": epoch, "batches": kwargs["steps_trained_in_current_epoch"] if resumes else 0}
-            self._loading.restart(self._data_seed, epoch)
-        with seeded(kwargs["train_dataloader"], kwargs["epoch"]):
-            super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(*args, **kwargs)
         if self._cache is not None:
             self._cache.log_epoch(kwargs["epoch"])
-
-    def _finalize_training(self, *args: Any):
-        self._restore_logs()  # where no epoch was left to run
-        return super()._finalize_training(*args)
-
-    def _restore_logs(self) -> None:
-        """After a resume: go on with the averages that the next log will write."""
-        if self._unrestored is not None:
-            self._tr_loss += self._ledger.restore(self._unrestored, self.accelerator)
-            self._total_loss_scalar = self._unrestored["unlogged"]["total_loss"]
-            self._globalstep_last_logged = self._unrestored["unlogged"]["first_step"]
-            self._unrestored = None
 
     def _release_models(self) -> None:
         self._student.remove()
@@ -648,17 +540,7 @@ class CurriculumDistillationTrainer(Trainer):
                 )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer`, but a checkpoint due at an epoch's last step holds what the end of the epoch logs, too."""
-        postponed = False
         if self._declared_stages:
-            control, ends_epoch = self.control, self.state.global_step == self._ended_step  # called again at a step
-            self._ended_step = self.state.global_step
-            if ends_epoch and not control.should_training_stop:
-                self._position = {"epoch": self._position["epoch"] + 1, "batches": 0}
-            last = control.should_training_stop or control.should_epoch_stop
-            last = last or self.accelerator.gradient_state.end_of_dataloader
-            postponed = control.should_save and last and not ends_epoch
-            control.should_save = control.should_save and not postponed
             if self.args.restart_schedule_per_stage and self.accelerator.optimizer_step_was_skipped:
                 self.lr_scheduler.step()  # an fp16 step that overflowed: the stage goes on, so does its schedule
             if self.state.global_step in self.stage_scheduler.boundaries and self.args.logging_strategy != "no":
@@ -666,7 +548,6 @@ class CurriculumDistillationTrainer(Trainer):
             if self.control.should_save or self.control.should_evaluate:
                 self._finite_terms()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.control.should_save |= postponed
 
     # ---- evaluation ----
 
@@ -706,105 +587,6 @@ class CurriculumDistillationTrainer(Trainer):
         if self._declared_stages and self._last_stage_index != len(self.stages) - 1:
             return False
         return super()._determine_best_metric(metrics, trial)
-
-    # ---- files ----
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer`, with `projection_bank.safetensors` and `curriculum.json` beside the plain student."""
-        if self._declared_stages and self.stage_scheduler and self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            os.makedirs(folder, exist_ok=True)
-            write_record(folder, self._record())
-            if self.projection_bank is not None:
-                self.projection_bank.save_pretrained(folder)
-        super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """As `Trainer`. Where it fails, the checkpoint before it stays, and what was written is not resumed from."""
-        if self._declared_stages:
-            self._ledger.collect(self.accelerator, self._tr_loss)
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not self._declared_stages:
-                raise
-            last = find_last_checkpoint(self._get_output_dir(trial))
-            raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written to {self.args.output_dir} "
-                f"({error}); the last whole one is {last}. Make room, or check the disk, and resume from there."
-            ) from error
-        if isinstance(self.teacher, OnlineTeacher) and self.args.should_save:
-            remove_old_teachers(self._get_output_dir(trial=trial))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As `Trainer`; an online teacher is part of what the next step needs."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        if isinstance(self.teacher, OnlineTeacher) and self.args.should_save:
-            self.teacher.save(teacher_folder(output_dir))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """As `Trainer`, whose last files but one these are: then the record lists them, which makes them a whole."""
-        if self._declared_stages:
-            with self._loading:
-                pass  # what changing streams forgets shall be forgotten before it is saved
-        super()._save_rng_state(output_dir)
-        if self._declared_stages:
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                with suppress(FileNotFoundError):  # of a run that was here before; it would make this one look whole
-                    os.remove(os.path.join(output_dir, TRAINER_STATE_NAME))
-                beside = [teacher_folder(output_dir)] if isinstance(self.teacher, OnlineTeacher) else []
-                write_record(output_dir, self._record() | {"files": list_files(output_dir, *beside)})
-
-    def _record(self) -> dict[str, Any]:
-        return make_record(
-            self.args,
-            self.stage_scheduler,
-            self.teacher,
-            self.projection_bank,
-            step=self.state.global_step,
-            **self._position,
-            unlogged=self._ledger.unlogged | {"total_loss": self._total_loss_scalar},
-            samples_per_step=self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            **self._ledger.total_flops,
-            flop_rates=self._ledger.rates,
-        )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with self._reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        with self._reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    @contextmanager
-    def _reading(self, checkpoint: str | None) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if not self._declared_stages or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise OSError(
-                f"{checkpoint} cannot be resumed from: {error!r}. Its files are damaged, or those of another model; "
-                "resume from another checkpoint."
-            ) from error
-
-    def _resume(self, checkpoint: str) -> None:
-        self._resumed = record = read_whole(checkpoint)
-        if self.args.auto_find_batch_size:  # the batch size that was found says how many steps there are
-            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-            self._train_batch_size = state.train_batch_size
-            self._resolve_steps()
-        check_resumable(record, self._record(), checkpoint)
-        if self.projection_bank is not None:
-            bank = ProjectionBank.from_pretrained(checkpoint).to(self.args.device)
-            if self.projection_bank.frozen and self.projection_bank.fingerprint != bank.fingerprint:
-                raise ValueError(
-                    f"{checkpoint} was written with projection bank {bank.fingerprint[:12]}, but projection_bank is "
-                    f"{self.projection_bank.fingerprint[:12]}; pass the original bank, or none to use that one."
-                )
-            self.projection_bank = bank
 
     # ---- set-up ----
 
