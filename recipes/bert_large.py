@@ -15,7 +15,6 @@ Any option can stand in a YAML file; the command line wins.
 
 import logging
 import os
-import re
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -27,7 +26,6 @@ from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    BertConfig,
     EvalPrediction,
     PreTrainedModel,
     set_seed,
@@ -36,20 +34,13 @@ from transformers import (
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.metrics import CountedAccuracy
+from hf_curriculum_distill.plan import SIZES, find_config, find_size
 from hf_curriculum_distill.report import format_table, plot_comparison
 from hf_curriculum_distill.results import write_results
 from hf_curriculum_distill.runs import train_student
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
 
 logger = logging.getLogger("bert_large")
-
-PRESETS = {
-    "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
-    "bert-large-narrow": {"hidden_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8},
-    "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "bert-6-768": {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12},
-}
-SIZE = r"bert-(\d+)-(\d+)"
 
 
 @dataclass
@@ -65,7 +56,7 @@ class RecipeArguments:
     student: str = field(
         default="bert-large",
         metadata={
-            "help": f"Student: {', '.join(PRESETS)}, or bert-LAYERS-HIDDEN, or a config.json (all randomly "
+            "help": f"Student: {', '.join(SIZES)}, or bert-LAYERS-HIDDEN, or a config.json (all randomly "
             "initialised), or a model's folder (its weights are the start)."
         },
     )
@@ -190,32 +181,18 @@ def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) 
 
 
 def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
-    """A masked language model: a preset or a config.json, randomly initialised, or the weights of a model's folder."""
+    """A masked language model: a size or a config.json, randomly initialised, or the weights of a model's folder."""
     check_size(size)
     if os.path.isdir(size):
         return AutoModelForMaskedLM.from_pretrained(size)
-    if os.path.isfile(size):
-        return AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(size))
-    if size in PRESETS:
-        shape = PRESETS[size]
-    else:
-        layers, hidden = map(int, re.fullmatch(SIZE, size).groups())
-        shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": max(1, hidden // 64)}
-    config = BertConfig(
-        **shape,
-        intermediate_size=4 * shape["hidden_size"],
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    return AutoModelForMaskedLM.from_config(config)
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return AutoModelForMaskedLM.from_config(find_config(size, dropout, **tokens))
 
 
 def check_size(size: str) -> None:
-    if not (os.path.exists(size) or size in PRESETS or re.fullmatch(SIZE, size)):
+    if not (os.path.exists(size) or find_size(size)):
         raise SystemExit(
-            f"{size!r} is no model: use {', '.join(PRESETS)}, bert-LAYERS-HIDDEN, or a config.json or model folder "
+            f"{size!r} is no model: use {', '.join(SIZES)}, bert-LAYERS-HIDDEN, or a config.json or model folder "
             "that exists."
         )
 
