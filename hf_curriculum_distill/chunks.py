@@ -9,6 +9,7 @@ gradients are known, so nothing is computed twice.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,14 +48,22 @@ def logit_losses(
     """A stage's weighted sum over rows of the student's logits, and its terms; `rows` are these of the others'."""
     terms, total = {}, 0.0
     if stage.kl_weight:
-        top = isinstance(target_logits, losses.TopLogits)
-        divergence = losses.top_kl_divergence if top else losses.DIVERGENCES[args.divergence]
+        if isinstance(target_logits, losses.TopLogits):
+            divergence = losses.top_kl_divergence
+        elif args.use_liger_kernel and _runs_triton(logits):
+            divergence = losses.fused_divergence(args.divergence)
+        else:
+            divergence = losses.DIVERGENCES[args.divergence]
         terms["kl"] = divergence(logits, target_logits[rows], args.temperature)
         total += stage.kl_weight * terms["kl"]
     if stage.label_weight:
         terms["label_loss"] = losses.cross_entropy(logits, labels[rows], args.label_smoothing_factor)
         total += stage.label_weight * terms["label_loss"]
     return total, terms
+
+
+def _runs_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class RowLogits:

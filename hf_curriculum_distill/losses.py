@@ -1,4 +1,4 @@
-"""Losses: tensors in, one summed number out. Torch only.
+"""Losses: tensors in, one summed number out. Torch only, but for [`fused_divergence`].
 
 Every function returns the **sum** over counted positions, in float32 whatever the dtype of its inputs. The caller
 divides by the number of positions counted over the whole accumulated batch and all processes, so that the loss does
@@ -7,6 +7,7 @@ not depend on how a batch is cut into micro-batches.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,6 +136,20 @@ DIVERGENCES = {
     "reverse_kl": reverse_kl_divergence,
     "jensen_shannon": jensen_shannon_divergence,
 }
+_LIGER_BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}
+
+
+def fused_divergence(name: str) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """One of `DIVERGENCES`, with each block's loss and gradient from one Triton kernel, Liger-Kernel's.
+
+    The teacher's logits get no gradient.
+    """
+    from liger_kernel.transformers.functional import liger_jsd  # an extra
+
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        return len(student) * liger_jsd(student, teacher, beta=_LIGER_BETAS[name])  # which is a mean over rows
+
+    return functools.partial(_sum_over_rows, divergence)
 
 
 def _sum_over_rows(divergence: Callable, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -195,6 +195,8 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         if not self._declared_stages:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
+            # which Trainer adds with use_liger_kernel; the logits are compared with the teacher's
+            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
             with naming_batch("the evaluation"):
                 check_batch(self.model, inputs)
             loss, outputs = super().compute_loss(model, self._for_student(inputs), return_outputs=True)
