@@ -7,7 +7,7 @@ sides of that fraction.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+LABEL_POSITIONS = "label_positions"
 _ONE_ANSWER_PER_EXAMPLE = ("SequenceClassification", "ImageClassification", "AudioClassification")
 
 
@@ -59,7 +60,12 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
     """
     labels = _aligned_labels(model, inputs)
     if labels is not None:
-        rows = labels.flatten().ne(-100).nonzero().squeeze(1)
+        positions = None if predicts_next_token(model) else inputs.get(LABEL_POSITIONS)
+        if positions is None:
+            rows = labels.flatten().ne(-100).nonzero().squeeze(1)  # waits for the device, which alone knows how many
+        else:
+            starts = torch.arange(len(labels), device=labels.device) * labels.shape[1]
+            rows = (positions + starts[:, None]).flatten()
         return rows, labels.flatten()[rows]
     if getattr(model.config, "is_encoder_decoder", False) and answers_per_token(model, inputs):
         raise ValueError(
@@ -70,6 +76,25 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
     if mask is None or not answers_per_token(model, inputs):
         return None, None
     return mask.flatten().nonzero().squeeze(1), None
+
+
+def with_label_positions(
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]], examples: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A collator's batch and, if it made equally many labels for each example, where they are.
+
+    These `label_positions`, `[batch, labels an example]`, are read off the finished labels where these still lie in
+    host memory. They are no input of a model: [`counted_rows`] takes them in place of a wait for the device.
+    """
+    batch = collate(examples)
+    labels = batch.get("labels")
+    if labels is None or labels.dim() != 2 or "labels" in examples[0]:  # labels that were there promise nothing
+        return batch
+    counted = labels.ne(-100)
+    counts = counted.sum(1).tolist()
+    if min(counts) < max(counts):
+        return batch
+    return {**batch, LABEL_POSITIONS: counted.nonzero()[:, 1].view(len(labels), counts[0])}
 
 
 def count(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -34,12 +34,14 @@ from hf_curriculum_distill.chunks import RowLogits, chunk_size, logit_losses, su
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import num_frozen_layers, stage_flops
 from hf_curriculum_distill.counting import (
+    LABEL_POSITIONS,
     answers_per_example,
     answers_per_token,
     count,
     counted_rows,
     label_weights,
     position_weights,
+    with_label_positions,
 )
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.loading import TeacherModel, prepare_teacher
@@ -163,6 +165,13 @@ class CurriculumDistillationTrainer(ResumableTrainer):
 
     # ---- one batch ----
 
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        """As `Trainer`; where each example gets equally many labels, a training batch says where they are."""
+        collator = super()._get_collator_with_removed_columns(data_collator, description)
+        if self._declared_stages and description == "Training" and getattr(data_collator, "fixed_count", False):
+            return functools.partial(with_label_positions, collator)
+        return collator
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As `Trainer`, but counts what the losses are divided by over all micro-batches and processes."""
         if not self._declared_stages:
@@ -262,7 +271,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
 
     def _run_student(self, model, inputs, stage: Stage, rows: Tensor | None, chunk_size=None, reduce=None):
         """Hidden states and logits of the stage, or what `reduce` makes of these. `model` is what wraps the student."""
-        if self.args.torch_compile and rows is not None:
+        if self.args.torch_compile and rows is not None and LABEL_POSITIONS not in inputs:
             torch._dynamo.maybe_mark_dynamic(rows, 0)  # how many count differs from batch to batch: one graph for all
         return self._student(
             model,
@@ -337,7 +346,8 @@ class CurriculumDistillationTrainer(ResumableTrainer):
 
     def _questions(self, inputs) -> dict[str, Any]:
         """The inputs without labels: no model computes a loss of its own here."""
-        questions = {name: value for name, value in inputs.items() if name not in self.label_names}
+        answers = {*self.label_names, LABEL_POSITIONS}
+        questions = {name: value for name, value in inputs.items() if name not in answers}
         if self.model.config.is_encoder_decoder and "decoder_input_ids" not in questions and "labels" in inputs:
             questions["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
         return questions

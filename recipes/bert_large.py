@@ -8,7 +8,7 @@ The whole pipeline in minutes on two CPU cores, teacher included:
     accelerate launch --cpu recipes/bert_large.py --config recipes/configs/bert_large/quickstart.yaml
 
 The defaults: teacher google-bert/bert-large-uncased, data wikimedia/wikipedia 20231101.en in packed blocks of 512
-tokens, 15 % of them masked (80/10/10), 32 x 512 = 16,384 tokens a step and process, bf16 on a GPU, fused AdamW.
+tokens, 15 % of each masked (80/10/10), 32 x 512 = 16,384 tokens a step and process, bf16 on a GPU, fused AdamW.
 --compare_with one_shot trains a second student on the same data, in the same order, for the same number of steps.
 Any option can stand in a YAML file; the command line wins.
 """
@@ -75,6 +75,10 @@ class RecipeArguments:
     eval_blocks: int = field(default=1024, metadata={"help": "At most so many held-out blocks are evaluated."})
     block_size: int = field(default=512, metadata={"help": "Tokens in a block."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
+    mask_once: bool = field(
+        default=False,
+        metadata={"help": "Mask the training blocks once for all epochs, in memory; teacher_cache needs that."},
+    )
     preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     compare_with: list[str] = field(
         default_factory=list,
@@ -103,6 +107,8 @@ class TrainingConfig(CurriculumDistillationConfig):
     save_total_limit: int | None = 2
     logging_steps: float = 50
     dataloader_num_workers: int = 4
+    # a batch's way to the GPU is not waited for
+    accelerator_config: dict | str | None = field(default_factory=lambda: {"non_blocking": True})
     report_to: str = "tensorboard"
 
 
@@ -114,6 +120,8 @@ def main():
     runs = {args.method: args}
     for method in recipe.compare_with:
         baseline = {"method": method, "output_dir": f"{args.output_dir}-{method}", "push_to_hub": False}
+        if method not in ("curriculum", "one_shot"):
+            baseline["teacher_cache"] = None  # of a teacher that changes, or that nobody asks
         runs.setdefault(method, replace(args, **baseline))
     with args.main_process_first(desc="data"):
         train, heldout = load_data(recipe, tokenizer)
@@ -121,7 +129,7 @@ def main():
         "train_dataset": train,
         "eval_dataset": heldout,
         "processing_class": tokenizer,
-        "data_collator": MaskedBlocksCollator(tokenizer, recipe.mlm_probability),
+        "data_collator": MaskedBlocksCollator(tokenizer, recipe.mlm_probability, fixed_count=True),
         "compute_metrics": masked_accuracy,
         "preprocess_logits_for_metrics": first_choice,
     }
@@ -154,7 +162,9 @@ def distil(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dic
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:
     """The teacher's own accuracy; with --teacher_size, after training it on the labels if it is not there yet."""
-    args = replace(args, output_dir=recipe.teacher + "-training", save_strategy="no", eval_strategy="no")
+    args = replace(
+        args, output_dir=recipe.teacher + "-training", save_strategy="no", eval_strategy="no", teacher_cache=None
+    )
     if recipe.teacher_size is not None:
         set_seed(args.seed)
         wanted = make_model(recipe.teacher_size, recipe.dropout, pipeline["processing_class"])
@@ -202,6 +212,8 @@ def load_data(recipe: RecipeArguments, tokenizer) -> tuple[Dataset | IterableDat
     config = recipe.dataset_config
     if config is None and recipe.dataset == "wikimedia/wikipedia":
         config = "20231101.en"
+    if recipe.mask_once and recipe.streaming:
+        raise SystemExit("mask_once keeps the training blocks in memory, so it can't be used with streaming.")
     documents = load_dataset(recipe.dataset, config, streaming=recipe.streaming)
     train, num_heldout = documents["train"], recipe.heldout_documents
     if "validation" in documents:
@@ -214,6 +226,8 @@ def load_data(recipe: RecipeArguments, tokenizer) -> tuple[Dataset | IterableDat
         train = train.shuffle(seed=0, buffer_size=10_000)
     pack = partial(pack_blocks, tokenizer=tokenizer, block_size=recipe.block_size, text_column=recipe.text_column)
     train = pack(train, num_proc=recipe.preprocessing_workers)
+    if recipe.mask_once:
+        train = mask_once(train, tokenizer, recipe.mlm_probability, seed=1)
     blocks = list(islice(pack(heldout), recipe.eval_blocks))
     if not blocks:
         raise SystemExit(f"The held-out text fills no block of {recipe.block_size} tokens; raise --heldout_documents.")

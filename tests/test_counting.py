@@ -16,12 +16,14 @@ from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadMo
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.counting import (
+    LABEL_POSITIONS,
     answers_per_token,
     count,
     counted_rows,
     label_weights,
     position_weights,
     predicts_next_token,
+    with_label_positions,
 )
 from hf_curriculum_distill.layers import PartialForward
 
@@ -201,6 +203,44 @@ def test_what_counts_in_the_parts_of_a_batch_is_what_counts_in_the_whole(name, d
     num_positions, num_rows = count(model, inputs).tolist()
     assert weights.sum().item() == pytest.approx(num_positions, rel=1e-6)
     assert len(torch.cat(part_rows)) == num_rows
+
+
+# ---- places of labels ----
+
+
+@given(seed=st.integers(0, 1000), size=st.integers(1, 4), count=st.integers(0, 6), uneven=st.booleans())
+def test_places_are_given_where_every_example_has_as_many_labels_and_say_which_rows_count(seed, size, count, uneven):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 99, (size, 6), generator=generator)
+    labels = torch.full_like(ids, -100)
+    for row in range(size):
+        number = (count + 1) % 7 if uneven and row == size - 1 else count
+        chosen = torch.randperm(6, generator=generator)[:number]
+        labels[row, chosen] = ids[row, chosen]
+    plain = {"input_ids": ids, "labels": labels}
+    batch = with_label_positions(lambda examples: plain, [{"input_ids": row} for row in ids])
+    if uneven and size > 1:
+        assert batch == plain
+        return
+    assert batch[LABEL_POSITIONS].shape == (size, (labels[0] != -100).sum())
+    for actual, expected in zip(counted_rows(MODELS["bert"], batch), counted_rows(MODELS["bert"], plain), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_labels_that_were_there_before_and_labels_of_examples_have_no_places():
+    tokens, examples = text(padded=False) | {"labels": torch.ones(3, 6, dtype=torch.long)}, text(labels="examples")
+    brought = [{"labels": row} for row in tokens["labels"]]
+    for batch, rows in ((tokens, brought), (examples, [{}]), (text(labels=None), [{}])):
+        assert with_label_positions(lambda _, batch=batch: batch, rows) == batch
+    assert LABEL_POSITIONS in with_label_positions(lambda _: tokens, [{}])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_places_are_no_rows_of_models_that_answer_one_token_earlier(name):
+    plain = text(padded=False) | {"labels": torch.ones(3, 6, dtype=torch.long)}
+    batch = with_label_positions(lambda _: plain, [{}])
+    for actual, expected in zip(counted_rows(MODELS[name], batch), counted_rows(MODELS[name], plain), strict=True):
+        assert torch.equal(actual, expected)
 
 
 # ---- rows before the head ----

@@ -101,6 +101,16 @@ def test_a_second_run_uses_the_teacher_that_is_there_and_resumes(finished):
     assert all((again[name] == student[name]).all() for name in student)
 
 
+def test_blocks_that_are_masked_once_are_asked_about_once_for_all_students(finished, tmp_path):
+    folder, _ = finished
+    options = ["--mask_once", "--teacher", str(folder / "teacher"), "--teacher_cache", str(tmp_path / "cache")]
+    done = recipe(tmp_path, *options, "--compare_with", "one_shot", "labels")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second, labels = json.loads((tmp_path / "student/results.json").read_text())
+    assert [result["method"] for result in (first, second, labels)] == ["curriculum", "one_shot", "labels"]
+    assert first["teacher_flops"] > 0 and second["teacher_flops"] == labels["teacher_flops"] == 0
+
+
 def test_the_same_seed_gives_the_same_teacher_and_student(finished, tmp_path):
     folder, _ = finished
     done = recipe(tmp_path)
@@ -117,6 +127,7 @@ def test_the_same_seed_gives_the_same_teacher_and_student(finished, tmp_path):
         (["--student", "bert-huge"], 1, "'bert-huge' is no model"),
         (["--teacher_size", "bert-3-32"], 1, "holds a teacher with num_hidden_layers=2"),
         (["--block_size", "100000"], 1, "fills no block of 100000 tokens"),
+        (["--mask_once", "--streaming"], 1, "mask_once keeps the training blocks in memory"),
     ],
 )
 def test_wrong_options_are_said_before_training(finished, options, status, message):

@@ -1,8 +1,12 @@
+import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
@@ -103,3 +107,70 @@ def test_examples_of_different_lengths_are_padded_and_need_a_padding_token(token
     for wrong in ([], [-1], [len(tokenizer)]):
         with pytest.raises(ValueError, match="random_ids is"):
             MaskedBlocksCollator(tokenizer, random_ids=wrong)
+
+
+# ---- as many labels in every example ----
+
+
+@given(
+    lengths=st.lists(st.integers(4, 40), min_size=1, max_size=5),
+    probability=st.floats(0.01, 0.5),
+    same=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_a_fixed_count_is_a_share_of_the_length_in_every_example(tokenizer, lengths, probability, same, seed):
+    lengths = lengths[:1] * len(lengths) if same else lengths
+    collator = MaskedBlocksCollator(tokenizer, probability, fixed_count=True)
+    rows = [[101, *range(2000, 2000 + length - 2), 102] for length in lengths]
+    torch.manual_seed(seed)
+    batch = collator([{"input_ids": row} for row in rows])
+    for row, input_ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
+        counted = [i for i, label in enumerate(labels.tolist()) if label != -100]
+        assert len(counted) == collator.labels_per_example(len(row)) == max(1, round(probability * len(row)))
+        assert not {0, len(row) - 1}.intersection(counted)
+        assert [labels[i] for i in counted] == [row[i] for i in counted]
+        assert all(input_ids[i] == row[i] for i in range(len(row)) if i not in counted)
+    assert MaskedBlocksCollator(tokenizer, probability).labels_per_example(40) is None
+
+
+def test_a_fixed_count_chooses_any_tokens_equally_often(tokenizer):
+    block = [101, 2000, 2001, 102, 2002, 2003, 2004, 102]  # a document ends within
+    collator = MaskedBlocksCollator(tokenizer, 0.25, fixed_count=True)
+    torch.manual_seed(0)
+    labels = collator([{"input_ids": block}] * 20_000)["labels"]
+    chosen = Counter(tuple(row.ne(-100).nonzero().flatten().tolist()) for row in labels)
+    assert set(chosen) == set(itertools.combinations((1, 2, 4, 5, 6), 2))
+    assert all(abs(count / 20_000 - 0.1) < 0.01 for count in chosen.values())  # 4.7 standard deviations
+
+
+@pytest.mark.parametrize("random_ids", [None, [7000, 7001]])
+def test_a_fixed_count_hides_four_in_five_and_replaces_half_of_the_rest(tokenizer, random_ids):
+    torch.manual_seed(0)
+    ids = torch.randint(1000, 7000, (128, 128))
+    collator = MaskedBlocksCollator(tokenizer, 0.25, random_ids, fixed_count=True)
+    batch = collator([{"input_ids": row} for row in ids.tolist()])
+    counted = batch["labels"] != -100
+    answers, questions = batch["labels"][counted], batch["input_ids"][counted]
+    masked, kept = questions == tokenizer.mask_token_id, questions == answers
+    assert abs(masked.float().mean() - 0.8) < 0.03  # 4.8 standard deviations
+    assert abs(kept.float().mean() - 0.1) < 0.03
+    drawn = set(questions[~masked & ~kept].tolist())
+    assert drawn == set(random_ids) if random_ids else len(drawn) > 200
+
+
+def test_an_example_with_too_few_tokens_to_mask_is_an_error_that_counts_them(tokenizer):
+    collator = MaskedBlocksCollator(tokenizer, 0.5, fixed_count=True)
+    rows = [[101, 2000, 2001, 2002, 2003, 102], [101, 2000, 102, 2001, 102, 102]]
+    with pytest.raises(ValueError, match=r"Example 1 of a batch has 6 tokens, of which 2 are not special.* masks 3 of"):
+        collator([{"input_ids": row} for row in rows])
+    assert (collator([{"input_ids": rows[0]}])["labels"] != -100).sum() == 3
+    for wrong in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="mlm_probability"):
+            MaskedBlocksCollator(tokenizer, wrong, fixed_count=True)
+
+
+def test_a_fixed_count_leaves_labels_that_are_there(tokenizer):
+    blocks = [{"input_ids": [101, *range(2000, 2030), 102]} for _ in range(8)]
+    masked = mask_once(blocks, tokenizer, 0.15, seed=0)
+    batch = MaskedBlocksCollator(tokenizer, 0.15, fixed_count=True)(list(masked))
+    assert batch["labels"].tolist() == masked["labels"]

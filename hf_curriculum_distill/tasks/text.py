@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
@@ -57,10 +58,14 @@ class MaskedBlocksCollator:
     a random token, 10 % stay; every other label is -100. The random token is any of the vocabulary, special ones too,
     which matters if it is tiny: `random_ids` are then those to draw from.
 
+    With `fixed_count` an example's number of labels is no matter of chance but [`labels_per_example`], as in the
+    original BERT: shapes are then the same from batch to batch, and the trainer knows them without asking the device.
+
     Examples of different lengths are padded to the longest, with label -100 there and an `attention_mask`.
 
     Raises:
-        ValueError: `random_ids` are not in the vocabulary, or lengths differ and the tokenizer has no [PAD] token.
+        ValueError: `random_ids` are not in the vocabulary, lengths differ and the tokenizer has no [PAD] token, or an
+            example has too few tokens to mask.
     """
 
     def __init__(
@@ -68,14 +73,17 @@ class MaskedBlocksCollator:
         tokenizer: PreTrainedTokenizerBase,
         mlm_probability: float = 0.15,
         random_ids: Sequence[int] | None = None,
+        fixed_count: bool = False,
     ):
         if random_ids is not None and not (random_ids and 0 <= min(random_ids) <= max(random_ids) < len(tokenizer)):
             raise ValueError(f"random_ids is {random_ids}; give ids from 0 to {len(tokenizer) - 1}, or None for all.")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.mlm_probability, self.fixed_count = tokenizer, mlm_probability, fixed_count
         self.random_ids = None if random_ids is None else torch.tensor(random_ids)
         self._masking = DataCollatorForLanguageModeling(
             tokenizer, mlm_probability=mlm_probability, random_replace_prob=0.1 if random_ids is None else 0.0
         )
+        if fixed_count:
+            self._masking.mlm_probability = 1.0  # of the tokens that are chosen
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
@@ -88,23 +96,47 @@ class MaskedBlocksCollator:
                 "no [PAD] token; set its pad_token or give blocks of one length."
             )
         ids = _padded(examples, "input_ids", self.tokenizer.pad_token_id)
-        batch = {"input_ids": ids, "labels": _padded(examples, "labels", -100)} if labelled else self._mask(ids)
+        if labelled:
+            batch = {"input_ids": ids, "labels": _padded(examples, "labels", -100)}
+        else:
+            batch = self._mask(ids, lengths)
         if not same_length:
             batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         return batch
 
-    def _mask(self, ids: Tensor) -> dict[str, Tensor]:
-        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
-        input_ids, labels = self._masking.torch_mask_tokens(ids, special_tokens_mask=special)
+    def labels_per_example(self, length: int) -> int | None:
+        """How many labels an example of so many tokens, special ones included, gets; None: that is drawn."""
+        return max(1, round(self.mlm_probability * length)) if self.fixed_count else None
+
+    def _mask(self, ids: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        exempt = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
+        if self.fixed_count:
+            exempt = ~self._choose(~exempt, lengths)
+        input_ids, labels = self._masking.torch_mask_tokens(ids, special_tokens_mask=exempt)
         if self.random_ids is not None:
             # A token to predict is still itself in 20 % of the cases: half of them get a random one.
             random = (input_ids == labels) & (torch.rand(labels.shape) < 0.5)
             input_ids[random] = self.random_ids[torch.randint(len(self.random_ids), labels.shape)][random]
         return {"input_ids": input_ids, "labels": labels}
 
+    def _choose(self, maskable: Tensor, lengths: Tensor) -> Tensor:
+        """Of the maskable tokens as many of each example as its length says, each as likely as any other."""
+        counts = torch.tensor([self.labels_per_example(length) for length in lengths.tolist()])
+        if (lacking := counts > maskable.sum(1)).any():
+            example = int(lacking.nonzero()[0])
+            there = int(maskable[example].sum())
+            raise ValueError(
+                f"Example {example} of a batch has {lengths[example]} tokens, of which {there} are not "
+                f"special, but fixed_count masks {counts[example]} of so many; leave such examples out, or set "
+                "fixed_count=False."
+            )
+        first = torch.rand(maskable.shape).masked_fill(~maskable, 2.0).topk(int(counts.max()), largest=False).indices
+        return torch.zeros_like(maskable).scatter(1, first, torch.arange(first.shape[1]) < counts[:, None])
+
 
 def _padded(examples: Sequence[dict[str, Any]], name: str, padding: int | None) -> Tensor:
-    rows = [torch.as_tensor(example[name], dtype=torch.long) for example in examples]
+    # by NumPy: torch takes three times as long for a list
+    rows = [torch.from_numpy(np.array(example[name], np.int64)) for example in examples]
     return pad_sequence(rows, batch_first=True, padding_value=0 if padding is None else padding)
 
 
