@@ -101,3 +101,15 @@ def test_cache_prints_every_stage_and_the_target():
     rows = [line.split("|")[0].strip() for line in done.stdout.splitlines() if "|" in line]
     assert rows == ["ms a step", "layer 1", "layer 2", "kl", "curriculum"]
     assert sum(">=" in line for line in done.stdout.splitlines()) == 1
+
+
+def test_feeding_prints_what_is_delivered_and_what_each_stage_needs():
+    sizes = "--block_sizes 16 32 --workers 0 1 --batch_tokens 64 --batches 3 --repeats 1"
+    command = [sys.executable, "benchmarks/feeding.py", *sizes.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    stages = [*(f"layer {number}" for number in range(1, 7)), "kl"]
+    expected = [f"delivered, {n} worker(s)" for n in (0, 1)] + [f"needed, {stage}" for stage in stages]
+    assert [row[0] for row in cells[2:]] == expected
+    assert all(float(value) > 0 for row in cells[2:] for value in row[1:])
