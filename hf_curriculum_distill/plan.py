@@ -148,6 +148,8 @@ def make_plan(options: PlanArguments, args: CurriculumDistillationConfig) -> Pla
         "memory: of one process at the worst moment of a step; with the teacher its projections; without sharding, "
         "DDP's buckets, fragmentation and the device's own",
     ]
+    if args.teacher_cache is not None:
+        plan.assumptions.append("teacher_cache: not counted; the data say what it saves, before training starts")
     return plan
 
 

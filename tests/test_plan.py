@@ -230,6 +230,14 @@ def test_one_shot_costs_what_one_shot_costs(tmp_path):
     assert curriculum.one_shot["flops"] == plan.total["flops"] > curriculum.total["flops"]
 
 
+def test_a_cache_is_not_counted_and_that_is_said(tmp_path):
+    plain, cached = (
+        planned(tmp_path, tiny_bert(2), tiny_bert(4), teacher_cache=folder) for folder in (None, str(tmp_path / "none"))
+    )
+    assert cached.total == plain.total and not (tmp_path / "none").exists()
+    assert [line.split(":")[0] for line in cached.assumptions if line not in plain.assumptions] == ["teacher_cache"]
+
+
 def test_sizes_are_the_models_that_the_recipe_makes():
     recipe, tokenizer = runpy.run_path(str(ROOT / "recipes/bert_large.py")), AutoTokenizer.from_pretrained(TOKENIZER)
     for name in [*recipe["PRESETS"], "bert-2-64", "bert-1-32"]:
