@@ -233,6 +233,7 @@ class TextBrewer:
                 max_grad_norm=self.args.max_grad_norm,
                 output_hidden_states=bool(self.pairs),
             )
+        self.teacher.eval()  # which it leaves in training mode; the others ask the same teacher
 
 
 class Torchdistill:
@@ -259,7 +260,8 @@ class Torchdistill:
             loss = box.forward_process(batch, targets=batch["input_ids"].eq(MASK))
             box.post_forward_process(loss=loss)
         for _, hook in box.target_teacher_pairs + box.target_student_pairs:
-            hook.remove()  # the others run the same teacher
+            hook.remove()  # the others ask the same teacher
+        self.teacher.eval()
 
     def settings(self) -> dict:
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args, self.student)

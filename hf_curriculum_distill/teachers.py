@@ -36,7 +36,16 @@ class FrozenTeacher:
     def __call__(
         self, inputs: Mapping[str, Any], layers: Sequence[int] = (), **partial_forward: Any
     ) -> tuple[dict[int, Tensor], Tensor | None]:
-        """Hidden states at `layers` and, if asked for, logits: see [`PartialForward`]. Inputs it lacks are dropped."""
+        """Hidden states at `layers` and, if asked for, logits: see [`PartialForward`]. Inputs it lacks are dropped.
+
+        Raises:
+            RuntimeError: someone has put the model into training mode meanwhile.
+        """
+        if self.model.training:
+            raise RuntimeError(
+                f"The teacher {self.name} was put into training mode after the trainer had got it, so that dropout "
+                "would change its answers; call its eval(), and if it was trained meanwhile make a new trainer."
+            )
         return self.partial_forward(self.model, self._known(inputs), layers, **partial_forward)
 
     def at(self, step: int | None) -> FrozenTeacher:

@@ -41,6 +41,17 @@ def test_an_answer_can_be_the_target_of_a_loss():
     assert torch.equal(student.grad, -2 * hidden[1])
 
 
+def test_a_teacher_that_someone_puts_into_training_mode_meanwhile_is_refused_until_it_is_put_back():
+    model, _, batch = build("bert")
+    teacher = FrozenTeacher(model)
+    expected = teacher(batch, [1])[0][1]
+    model.train()
+    with pytest.raises(RuntimeError, match=r"put into training mode after the trainer had got it.* call its eval\(\)"):
+        teacher(batch, [1])
+    model.eval()
+    assert torch.equal(teacher(batch, [1])[0][1], expected)
+
+
 def test_inputs_the_teacher_lacks_are_dropped():
     model, _, batch = build("distilbert")
     teacher = FrozenTeacher(model)
