@@ -25,6 +25,7 @@ from hf_curriculum_distill.stages import Stage
 # of float32 logits: an accelerator needs more rows to spend its time on products rather than on adding to a gradient
 _CHUNK_BYTES = {"cpu": 2**22}
 _CHUNK_BYTES_OF_ACCELERATOR = 2**27
+_LEAST_ROWS = 96  # with fewer, to read the head's weights for each chunk takes longer than the products
 Losses = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -33,7 +34,7 @@ def chunk_size(args: CurriculumDistillationConfig, num_rows: int, num_classes: i
     if args.torch_compile or args.fp16 or args.logit_chunk_size == 0:
         return None  # one graph; loss scaling; asked for
     num_bytes = _CHUNK_BYTES.get(args.device.type, _CHUNK_BYTES_OF_ACCELERATOR)
-    size = args.logit_chunk_size or max(1, num_bytes // (4 * max(1, num_classes)))
+    size = args.logit_chunk_size or max(_LEAST_ROWS, num_bytes // (4 * max(1, num_classes)))
     return size if size < num_rows else None
 
 

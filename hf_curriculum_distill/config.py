@@ -146,8 +146,8 @@ class CurriculumDistillationConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Rows of logits, student's and teacher's, that are in memory at a time; 0 for all, by default as "
-            "many as fill 4 MiB on a CPU and 128 MiB elsewhere. Loss and operations are the same. All at once with "
-            "torch_compile, fp16, FSDP or DeepSpeed, for classifiers and in evaluation."
+            "many as fill 4 MiB on a CPU and 128 MiB elsewhere, but at least 96. Loss and operations are the same. All "
+            "at once with torch_compile, fp16, FSDP or DeepSpeed, for classifiers and in evaluation."
         },
     )
     restart_schedule_per_stage: bool = field(

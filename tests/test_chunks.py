@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import build
-from conftest import assert_same_weights, tiny_bert, weights
+from conftest import assert_same_weights, masked_lm_examples, tiny_bert, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from test_layers import TOKEN_LOGITS, assert_equal_gradients, same_randomness
@@ -257,7 +257,7 @@ def test_bfloat16_training_in_chunks_is_the_same_to_rounding(config, student, te
         assert log["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-2)
 
 
-def test_a_large_vocabulary_is_cut_by_default_and_a_small_one_is_not(config, examples, monkeypatch):
+def test_a_large_vocabulary_is_cut_by_default_and_a_small_one_is_not(config, monkeypatch):
     cut = []
     monkeypatch.setattr(
         "hf_curriculum_distill.trainer.sum_over_chunks",
@@ -265,7 +265,8 @@ def test_a_large_vocabulary_is_cut_by_default_and_a_small_one_is_not(config, exa
     )
     for vocabulary in (50, 2**18):
         models = [tiny_bert(depth, width=4, vocab_size=vocabulary) for depth in (1, 2)]
-        train(*models, config(method="one_shot", max_steps=1), examples)
+        args = config(method="one_shot", max_steps=1, per_device_train_batch_size=64)
+        train(*models, args, masked_lm_examples(64))  # more than 96 rows, below which no vocabulary is cut
     assert cut == [False, True]
 
 
