@@ -23,7 +23,7 @@ from transformers import (
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import main, parse_arguments
 from hf_curriculum_distill.cost import PeakMemory
-from hf_curriculum_distill.plan import PlanArguments, PlannedConfig, find_config, format_plan, make_plan
+from hf_curriculum_distill.plan import SIZES, PlanArguments, PlannedConfig, find_config, format_plan, make_plan
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes/configs/bert_large/quickstart.yaml"
@@ -240,7 +240,7 @@ def test_a_cache_is_not_counted_and_that_is_said(tmp_path):
 
 def test_sizes_are_the_models_that_the_recipe_makes():
     recipe, tokenizer = runpy.run_path(str(ROOT / "recipes/bert_large.py")), AutoTokenizer.from_pretrained(TOKENIZER)
-    for name in [*recipe["PRESETS"], "bert-2-64", "bert-1-32"]:
+    for name in [*SIZES, "bert-6-768", "bert-2-64", "bert-1-32"]:
         with torch.device("meta"):
             made = recipe["make_model"](name, 0.0, tokenizer).config.to_diff_dict()
         found = find_config(name, dropout=0.0, vocab_size=len(tokenizer)).to_diff_dict()
