@@ -255,7 +255,7 @@ def _build(options: PlanArguments, args: CurriculumDistillationConfig, tokenizer
     )
     batch_size, length = args.per_device_train_batch_size, options.block_size
     ids_shape = labels_shape = batch_size, length
-    num_rows = round(options.mlm_probability * batch_size * (length - predicts_next_token(student.model)))
+    num_rows = batch_size * round(options.mlm_probability * (length - predicts_next_token(student.model)))
     if options.task == "SequenceClassification":
         labels_shape, num_rows = (batch_size,), batch_size
     return detail, DryRun(mode, student, teacher, args, ids_shape, labels_shape, num_rows)

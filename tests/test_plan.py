@@ -270,10 +270,10 @@ def test_the_command_prints_the_quick_starts_plan(tmp_path):
     assert "student layer 2 <- teacher layer 2" in lines
     cells = {line.split()[0]: line.split()[1:] for line in lines if re.search(r"\d-\d", line)}
     total = plan["total"]
-    assert cells["total"] == ["1-600", "2,121,210", "0.91256", "0.82052", "1.7331", "2.9", "min"]
-    assert total["flops"] == pytest.approx(1.7331e12, rel=1e-4) and total["seconds"] == pytest.approx(
-        total["flops"] / 1e10
-    )
+    assert cells["total"] == ["1-600", "2,121,210", "0.9337", "0.83465", "1.7683", "2.9", "min"]
+    # what `make distill` wrote into results.json: its collator, too, labels equally many tokens of each block
+    assert (total["student_flops"], total["teacher_flops"]) == (933_698_764_800, 834_645_196_800)
+    assert total["seconds"] == pytest.approx(total["flops"] / 1e10)
     assert lines[-1] == "not read, for these are options of a recipe: dataset, eval_blocks, teacher_steps, compare_with"
     assert not teacher.exists()
 
