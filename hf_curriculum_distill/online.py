@@ -33,6 +33,7 @@ class OnlineTeacher(FrozenTeacher):
     def __init__(self, model: PreTrainedModel, name: str | None = None):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(model.float(), name)
+        self.identity["fingerprint"] = None
         for parameter in trained:
             parameter.requires_grad_(True)
         self._step = 0

@@ -257,6 +257,11 @@ class ResumableTrainer(Trainer):
         check_resumable(record, self._record(), checkpoint)
         if self.projection_bank is not None:
             bank = ProjectionBank.from_pretrained(checkpoint).to(self.args.device)
+            if bank.fingerprint != record["projection_bank"]:
+                raise ValueError(
+                    f"{checkpoint} has projection bank {bank.fingerprint[:12]}, but was written with "
+                    f"{record['projection_bank'][:12]}; restore the file, or resume from another checkpoint."
+                )
             if self.projection_bank.frozen and self.projection_bank.fingerprint != bank.fingerprint:
                 raise ValueError(
                     f"{checkpoint} was written with projection bank {bank.fingerprint[:12]}, but projection_bank is "

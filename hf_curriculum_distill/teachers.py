@@ -23,6 +23,12 @@ class FrozenTeacher:
     Args:
         model: the teacher. It is put into eval mode and its parameters stop requiring gradients.
         name: where it came from, for the records of a run.
+
+    Attributes:
+        fingerprint: of all weights that it teaches with.
+        identity: what a projection bank notes of the model that it is measured on, `at(None)`. Its name is that of a
+            model on the Hub, where the bank may go too, never a folder of this machine. The fingerprint is None where
+            weights change while they teach.
     """
 
     def __init__(self, model: PreTrainedModel, name: str | None = None):
@@ -31,6 +37,10 @@ class FrozenTeacher:
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.revision = getattr(model.config, "_commit_hash", None)
         self.fingerprint = weights_fingerprint(model)
+        origin = getattr(model.config, "_name_or_path", "")
+        on_hub = self.revision is not None and not os.path.exists(origin)
+        named = {"name": origin, "revision": self.revision} if on_hub else {}
+        self.identity = {"fingerprint": self.fingerprint, "name": None, "revision": None} | named
 
     @torch.inference_mode()
     def __call__(

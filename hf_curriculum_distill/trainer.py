@@ -474,7 +474,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
                 examples = [data[i] for i in chosen]
             else:
                 examples = list(itertools.islice(data, num_samples))
-            self.projection_bank.fit(teacher, self._checked(self._load(examples, "calibration")))
+            self.projection_bank.fit(teacher, self._checked(self._load(examples, "calibration")), self.teacher.identity)
         for tensor in self.projection_bank.tensors().values():
             broadcast(tensor)
 
@@ -624,7 +624,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
                 seed=self.args.projection_seed,
                 shared=self.args.shared_projection,
             )
-        given.check_fits(pairs, *dims)
+        given.check_fits(pairs, *dims, self.teacher.identity["fingerprint"])
         return given.to(self.args.device)
 
     def _resolve_steps(self) -> None:

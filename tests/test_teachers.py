@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_curriculum_distill.loading import check_teacher, load_teacher
-from hf_curriculum_distill.teachers import FrozenTeacher, weights_fingerprint
+from hf_curriculum_distill.teachers import CheckpointTeacher, FrozenTeacher, weights_fingerprint
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "wav2vec2", "mixtral"])
@@ -90,6 +90,25 @@ def test_a_teacher_is_known_by_name():
     assert FrozenTeacher(model).name == "BertForMaskedLM"
     model.config._name_or_path = "somewhere"
     assert FrozenTeacher(model).name == "somewhere"
+
+
+def test_a_bank_notes_a_teacher_of_the_hub_by_its_name_and_a_folder_by_its_weights_alone(tmp_path):
+    model = tiny_bert(2)
+    unnamed = {"fingerprint": weights_fingerprint(model), "name": None, "revision": None}
+    assert FrozenTeacher(model).identity == unnamed
+    model.save_pretrained(tmp_path)
+    local = BertForMaskedLM.from_pretrained(tmp_path)
+    assert FrozenTeacher(local, str(tmp_path)).identity == FrozenTeacher(local).identity == unnamed
+    model.config._name_or_path, model.config._commit_hash = "org/teacher", "c0ffee"  # as from_pretrained sets them
+    assert FrozenTeacher(model).identity == unnamed | {"name": "org/teacher", "revision": "c0ffee"}
+
+
+def test_a_bank_is_measured_on_the_last_of_several_checkpoints(tmp_path):
+    models = {str(tmp_path / f"checkpoint-{step}"): tiny_bert(2, seed=step) for step in (1, 2)}
+    teacher = CheckpointTeacher(list(models), models.get, "step")
+    last = weights_fingerprint(tiny_bert(2, seed=2))
+    assert teacher.identity["fingerprint"] == last == FrozenTeacher(tiny_bert(2, seed=2)).identity["fingerprint"]
+    assert teacher.fingerprint != last  # which says that all checkpoints are the same
 
 
 # ---- loading ----
