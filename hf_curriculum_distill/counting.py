@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_curriculum_distill.adapted import transformers_model
+
 LABEL_POSITIONS = "label_positions"
 _ONE_ANSWER_PER_EXAMPLE = ("SequenceClassification", "ImageClassification", "AudioClassification")
 
 
 def predicts_next_token(model: nn.Module) -> bool:
     """Whether logits at position `i` belong to the label at `i + 1` (causal language models shift inside the loss)."""
+    model = transformers_model(model)
     if getattr(model.config, "is_encoder_decoder", False):
         return False
     return _is_causal(type(model)) or getattr(model, "loss_type", None) == "ForCausalLM"
@@ -36,7 +39,7 @@ def answers_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Whether the model's logits have one row a token, `[batch, length, classes]`, not one an example."""
     if (labels := inputs.get("labels")) is not None:
         return labels.dim() > 1
-    return not any(task in type(model).__name__ for task in _ONE_ANSWER_PER_EXAMPLE)
+    return not any(task in type(transformers_model(model)).__name__ for task in _ONE_ANSWER_PER_EXAMPLE)
 
 
 def answers_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_curriculum_distill.adapted import transformers_model
 from hf_curriculum_distill.chunks import RowLogits
 from hf_curriculum_distill.counting import predicts_next_token
 
@@ -98,7 +99,7 @@ class PartialForward:
     """
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model = model = transformers_model(model)
         self.blocks = find_block_stack(model)
         self._inputs = frozenset(inspect.signature(model.forward).parameters)
         self._pending: _Request | None = None

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
+from hf_curriculum_distill.adapted import is_quantised, transformers_model
 from hf_curriculum_distill.checks import check_finite_weights
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.online import OnlineTeacher
@@ -58,13 +59,17 @@ def prepare_teacher(
         ValueError: it doesn't fit the student or the method, or a folder holds no checkpoints.
         OSError: there is no such model.
     """
-    dtype = None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
+    given, dtype = teacher_model, None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
 
     def place(teacher: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
         check_teacher(student, teacher, processing_class, name)
         if any(parameter.is_meta for parameter in teacher.parameters()):
             check_finite_weights(teacher, "teacher")  # raises
-        teacher = teacher.to(device=args.device, dtype=dtype)
+        if is_quantised(teacher):
+            _check_quantised(teacher, args)
+        teacher = teacher.to(args.device)
+        if dtype is not None and not is_quantised(teacher):
+            teacher = teacher.to(dtype)
         check_finite_weights(teacher, f"teacher {name!r}" if name else "teacher")
         return teacher
 
@@ -72,6 +77,12 @@ def prepare_teacher(
         return place(load_teacher(name, student, args.teacher_dtype), name)
 
     check_finite_weights(student, "student")
+    student = transformers_model(student)
+    if (teacher_model := transformers_model(teacher_model)) is not given and args.method == "online":
+        raise ValueError(
+            f"teacher_model is a {type(given).__name__}, but an online teacher is saved and read again as a model "
+            "without adapters; pass its merge_and_unload()."
+        )
     if isinstance(teacher_model, PreTrainedModel):
         kind = OnlineTeacher if args.method == "online" else FrozenTeacher
         return kind(place(teacher_model))
@@ -115,7 +126,7 @@ def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) 
             f"The teacher {name!r} has pickled weights that hold more than tensors; they are not loaded, because "
             "unpickling can run any code. Use a checkpoint saved as safetensors."
         ) from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ImportError) as error:  # of a quantiser's library
         raise OSError(f"The teacher {name!r} cannot be loaded: {error}") from error
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(
@@ -179,6 +190,24 @@ def check_teacher(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         _check_tokenizers(tokenizer, teacher.config, name)
+
+
+def _check_quantised(teacher: PreTrainedModel, args: CurriculumDistillationConfig) -> None:
+    method = teacher.quantization_method
+    how = f"The teacher is quantised ({getattr(method, 'value', method)})"
+    if args.method in ("online", "progressive"):
+        raise ValueError(
+            f"{how}, but method={args.method!r} changes its weights; use a teacher that is not, or one of the methods "
+            "that leave it alone."
+        )
+    if args.teacher_dtype is None:
+        return
+    packed = {tensor.dtype for tensor in teacher.parameters() if hasattr(tensor, "__tensor_flatten__")}
+    if other := {teacher.dtype, *packed} - {getattr(torch, args.teacher_dtype)}:
+        raise ValueError(
+            f"{how} for computation in {min(map(str, other))}, but teacher_dtype is {args.teacher_dtype!r}, to which "
+            "packed weights are not cast; quantise it in that dtype, or leave teacher_dtype out."
+        )
 
 
 def _check_tasks(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

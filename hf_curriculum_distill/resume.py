@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_curriculum_distill.adapted import transformers_model
 from hf_curriculum_distill.batches import SeededBatches, seeded
 from hf_curriculum_distill.checkpoints import (
     check_writable,
@@ -30,7 +31,7 @@ from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.randomness import RandomStream
 from hf_curriculum_distill.record import check_resumable, make_record, write_record
 from hf_curriculum_distill.stages import Stage, StageScheduler
-from hf_curriculum_distill.teachers import FrozenTeacher
+from hf_curriculum_distill.teachers import FrozenTeacher, weights_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class ResumableTrainer(Trainer):
         self.projection_bank: ProjectionBank | None = None
         self._stage_index: int | None = None
         self._ledger = Ledger()
+        self._base_fingerprint: str | None = None  # of what checkpoints leave out and whoever resumes brings again
         self._resumed: dict[str, Any] | None = None  # the record that this run goes on from
         self._unrestored: dict[str, Any] | None = None  # the same, until its logs have been taken over
         self._loading = RandomStream()
@@ -207,6 +209,7 @@ class ResumableTrainer(Trainer):
             samples_per_step=self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             **self._ledger.total_flops,
             flop_rates=self._ledger.rates,
+            base_model=self._base_fingerprint,
         )
 
     # ---- going on ----
@@ -214,6 +217,9 @@ class ResumableTrainer(Trainer):
     def _start_from(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | bool | None:
         """The checkpoint to resume from, checked and its bank read; None: there is none yet, or none was asked for."""
         self._resumed = None
+        if transformers_model(self.model) is not self.model:  # checkpoints hold its adapters alone
+            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            self._base_fingerprint = weights_fingerprint(self.model, leave_out=trained)
         if self.args.should_save:
             check_writable(self.args.output_dir)
         if isinstance(resume_from_checkpoint, os.PathLike):

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_curriculum_distill.adapted import stored_tensors
 from hf_curriculum_distill.layers import PartialForward
 
 
@@ -170,12 +171,13 @@ def _steps_of(folder: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def weights_fingerprint(model: nn.Module, samples: int = 64) -> str:
+def weights_fingerprint(model: nn.Module, samples: int = 64, leave_out: Collection[str] = ()) -> str:
     """SHA-256 over evenly spaced values of every parameter: training changes it, another device does not."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
+    stored = ((name, tensor) for name, tensor in stored_tensors(model) if name not in leave_out)
+    for name, tensor in sorted(stored, key=lambda named: named[0]):
+        flat = tensor.flatten()
         spaced = flat[:: max(1, flat.numel() // samples)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(spaced.numpy().tobytes())
     return digest.hexdigest()

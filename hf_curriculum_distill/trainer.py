@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
 
 from hf_curriculum_distill import losses
+from hf_curriculum_distill.adapted import transformers_model
 from hf_curriculum_distill.batches import seeded
 from hf_curriculum_distill.cache import Question, TeacherCache
 from hf_curriculum_distill.checks import (
@@ -373,7 +374,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_description(stage.name)
-        core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        core = transformers_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         if self._student.model is not core:  # model_init made a new one
             self._student = PartialForward(core)
         if self.args.torch_compile:
