@@ -114,6 +114,8 @@ def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) 
         ValueError: it is of another task or needs code of its own, or the checkpoint has no weights for the task's
             head, which would leave them random, or has blocks that its configuration lacks.
     """
+    if os.path.isfile(name):  # transformers' own errors depend on what is installed
+        raise OSError(f"The teacher {name!r} cannot be loaded: it is a file; name the folder that holds it.")
     task = next((auto for auto, names in _TASKS.items() if type(student).__name__ in names.values()), None)
     auto = type(student) if task is None else getattr(transformers, task)
     kwargs: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}

@@ -32,6 +32,11 @@ class OnlineTeacher(FrozenTeacher):
 
     def __init__(self, model: PreTrainedModel, name: str | None = None):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError(
+                "No parameter of the online teacher requires gradients, so it would learn nothing; call its "
+                "requires_grad_(True), or take one of the methods for a trained teacher."
+            )
         super().__init__(model.float(), name)
         self.identity["fingerprint"] = None
         for parameter in trained:

@@ -344,7 +344,7 @@ def test_a_name_that_nothing_is_found_for_is_an_oserror(refused, name, message):
 
 def test_what_is_no_models_folder_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("text")
-    refused("file' cannot be loaded: .*not a valid JSON file", OSError, teacher_model=tmp_path / "file")
+    refused("file' cannot be loaded: it is a file; name the folder", OSError, teacher_model=tmp_path / "file")
     refused("has no checkpoint-STEP folders", ValueError, teacher_model=tmp_path, method="progressive")
     (tmp_path / "empty").mkdir()
     refused("empty' cannot be loaded as the student's AutoModelForMaskedLM", teacher_model=tmp_path / "empty")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from architectures import build
 from conftest import tiny_bert
+from test_trainer import train
 from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -69,6 +70,11 @@ def test_a_head_of_another_size_is_refused(tmp_path):
     model.config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no weights for .*classifier"):
         load_teacher(str(tmp_path), tiny_bert(1, model_class=BertForSequenceClassification, num_labels=5))
+
+
+def test_an_online_teacher_that_cannot_learn_is_refused(config, student, teacher, examples):
+    with pytest.raises(ValueError, match="No parameter of the online teacher requires gradients"):
+        train(student, teacher.requires_grad_(False), config(method="online"), examples)
 
 
 # ---- fit with the student ----

@@ -30,6 +30,7 @@ KINDS = {
         "4 bit": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     },
 }
+PACKED = [(library, kind) for library, kinds in KINDS.items() for kind in kinds]
 STAGES = [{"hidden": [[1, 2]], "until": 1}, {"hidden": [[2, 4]], "until": 2}, {"kl_weight": 1.0, "label_weight": 0.5}]
 
 
@@ -39,7 +40,7 @@ def llama(depth, seed=1):
     return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=depth, initializer_range=0.2, **sizes))
 
 
-@pytest.fixture(scope="module", params=[(library, kind) for library, kinds in KINDS.items() for kind in kinds], ids=str)
+@pytest.fixture(scope="module", params=PACKED, ids=" ".join)
 def teachers(request, tmp_path_factory):
     """The same teacher: `whole`, and the folder of what a library made of it."""
     library, kind = request.param
@@ -97,6 +98,22 @@ def test_a_resumed_run_is_one_that_was_never_interrupted(config, teachers):
     expected = run()
     resumed = run(f"{expected.args.output_dir}/checkpoint-1")
     assert_same_weights(weights(resumed.model), weights(expected.model))
+
+
+# torchao takes no gradient through products of rounded activations
+@pytest.mark.parametrize(
+    "teachers", [kind for kind in PACKED if "activations" not in kind[1]], indirect=True, ids=" ".join
+)
+def test_a_quantised_student_learns_through_its_adapters(config, teachers):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    student = peft.get_peft_model(load(teachers[1]), lora)
+    base = weights_fingerprint(student, leave_out=[n for n, p in student.named_parameters() if p.requires_grad])
+    trainer = train(student, llama(4, 3), config(stages=[{"kl_weight": 1.0}]), task_data("causal-lm", 4))
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+    assert trained and weights_fingerprint(student, leave_out=trained) == base
 
 
 @pytest.mark.parametrize(
