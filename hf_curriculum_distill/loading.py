@@ -65,11 +65,12 @@ def prepare_teacher(
         check_teacher(student, teacher, processing_class, name)
         if any(parameter.is_meta for parameter in teacher.parameters()):
             check_finite_weights(teacher, "teacher")  # raises
+        where = {"device": args.device}
         if is_quantised(teacher):
             _check_quantised(teacher, args)
-        teacher = teacher.to(args.device)
-        if dtype is not None and not is_quantised(teacher):
-            teacher = teacher.to(dtype)
+        elif dtype is not None:
+            where["dtype"] = dtype
+        teacher = teacher.to(**where)
         check_finite_weights(teacher, f"teacher {name!r}" if name else "teacher")
         return teacher
 
