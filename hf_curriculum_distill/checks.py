@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+from hf_curriculum_distill.adapted import stored_tensors, transformers_model
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.counting import (
     answers_per_example,
@@ -154,11 +155,11 @@ def check_training_data(data: Any, args: CurriculumDistillationConfig) -> None:
 
 def check_finite_weights(model: nn.Module, who: str) -> None:
     """Raise a `ValueError` that names the first parameter with values that are nan, inf or not there at all."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.is_floating_point()]
-    if missing := [name for name, parameter in named if parameter.is_meta]:
+    named = [(name, tensor) for name, tensor in stored_tensors(model) if tensor.is_floating_point()]
+    if missing := [name for name, tensor in named if tensor.is_meta]:
         raise ValueError(f"{missing[0]} of the {who} has no values yet (device 'meta'); load its weights first.")
     # a sum is finite only if all of it is, and needs no second tensor as large
-    finite = [parameter.detach().sum(dtype=torch.float32).isfinite() for _, parameter in named]
+    finite = [tensor.sum(dtype=torch.float32).isfinite() for _, tensor in named]
     if finite and not torch.stack([flag.to(finite[0].device) for flag in finite]).all():  # one wait for the device
         name = next(name for (name, _), flag in zip(named, finite, strict=True) if not flag)
         raise ValueError(
@@ -190,6 +191,7 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
         ValueError: an input is missing or empty, or tokens, attention mask and labels do not fit each other or the
             model.
     """
+    model = transformers_model(model)
     name, classes = model.main_input_name, _num_classes(model)
     main = inputs.get(name) if isinstance(inputs, Mapping) else None
     if not isinstance(main, Tensor) or not main.numel():
@@ -277,6 +279,7 @@ def _check_values(numbers: Tensor, name: str, end: int | None, beside: str = "")
 
 
 def _num_classes(model: nn.Module) -> int | None:
+    model = transformers_model(model)
     if _is_for(type(model), ("Classification",)):
         return model.config.num_labels
     return getattr(model.config.get_text_config(), "vocab_size", None)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_curriculum_distill.adapted import transformers_model
+
 LABEL_POSITIONS = "label_positions"
 _ONE_ANSWER_PER_EXAMPLE = ("SequenceClassification", "ImageClassification", "AudioClassification")
 # Causal language models whose own loss compares position `i` with label `i`, so that the data have to be shifted.
@@ -45,26 +47,30 @@ def predicts_next_token(model: nn.Module) -> bool:
     Text, vision-language and audio-language decoders do. transformers says so in no one place; the names here are
     compared with the model's own loss before training: see [`label_loss_mismatch`].
     """
-    if getattr(model.config, "is_encoder_decoder", False) or _is_named(type(model), _LABELS_IN_PLACE):
+    if getattr(model.config, "is_encoder_decoder", False) or _is_named(model, _LABELS_IN_PLACE):
         return False
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
-    return shifts or _is_named(type(model), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return shifts or _is_named(model, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def decodes_labels(model: nn.Module) -> bool:
     """Whether the model's labels are the tokens of its decoder, as those of classifiers are not."""
-    classifies = any("Classification" in base.__name__ for base in type(model).__mro__)
+    classifies = any("Classification" in name for name in _class_names(model))
     return getattr(model.config, "is_encoder_decoder", False) and not classifies
 
 
 def answers_per_frame(model: nn.Module) -> bool:
     """Whether the model transcribes audio by CTC: logits are one row a frame, and no label belongs to a frame."""
-    return any(base.__name__.endswith("ForCTC") for base in type(model).__mro__)
+    return any(name.endswith("ForCTC") for name in _class_names(model))
 
 
-def _is_named(model_class: type, names: Collection[str]) -> bool:
-    # by any base: FSDP2 makes a class of its own of the one that it shards
-    return any(base.__name__ in names for base in model_class.__mro__)
+def _is_named(model: nn.Module, names: Collection[str]) -> bool:
+    return any(name in names for name in _class_names(model))
+
+
+def _class_names(model: nn.Module) -> list[str]:
+    # of all bases: FSDP2 makes a class of its own of the one that it shards
+    return [base.__name__ for base in type(transformers_model(model)).__mro__]
 
 
 def answers_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
@@ -73,7 +79,7 @@ def answers_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         return True
     if (labels := inputs.get("labels")) is not None:
         return labels.dim() > 1
-    return not any(task in type(model).__name__ for task in _ONE_ANSWER_PER_EXAMPLE)
+    return not any(task in type(transformers_model(model)).__name__ for task in _ONE_ANSWER_PER_EXAMPLE)
 
 
 def answers_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_curriculum_distill.adapted import transformers_model
 from hf_curriculum_distill.chunks import RowLogits
 from hf_curriculum_distill.counting import predicts_next_token
 
@@ -125,7 +126,7 @@ class PartialForward:
     """
 
     def __init__(self, model: nn.Module, stack: str = "encoder"):
-        self.model = model
+        self.model = model = transformers_model(model)
         self.stack = stack
         self.blocks = find_block_stack(model, stack)
         self._inputs = frozenset(inspect.signature(model.forward).parameters)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pickle import UnpicklingError
 from typing import Any
 
@@ -12,14 +14,17 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
+from hf_curriculum_distill.adapted import is_quantised, transformers_model
 from hf_curriculum_distill.checks import check_finite_weights
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.online import OnlineTeacher
 from hf_curriculum_distill.teachers import CheckpointTeacher, FrozenTeacher, find_checkpoints
+
+logger = logging.getLogger(__name__)
 
 # auto class -> the class names it stands for
 _TASKS = {
@@ -54,13 +59,18 @@ def prepare_teacher(
         ValueError: it doesn't fit the student or the method, or a folder holds no checkpoints.
         OSError: there is no such model.
     """
-    dtype = None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
+    given, dtype = teacher_model, None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
 
     def place(teacher: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
         check_teacher(student, teacher, processing_class, name)
         if any(parameter.is_meta for parameter in teacher.parameters()):
             check_finite_weights(teacher, "teacher")  # raises
-        teacher = teacher.to(device=args.device, dtype=dtype)
+        where = {"device": args.device}
+        if is_quantised(teacher):
+            _check_quantised(teacher, args)
+        elif dtype is not None:
+            where["dtype"] = dtype
+        teacher = teacher.to(**where)
         check_finite_weights(teacher, f"teacher {name!r}" if name else "teacher")
         return teacher
 
@@ -68,6 +78,12 @@ def prepare_teacher(
         return place(load_teacher(name, student, args.teacher_dtype), name)
 
     check_finite_weights(student, "student")
+    student = transformers_model(student)
+    if (teacher_model := transformers_model(teacher_model)) is not given and args.method == "online":
+        raise ValueError(
+            f"teacher_model is a {type(given).__name__}, but an online teacher is saved and read again as a model "
+            "without adapters; pass its merge_and_unload()."
+        )
     if isinstance(teacher_model, PreTrainedModel):
         kind = OnlineTeacher if args.method == "online" else FrozenTeacher
         return kind(place(teacher_model), stack=args.layer_stack)
@@ -100,6 +116,8 @@ def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) 
         ValueError: it is of another task or needs code of its own, or the checkpoint has no weights for the task's
             head, which would leave them random, or has blocks that its configuration lacks.
     """
+    if os.path.isfile(name):  # transformers' own errors depend on what is installed
+        raise OSError(f"The teacher {name!r} cannot be loaded: it is a file; name the folder that holds it.")
     task = next((auto for auto, names in _TASKS.items() if type(student).__name__ in names.values()), None)
     auto = type(student) if task is None else getattr(transformers, task)
     kwargs: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
@@ -112,7 +130,7 @@ def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) 
             f"The teacher {name!r} has pickled weights that hold more than tensors; they are not loaded, because "
             "unpickling can run any code. Use a checkpoint saved as safetensors."
         ) from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ImportError) as error:  # of a quantiser's library
         raise OSError(f"The teacher {name!r} cannot be loaded: {error}") from error
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(
@@ -160,12 +178,12 @@ def check_teacher(
                 f"The student has {student.config.num_labels} labels and the teacher {teacher.config.num_labels}; "
                 "their logits can't be compared. Load both with the same num_labels."
             )
-        names = [{label.lower() for label in m.config.label2id} for m in (student, teacher)]
-        default = {f"label_{i}" for i in range(student.config.num_labels)}
-        if default not in names and student.config.label2id != teacher.config.label2id:
+        names = [_label_names(model.config) for model in (student, teacher)]
+        if None not in names and names[0] != names[1]:
+            label2id = [{name: number for number, name in enumerate(labels)} for labels in names]
             raise ValueError(
-                f"The student's label2id is {student.config.label2id} and the teacher's {teacher.config.label2id}; "
-                "class numbers must mean the same. Load both with the same label2id."
+                f"The student's label2id is {label2id[0]} and the teacher's {label2id[1]}; class numbers must mean the "
+                "same. Load both with the same id2label and label2id."
             )
     vocabularies = [getattr(m.config.get_text_config(), "vocab_size", None) for m in (student, teacher)]
     if None not in vocabularies and vocabularies[0] != vocabularies[1]:
@@ -173,11 +191,26 @@ def check_teacher(
             f"The student's vocabulary has {vocabularies[0]} entries and the teacher's {vocabularies[1]}; they must "
             "read and predict the same tokens. Build the student with the teacher's tokenizer and vocab_size."
         )
-    comparable = isinstance(processing_class, PreTrainedTokenizerBase) and name is not None and _has_tokenizer(name)
-    if comparable and AutoTokenizer.from_pretrained(name).get_vocab() != processing_class.get_vocab():
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        _check_tokenizers(tokenizer, teacher.config, name)
+
+
+def _check_quantised(teacher: PreTrainedModel, args: CurriculumDistillationConfig) -> None:
+    method = teacher.quantization_method
+    how = f"The teacher is quantised ({getattr(method, 'value', method)})"
+    if args.method in ("online", "progressive"):
         raise ValueError(
-            f"The tokenizer of {name} and the processing_class map tokens to different ids; teacher and student must "
-            "read the same ids. Pass the teacher's tokenizer as processing_class."
+            f"{how}, but method={args.method!r} changes its weights; use a teacher that is not, or one of the methods "
+            "that leave it alone."
+        )
+    if args.teacher_dtype is None:
+        return
+    packed = {tensor.dtype for tensor in teacher.parameters() if hasattr(tensor, "__tensor_flatten__")}
+    if other := {teacher.dtype, *packed} - {getattr(torch, args.teacher_dtype)}:
+        raise ValueError(
+            f"{how} for computation in {min(map(str, other))}, but teacher_dtype is {args.teacher_dtype!r}, to which "
+            "packed weights are not cast; quantise it in that dtype, or leave teacher_dtype out."
         )
 
 
@@ -211,7 +244,40 @@ def _any_block(key: str) -> str:
     return re.sub(r"\.\d+\.", ".0.", key)
 
 
-def _has_tokenizer(name: str) -> bool:
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+def _label_names(config: PreTrainedConfig) -> list[str | None] | None:
+    """What the classes are called, by number and in lower case; None if they have only the default names."""
+    for names in (config.id2label or {}, {number: name for name, number in (config.label2id or {}).items()}):
+        labels = {str(number): str(name).lower() for number, name in names.items()}  # files know no other keys
+        if any(name != f"label_{number}" for number, name in labels.items()):
+            return [labels.get(str(number)) for number in range(config.num_labels)]
+    return None
+
+
+def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedConfig, name: str | None) -> None:
+    """Compare with the tokenizer beside the teacher's weights: for a model in memory, where it says that these lay."""
+    origin, in_memory = name or getattr(teacher, "_name_or_path", ""), name is None
+    folder = _tokenizer_folder(origin, getattr(teacher, "_commit_hash", None), local_files_only=in_memory)
+    if folder is None:
+        return
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder if in_memory else name, trust_remote_code=False).get_vocab()
+    except Exception as error:  # of any kind: each tokenizer has its own
+        logger.warning("The tokenizer of %s cannot be read, so it is not compared with yours: %s", origin, error)
+        return
+    ours = tokenizer.get_vocab()
+    # to a model in memory, tokens may have been added since
+    if theirs != ours and not (in_memory and theirs.items() <= ours.items()):
+        raise ValueError(
+            f"The tokenizer of {origin} and the processing_class map tokens to different ids; teacher and student must "
+            "read the same ids. Pass the teacher's tokenizer as processing_class; if the teacher has been trained with "
+            "another one since it was loaded, save both in one folder and name that."
+        )
+
+
+def _tokenizer_folder(name: str, revision: str | None, **kwargs: Any) -> str | None:
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return any(cached_file(name, file, **lenient) for file in files)
+    with suppress(OSError):  # neither a folder nor a name that the Hub could have
+        for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+            if (path := cached_file(name, file, revision=revision, **lenient, **kwargs)) is not None:
+                return os.path.dirname(path)
+    return None

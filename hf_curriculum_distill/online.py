@@ -32,7 +32,13 @@ class OnlineTeacher(FrozenTeacher):
 
     def __init__(self, model: PreTrainedModel, name: str | None = None, stack: str = "encoder"):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError(
+                "No parameter of the online teacher requires gradients, so it would learn nothing; call its "
+                "requires_grad_(True), or take one of the methods for a trained teacher."
+            )
         super().__init__(model.float(), name, stack)
+        self.identity["fingerprint"] = None
         for parameter in trained:
             parameter.requires_grad_(True)
         self._step = 0

@@ -20,8 +20,10 @@ from torch import Tensor
 from hf_curriculum_distill.stages import LayerPair, parse_layer_pairs
 
 FILE_NAME = "projection_bank.safetensors"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 PROJECTIONS = ("gaussian", "rademacher", "orthogonal", "identity")
+_IDENTITY = ("fingerprint", "name", "revision")
+_STORED = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
 @dataclass
@@ -35,6 +37,7 @@ class ProjectionBank:
     """One fixed random matrix for each `(student_layer, teacher_layer)` pair, and how its outputs are standardised.
 
     Made by [`create`], measured once by [`fit`], then frozen: `project` never changes it, and a second `fit` raises.
+    What was measured belongs to the teacher that it was measured on; matrices that were drawn alone belong to none.
     Gupta & Karmalkar (2025) project the teacher's hidden states with fixed random matrices; that targets are
     standardised with a calibration sample's mean and standard deviation is our choice.
 
@@ -44,6 +47,10 @@ class ProjectionBank:
     torch.Size([2, 3, 4])
 
     ```
+
+    Attributes:
+        metadata: `kind`, `seed` and `shared` as given to [`create`]; `teacher`, whom [`fit`] measured, or None.
+        frozen: whether it has been measured, or taken as it is.
     """
 
     def __init__(self, projections: Mapping[LayerPair, _Projection], metadata: Mapping[str, Any], frozen: bool):
@@ -90,8 +97,9 @@ class ProjectionBank:
         projections = {}
         for pair, student_dim, teacher_dim in zip(pairs, student_dims, teacher_dims, strict=True):
             weight = _draw(kind, student_dim, teacher_dim, _pair_seed(seed, (0, 0) if shared else pair))
-            projections[pair] = _Projection(weight, torch.zeros(student_dim), torch.ones(student_dim))
-        return cls(projections, {"kind": kind, "seed": seed, "shared": shared}, frozen=False)
+            mean, std = (torch.full((student_dim,), value, **_STORED) for value in (0.0, 1.0))
+            projections[pair] = _Projection(weight, mean, std)
+        return cls(projections, {"kind": kind, "seed": seed, "shared": shared, "teacher": None}, frozen=False)
 
     @property
     def layer_pairs(self) -> tuple[LayerPair, ...]:
@@ -102,19 +110,37 @@ class ProjectionBank:
         """`{(student_layer, teacher_layer): (student_dim, teacher_dim)}`."""
         return {pair: tuple(p.weight.shape) for pair, p in self._projections.items()}
 
-    def check_fits(self, pairs: Iterable[LayerPair], student_dim: int, teacher_dim: int) -> None:
-        """Raise a `ValueError` unless there is a `[student_dim, teacher_dim]` matrix for each pair."""
+    def check_fits(
+        self, pairs: Iterable[LayerPair], student_dim: int, teacher_dim: int, teacher_fingerprint: str | None
+    ) -> None:
+        """Raise a `ValueError` unless there is a `[student_dim, teacher_dim]` matrix for each pair.
+
+        Args:
+            teacher_fingerprint: the teacher's [`~teachers.weights_fingerprint`], which a bank that was measured must
+                have been measured on; None for a teacher that changes while it teaches.
+        """
         missing = [pair for pair in pairs if self.shapes.get(pair) != (student_dim, teacher_dim)]
         if missing:
             raise ValueError(
                 f"The projection bank does not fit: layer pairs {missing} need [{student_dim}, {teacher_dim}] matrices "
                 f"(student, teacher), but it has {self.shapes}. Create it for this layer map and these models."
             )
+        measured = self.metadata["teacher"]
+        if measured is not None and (teacher_fingerprint is None or measured["fingerprint"] != teacher_fingerprint):
+            known = measured["fingerprint"]
+            given = "changes while it teaches" if teacher_fingerprint is None else f"has {teacher_fingerprint[:12]}"
+            raise ValueError(
+                f"The projection bank standardises what was measured on {measured['name'] or 'a teacher'} with weights "
+                f"{known[:12] if known else 'that fit was not told of'}, but the teacher {given}; another teacher's "
+                "states, or the same one's in another dtype, have other means and deviations. Pass the teacher it was "
+                "measured on, or leave projection_bank out, so that one is measured on yours."
+            )
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every pair, matrix, mean and standard deviation, to the bit."""
-        return self._hash(("weight", "mean", "std"))
+        """SHA-256 over every pair, matrix, mean and standard deviation, to the bit, and all the metadata."""
+        described = json.dumps({**self.metadata, "frozen": self.frozen}, sort_keys=True)
+        return self._hash(("weight", "mean", "std"), described)
 
     @property
     def matrix_fingerprint(self) -> str:
@@ -128,7 +154,10 @@ class ProjectionBank:
 
     @torch.no_grad()
     def fit(
-        self, teacher: Callable[[Any, Sequence[int]], tuple[Mapping[int, Tensor], Tensor]], dataloader: Iterable[Any]
+        self,
+        teacher: Callable[[Any, Sequence[int]], tuple[Mapping[int, Tensor], Tensor]],
+        dataloader: Iterable[Any],
+        identity: Mapping[str, str | None] | None = None,
     ) -> ProjectionBank:
         """Measure mean and standard deviation of the projected teacher states, then freeze the bank.
 
@@ -136,6 +165,9 @@ class ProjectionBank:
             teacher: `teacher(batch, layers)` returns `{layer: [batch, length, teacher_dim]}` and a mask
                 `[batch, length]`, non-zero where a position counts.
             dataloader: the calibration sample's batches.
+            identity: who is measured, as [`~teachers.FrozenTeacher`]'s `identity` says it: `fingerprint` (of the
+                weights: [`~teachers.weights_fingerprint`]) and, for the reader, the `name` and `revision` of a model on
+                the Hub. A bank that wasn't told is of no use to a trainer, which cannot know whether it fits.
 
         A coordinate that never varies keeps a standard deviation of 1, so that its target is 0.
 
@@ -168,6 +200,7 @@ class ProjectionBank:
             projection = self._projections[pair]
             projection.mean = moment.mean.float().to(projection.weight.device)
             projection.std = torch.where(varies, std, 1.0).float().to(projection.weight.device)
+        self.metadata["teacher"] = {name: (identity or {}).get(name) for name in _IDENTITY}
         return self.freeze()
 
     def project(self, student_layer: int, hidden: Tensor) -> Tensor:
@@ -232,15 +265,18 @@ class ProjectionBank:
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is not a readable projection bank ({error}); restore the file.") from error
         if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has format version {version}, this library reads {FORMAT_VERSION}.")
+            raise ValueError(
+                f"{path} has format version {version}, this library reads {FORMAT_VERSION}, which says which "
+                "teacher was measured; create the bank anew from its seed, or use the library's version that wrote it."
+            )
         try:
             bank = cls._from_file(tensors, {name: json.loads(value) for name, value in metadata.items()})
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a readable projection bank ({error}); restore the file.") from error
         if bank.fingerprint != fingerprint:
             raise ValueError(
-                f"{path} does not match the fingerprint it was saved with ({fingerprint[:12]}...): its tensors were "
-                "changed afterwards. Restore the original file."
+                f"{path} does not match the fingerprint it was saved with ({fingerprint[:12]}...): its tensors or "
+                "metadata were changed afterwards. Restore the original file."
             )
         return bank
 
@@ -249,6 +285,9 @@ class ProjectionBank:
         pairs, frozen = parse_layer_pairs(metadata.pop("layer_pairs")), metadata.pop("frozen")
         if metadata["kind"] not in PROJECTIONS or not isinstance(frozen, bool):
             raise ValueError(f"its kind is {metadata['kind']!r} and frozen is {frozen!r}")
+        measured = metadata["teacher"]
+        if measured is not None and (not isinstance(measured, dict) or sorted(measured) != sorted(_IDENTITY)):
+            raise ValueError(f"its teacher is {measured!r}")
         projections = {
             (s, t): _Projection(*(tensors[f"layer_{s}_{t}.{name}"] for name in ("weight", "mean", "std")))
             for s, t in pairs
@@ -277,8 +316,8 @@ class ProjectionBank:
                 )
             )
 
-    def _hash(self, names: Sequence[str]) -> str:
-        digest = hashlib.sha256()
+    def _hash(self, names: Sequence[str], described: str = "") -> str:
+        digest = hashlib.sha256(described.encode())
         for pair in sorted(self._projections):
             for name in names:
                 tensor = getattr(self._projections[pair], name).detach().cpu().contiguous()
@@ -319,18 +358,18 @@ def _pair_seed(seed: int, pair: LayerPair) -> int:
 def _draw(kind: str, rows: int, columns: int, seed: int) -> Tensor:
     # A CPU generator of its own leaves the global random state, hence the data order, alone; float64 rounded to
     # float32 hides the last-bit differences between CPUs.
-    generator = torch.Generator().manual_seed(seed)
+    drawn = {"generator": torch.Generator("cpu").manual_seed(seed), "dtype": torch.float64, "device": "cpu"}
     if kind == "identity":
         if rows > columns:
             raise ValueError(
                 f"projection='identity' copies teacher units, but the student has {rows} and the teacher {columns}; "
                 "use a random projection for a student that is wider than its teacher."
             )
-        return torch.eye(rows, columns)
+        return torch.eye(rows, columns, **_STORED)
     if kind == "rademacher":
-        signs = torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.float64) * 2 - 1
+        signs = torch.randint(0, 2, (rows, columns), **drawn) * 2 - 1
         return (signs / columns**0.5).float()
-    normal = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    normal = torch.randn(rows, columns, **drawn)
     if kind == "gaussian":
         return (normal / columns**0.5).float()
     tall = normal if rows > columns else normal.T

@@ -36,7 +36,7 @@ _SETTINGS = (
 )
 
 # What must be the same for a resumed run to equal one that was never interrupted.
-_FIXED = ("method", "max_steps", "stages", "settings", "teacher", "projection_matrices", "cached_logits")
+_FIXED = ("method", "max_steps", "stages", "settings", "teacher", "base_model", "projection_matrices", "cached_logits")
 _MAY_MOVE = ("teacher.name", "teacher.revision")  # the same weights by another name are the same teacher
 
 

@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_curriculum_distill.adapted import transformers_model
 from hf_curriculum_distill.batches import SeededBatches, seeded
 from hf_curriculum_distill.checkpoints import (
     check_writable,
@@ -30,7 +31,7 @@ from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.randomness import RandomStream
 from hf_curriculum_distill.record import check_resumable, make_record, write_record
 from hf_curriculum_distill.stages import Stage, StageScheduler
-from hf_curriculum_distill.teachers import FrozenTeacher
+from hf_curriculum_distill.teachers import FrozenTeacher, weights_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class ResumableTrainer(Trainer):
         self.projection_bank: ProjectionBank | None = None
         self._stage_index: int | None = None
         self._ledger = Ledger()
+        self._base_fingerprint: str | None = None  # of what checkpoints leave out and whoever resumes brings again
         self._resumed: dict[str, Any] | None = None  # the record that this run goes on from
         self._unrestored: dict[str, Any] | None = None  # the same, until its logs have been taken over
         self._loading = RandomStream()
@@ -207,6 +209,7 @@ class ResumableTrainer(Trainer):
             samples_per_step=self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             **self._ledger.total_flops,
             flop_rates=self._ledger.rates,
+            base_model=self._base_fingerprint,
         )
 
     # ---- going on ----
@@ -214,6 +217,9 @@ class ResumableTrainer(Trainer):
     def _start_from(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | bool | None:
         """The whole checkpoint to resume from; None: there is none yet, or none was asked for."""
         self._resumed = None
+        if transformers_model(self.model) is not self.model:  # checkpoints hold its adapters alone
+            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            self._base_fingerprint = weights_fingerprint(self.model, leave_out=trained)
         if self.args.should_save:
             check_writable(self.args.output_dir)
         if isinstance(resume_from_checkpoint, os.PathLike):
@@ -248,11 +254,17 @@ class ResumableTrainer(Trainer):
 
     def _check_resumed(self, checkpoint: str) -> None:
         """Whether the run is the one that wrote the checkpoint; takes over its bank."""
-        check_resumable(self._resumed, self._record(), checkpoint)
+        record = self._resumed
+        check_resumable(record, self._record(), checkpoint)
         if self.args.should_save:
-            remove_unfinished(self.args.output_dir, self._resumed["step"])
+            remove_unfinished(self.args.output_dir, record["step"])
         if self.projection_bank is not None:
             bank = ProjectionBank.from_pretrained(checkpoint).to(self.args.device)
+            if bank.fingerprint != record["projection_bank"]:
+                raise ValueError(
+                    f"{checkpoint} has projection bank {bank.fingerprint[:12]}, but was written with "
+                    f"{record['projection_bank'][:12]}; restore the file, or resume from another checkpoint."
+                )
             if self.projection_bank.frozen and self.projection_bank.fingerprint != bank.fingerprint:
                 raise ValueError(
                     f"{checkpoint} was written with projection bank {bank.fingerprint[:12]}, but projection_bank is "

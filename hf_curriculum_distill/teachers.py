@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_curriculum_distill.adapted import stored_tensors
 from hf_curriculum_distill.layers import PartialForward
 
 
@@ -24,6 +25,12 @@ class FrozenTeacher:
         model: the teacher. It is put into eval mode and its parameters stop requiring gradients.
         name: where it came from, for the records of a run.
         stack: of an encoder-decoder, the one whose blocks are matched.
+
+    Attributes:
+        fingerprint: of all weights that it teaches with.
+        identity: what a projection bank notes of the model that it is measured on, `at(None)`. Its name is that of a
+            model on the Hub, where the bank may go too, never a folder of this machine. The fingerprint is None where
+            weights change while they teach.
     """
 
     def __init__(self, model: PreTrainedModel, name: str | None = None, stack: str = "encoder"):
@@ -32,6 +39,10 @@ class FrozenTeacher:
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.revision = getattr(model.config, "_commit_hash", None)
         self.fingerprint = weights_fingerprint(model)
+        origin = getattr(model.config, "_name_or_path", "")
+        on_hub = self.revision is not None and not os.path.exists(origin)
+        named = {"name": origin, "revision": self.revision} if on_hub else {}
+        self.identity = {"fingerprint": self.fingerprint, "name": None, "revision": None} | named
 
     @torch.inference_mode()
     def __call__(
@@ -165,12 +176,13 @@ def _steps_of(folder: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def weights_fingerprint(model: nn.Module, samples: int = 64) -> str:
+def weights_fingerprint(model: nn.Module, samples: int = 64, leave_out: Collection[str] = ()) -> str:
     """SHA-256 over evenly spaced values of every parameter: training changes it, another device does not."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
+    stored = ((name, tensor) for name, tensor in stored_tensors(model) if name not in leave_out)
+    for name, tensor in sorted(stored, key=lambda named: named[0]):
+        flat = tensor.flatten()
         spaced = flat[:: max(1, flat.numel() // samples)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(spaced.numpy().tobytes())
     return digest.hexdigest()

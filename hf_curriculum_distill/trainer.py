@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
 from transformers.utils import ModelOutput
 
 from hf_curriculum_distill import losses
+from hf_curriculum_distill.adapted import transformers_model
 from hf_curriculum_distill.batches import seeded
 from hf_curriculum_distill.cache import Question, TeacherCache
 from hf_curriculum_distill.checks import (
@@ -184,7 +185,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
                 f"The arguments ask for {now} since the trainer was made, which was {self._who_teaches}: another "
                 "teacher. Make a new trainer."
             )
-        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        student = self._core
         if student is not self._student.model or args.layer_stack != self._student.stack:
             if self.teacher is not None:
                 check_teacher(student, self.teacher.model, self.processing_class)
@@ -195,6 +196,11 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         check_stages(self._declared_stages, args, self._student, self.is_deepspeed_enabled)
         check_cache(self._declared_stages, args, student)
         self.projection_bank = self._make_bank()
+
+    @property
+    def _core(self) -> PreTrainedModel:
+        """The student without what wraps it."""
+        return transformers_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def _describe_teacher(self) -> str:
         args = self.args
@@ -487,7 +493,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
             ValueError: they do not, or the model's own loss says that its labels are no classes of the rows that this
                 library compares.
         """
-        core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        core = self._core
         if self._student.model is not core:  # accelerate has wrapped or replaced it
             self._student = PartialForward(core, self.args.layer_stack)
         pairs = dict.fromkeys(pair for stage in self.stages for pair in stage.hidden)
@@ -528,7 +534,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
     def _label_loss_mismatch(self, inputs, outputs) -> str | None:
         if not isinstance(outputs, Mapping):
             outputs = dict(zip(("loss", "logits"), outputs, strict=False))
-        return label_loss_mismatch(self.model, inputs, outputs, self._tolerance)
+        return label_loss_mismatch(self._student.model, inputs, outputs, self._tolerance)
 
     @property
     def _tolerance(self) -> float:
@@ -638,7 +644,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
                 examples = [data[i] for i in chosen]
             else:
                 examples = list(itertools.islice(data, num_samples))
-            self.projection_bank.fit(teacher, self._checked(self._load(examples, "calibration")))
+            self.projection_bank.fit(teacher, self._checked(self._load(examples, "calibration")), self.teacher.identity)
         for tensor in self.projection_bank.tensors().values():
             broadcast(tensor)
 
@@ -804,7 +810,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
             each = [[dim] * len(pairs) for dim in dims]
             kind, seed, shared = args.projection, args.projection_seed, args.shared_projection
             given = ProjectionBank.create(pairs, *each, kind=kind, seed=seed, shared=shared)
-        given.check_fits(pairs, *dims)
+        given.check_fits(pairs, *dims, self.teacher.identity["fingerprint"])
         self._bank_made_of = made_of
         return given.to(args.device)
 

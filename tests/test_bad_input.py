@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -343,7 +344,7 @@ def test_a_name_that_nothing_is_found_for_is_an_oserror(refused, name, message):
 
 def test_what_is_no_models_folder_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("text")
-    refused("file' cannot be loaded: .*not a valid JSON file", OSError, teacher_model=tmp_path / "file")
+    refused("file' cannot be loaded: it is a file; name the folder", OSError, teacher_model=tmp_path / "file")
     refused("has no checkpoint-STEP folders", ValueError, teacher_model=tmp_path, method="progressive")
     (tmp_path / "empty").mkdir()
     refused("empty' cannot be loaded as the student's AutoModelForMaskedLM", teacher_model=tmp_path / "empty")
@@ -354,11 +355,11 @@ def test_what_is_no_models_folder_is_refused(refused, tmp_path):
 PAIRS = [(1, 2), (2, 4)]
 
 
-def make_bank():
+def make_bank(identity=None):
     generator = torch.Generator().manual_seed(0)
     states = {layer: torch.randn(2, 5, 24, generator=generator) for layer in (2, 4)}
     bank = ProjectionBank.create(PAIRS, [16, 16], [24, 24])
-    return bank.fit(lambda batch, layers: (states, torch.ones(2, 5)), [0])
+    return bank.fit(lambda batch, layers: (states, torch.ones(2, 5)), [0], identity)
 
 
 def rewrite(folder, change):
@@ -368,7 +369,11 @@ def rewrite(folder, change):
     change(tensors, metadata)
     parts = {p: [tensors.get(f"layer_{p[0]}_{p[1]}.{name}") for name in ("weight", "mean", "std")] for p in PAIRS}
     if all(tensor is not None for part in parts.values() for tensor in part):
-        signed = ProjectionBank({pair: _Projection(*part) for pair, part in parts.items()}, {}, frozen=True)
+        noted = {name: metadata[name] for name in ("kind", "seed", "shared", "teacher", "frozen") if name in metadata}
+        with suppress(json.JSONDecodeError):
+            noted = {name: json.loads(value) for name, value in noted.items()}
+        frozen = noted.pop("frozen")
+        signed = ProjectionBank({pair: _Projection(*part) for pair, part in parts.items()}, noted, frozen)
         metadata["fingerprint"] = signed.fingerprint
     save_file(tensors, folder / FILE_NAME, metadata=metadata)
 
@@ -416,6 +421,8 @@ WRONG_BANKS = {
     "pairs that are letters": (note(layer_pairs='"ab"'), "is not a layer pair"),
     "another kind": (note(kind='"learned"'), "its kind is 'learned'"),
     "no kind": (lambda tensors, metadata: metadata.pop("kind"), "'kind'"),
+    "no teacher": (lambda tensors, metadata: metadata.pop("teacher"), "'teacher'"),
+    "a teacher that is a word": (note(teacher='"bert"'), "its teacher is 'bert'"),
     "frozen is a word": (note(frozen='"no"'), "frozen is 'no'"),
     "metadata that is no JSON": (note(seed="zero"), "Expecting value"),
     "no fingerprint": (lambda t, m: (t.pop("layer_1_2.std"), m.pop("fingerprint")), "'fingerprint'"),
@@ -467,7 +474,13 @@ def test_a_bank_that_cannot_be_drawn_is_refused(arguments, message):
         ProjectionBank.create(*arguments)
 
 
-def test_a_bank_of_another_teacher_is_refused_and_one_for_other_blocks_too(refused):
+def test_a_bank_of_another_teacher_is_refused_and_one_for_other_blocks_too(refused, finished):
+    fitted = ProjectionBank.from_pretrained(finished)
+    measured = r"measured on a teacher with weights \w{12}, but the teacher "
+    refused(measured + r"has \w{12}", projection_bank=fitted, teacher_model=make_teacher(seed=3))
+    refused(measured + r"has \w{12}", projection_bank=fitted, teacher_dtype="bfloat16")
+    online = {"method": "online", "stages": [{"hidden": PAIRS}], "standardize_targets": False}
+    refused(measured + "changes while it teaches", projection_bank=fitted, **online)
     other = ProjectionBank.create([(1, 1), (2, 3)], [16, 16], [24, 24])
     refused(r"layer pairs \[\(1, 2\), \(2, 4\)\] need \[16, 24\]", projection_bank=other)
     refused(
@@ -744,6 +757,11 @@ DAMAGED_CHECKPOINTS = {
     "a record that is a folder": (become_a_folder("curriculum.json"), OSError, "has no curriculum.json"),
     "a bank of garbage": (other_bytes(FILE_NAME), ValueError, f"{FILE_NAME} is not a readable projection bank"),
     "one bit of a bank": (flip_the_last_bit(FILE_NAME), ValueError, f"{FILE_NAME} does not match the fingerprint"),
+    "the bank of another teacher": (
+        lambda folder: make_bank({"fingerprint": "a" * 64}).save_pretrained(folder),
+        ValueError,
+        r"checkpoint-4 has projection bank \w{12}, but was written with \w{12}; restore the file",
+    ),
     "no bank": (remove(FILE_NAME), (OSError, ValueError), FILE_NAME),
     "a bank cut short": (cut(FILE_NAME), ValueError, FILE_NAME),
 }

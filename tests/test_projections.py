@@ -23,6 +23,8 @@ KNOWN = {
     "identity": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
 }
 
+TEACHER = {"fingerprint": "a" * 64, "name": "org/teacher", "revision": "c0ffee"}
+
 every_kind = pytest.mark.parametrize("kind", PROJECTIONS)
 
 
@@ -90,6 +92,22 @@ def test_the_seed_gives_the_same_bank_on_every_machine():
     expected = {kind: torch.tensor(KNOWN[kind]) for kind in PROJECTIONS}
     for kind in PROJECTIONS:
         torch.testing.assert_close(drawn[kind], expected[kind], rtol=0, atol=1e-6)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_seed_gives_the_same_bank_whatever_torchs_defaults_are(kind, dtype):
+    drawn, fitted = two_pairs(kind), two_pairs(kind).fit(teacher, batches([8]))
+    sample, default = batches([8]), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):  # as a model is made whose weights are read later
+            again = two_pairs(kind)
+        assert again.fingerprint == drawn.fingerprint
+        assert again.fit(teacher, sample).fingerprint == fitted.fingerprint
+        assert again.project(1, sample[0][0][2]).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(default)
 
 
 def test_gaussian_entries_have_variance_one_over_the_teachers_width():
@@ -254,6 +272,31 @@ def test_fit_changes_the_fingerprint_but_not_the_matrices():
     assert fitted.fingerprint == two_pairs().fit(teacher, batches([8])).fingerprint
 
 
+def test_a_bank_that_was_measured_fits_the_teacher_that_it_was_measured_on_alone():
+    def check(bank, fingerprint):
+        bank.check_fits([(1, 2), (2, 4)], 4, 6, fingerprint)
+
+    measured = two_pairs().fit(teacher, batches([8]), TEACHER)
+    check(measured, TEACHER["fingerprint"])
+    with pytest.raises(ValueError, match=r"measured on org/teacher with weights aaaaaaaaaaaa, .* has bbbbbbbbbbbb"):
+        check(measured, "b" * 64)
+    with pytest.raises(ValueError, match="but the teacher changes while it teaches"):
+        check(measured, None)
+    for other in ("b" * 64, None):
+        check(two_pairs().freeze(), other)
+        check(two_pairs(), other)
+    for other in ("a" * 64, None):
+        with pytest.raises(ValueError, match="measured on a teacher with weights that fit was not told of"):
+            check(two_pairs().fit(teacher, batches([8])), other)
+
+
+def test_the_fingerprint_says_who_was_measured_and_whether():
+    banks = [two_pairs(), two_pairs().freeze(), two_pairs().fit(teacher, batches([8]))]
+    banks += [two_pairs().fit(teacher, batches([8]), TEACHER | {"fingerprint": letter * 64}) for letter in "ab"]
+    assert len({bank.fingerprint for bank in banks}) == 5
+    assert len({bank.matrix_fingerprint for bank in banks}) == 1
+
+
 # ---- files ----
 
 
@@ -267,18 +310,24 @@ def banks(draw):
     widths = [draw(st.integers(1, width if kind == "identity" else 7)) for _ in pairs]
     arguments = {"kind": kind, "seed": draw(st.integers(0, 2**63)), "shared": draw(st.booleans())}
     bank = ProjectionBank.create(pairs, widths, [width] * len(pairs), **arguments)
+    identity = draw(st.none() | st.fixed_dictionaries({n: st.none() | st.text() for n in TEACHER}))
     state = draw(st.sampled_from(["drawn", "frozen", "fitted"]))
     if state == "fitted":
         hidden = torch.randn(6, 4, 5, width, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
-        bank.fit(teacher, [(hidden, torch.ones(4, 5))])
+        bank.fit(teacher, [(hidden, torch.ones(4, 5))], identity)
     bank = bank.freeze() if state == "frozen" else bank
-    return bank, arguments | {"layer_pairs": pairs, "student_dims": widths, "teacher_dims": [width] * len(pairs)}
+    measured = (identity or dict.fromkeys(TEACHER)) if state == "fitted" else None
+    return (
+        bank,
+        measured,
+        arguments | {"layer_pairs": pairs, "student_dims": widths, "teacher_dims": [width] * len(pairs)},
+    )
 
 
 @settings(deadline=None, max_examples=60)
 @given(banks())
 def test_a_saved_bank_is_read_to_the_bit(drawn):
-    bank, arguments = drawn
+    bank, measured, arguments = drawn
     with tempfile.TemporaryDirectory() as folder:
         bank.save_pretrained(folder)
         read = ProjectionBank.from_pretrained(folder)
@@ -289,7 +338,7 @@ def test_a_saved_bank_is_read_to_the_bit(drawn):
     assert (read.layer_pairs, read.shapes, read.metadata) == (bank.layer_pairs, bank.shapes, bank.metadata)
     widths = list(zip(arguments["student_dims"], arguments["teacher_dims"], strict=True))
     assert read.shapes == dict(zip(arguments["layer_pairs"], widths, strict=True))
-    assert read.metadata == {name: arguments[name] for name in ("kind", "seed", "shared")}
+    assert read.metadata == {name: arguments[name] for name in ("kind", "seed", "shared")} | {"teacher": measured}
     hidden = torch.randn(2, 3, widths[0][1])
     for student_layer, _ in bank.layer_pairs:
         assert torch.equal(read.project(student_layer, hidden), bank.project(student_layer, hidden))
@@ -298,7 +347,7 @@ def test_a_saved_bank_is_read_to_the_bit(drawn):
 @settings(deadline=None, max_examples=40)
 @given(banks(), st.randoms(use_true_random=False))
 def test_a_fingerprint_does_not_depend_on_the_order_of_the_pairs_or_the_device(drawn, random):
-    bank, arguments = drawn
+    bank, _, arguments = drawn
     columns = ("layer_pairs", "student_dims", "teacher_dims")
     rows = list(zip(*(arguments[name] for name in columns), strict=True))
     random.shuffle(rows)
@@ -363,15 +412,26 @@ def test_a_damaged_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format_version": "2"}, "has format version 2, this library reads 1"),
+        ({"format_version": "1"}, "has format version 1, this library reads 2, .* create the bank anew from its seed"),
+        ({"kind": '"rademacher"'}, "tensors or metadata were changed afterwards"),
+        ({"seed": "1"}, "tensors or metadata were changed afterwards"),
+        ({"shared": "true"}, "tensors or metadata were changed afterwards"),
+        ({"frozen": "false"}, "tensors or metadata were changed afterwards"),
+        ({"teacher": "null"}, "tensors or metadata were changed afterwards"),
+        ({"teacher": json.dumps(TEACHER | {"fingerprint": "b" * 64})}, "tensors or metadata were changed afterwards"),
+        ({"teacher": json.dumps(TEACHER | {"name": "other/teacher"})}, "tensors or metadata were changed afterwards"),
+        ({"note": "1"}, "tensors or metadata were changed afterwards"),
+        ({"teacher": json.dumps({"fingerprint": "a" * 64})}, "is not a readable projection bank .its teacher is"),
+        ({"teacher": '"org/teacher"'}, "is not a readable projection bank .its teacher is 'org/teacher'"),
         ({"layer_pairs": json.dumps([[1, 2], [2, 4], [3, 6]])}, "is not a readable projection bank"),
         ({"layer_pairs": "[["}, "is not a readable projection bank"),
         ({"fingerprint": "0" * 64}, "does not match the fingerprint"),
     ],
 )
 def test_metadata_that_does_not_fit_is_refused(change, message, tmp_path):
-    two_pairs().save_pretrained(tmp_path)
+    two_pairs().fit(teacher, batches([8]), TEACHER).save_pretrained(tmp_path)
     tensors, metadata = contents(tmp_path)
+    assert (metadata | change) != metadata
     save_file(tensors, tmp_path / FILE_NAME, metadata=metadata | change)
     with pytest.raises(ValueError, match=message):
         ProjectionBank.from_pretrained(tmp_path)

@@ -6,16 +6,9 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build
 from conftest import tiny_bert
-from transformers import (
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-)
+from transformers import BertForMaskedLM
 
-from hf_curriculum_distill.loading import check_teacher, load_teacher
-from hf_curriculum_distill.teachers import FrozenTeacher, weights_fingerprint
+from hf_curriculum_distill.teachers import CheckpointTeacher, FrozenTeacher, weights_fingerprint
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "wav2vec2", "mixtral"])
@@ -92,83 +85,20 @@ def test_a_teacher_is_known_by_name():
     assert FrozenTeacher(model).name == "somewhere"
 
 
-# ---- loading ----
-
-
-@pytest.mark.parametrize(
-    "name", ["bert", "roberta", "bert-classifier", "bert-tagger", "gpt2", "t5", "vit", "wav2vec2", "llama-classifier"]
-)
-def test_a_teacher_is_loaded_for_the_students_task(name, tmp_path):
-    model, _, _ = build(name)
+def test_a_bank_notes_a_teacher_of_the_hub_by_its_name_and_a_folder_by_its_weights_alone(tmp_path):
+    model = tiny_bert(2)
+    unnamed = {"fingerprint": weights_fingerprint(model), "name": None, "revision": None}
+    assert FrozenTeacher(model).identity == unnamed
     model.save_pretrained(tmp_path)
-    student, _, _ = build(name, seed=1)
-    loaded = load_teacher(str(tmp_path), student)
-    assert type(loaded) is type(model)
-    assert weights_fingerprint(loaded) == weights_fingerprint(model)
+    local = BertForMaskedLM.from_pretrained(tmp_path)
+    assert FrozenTeacher(local, str(tmp_path)).identity == FrozenTeacher(local).identity == unnamed
+    model.config._name_or_path, model.config._commit_hash = "org/teacher", "c0ffee"  # as from_pretrained sets them
+    assert FrozenTeacher(model).identity == unnamed | {"name": "org/teacher", "revision": "c0ffee"}
 
 
-def test_a_teacher_of_another_architecture_is_loaded_for_the_same_task(tmp_path):
-    build("roberta")[0].save_pretrained(tmp_path)
-    assert type(load_teacher(str(tmp_path), build("bert")[0])).__name__ == "RobertaForMaskedLM"
-
-
-def test_a_task_without_an_auto_class_loads_the_students_class(tmp_path):
-    tiny_bert(2, model_class=BertForQuestionAnswering).save_pretrained(tmp_path)
-    assert type(load_teacher(str(tmp_path), tiny_bert(1, model_class=BertForQuestionAnswering))) is (
-        BertForQuestionAnswering
-    )
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_teacher_is_loaded_in_the_dtype_asked_for(dtype, tmp_path):
-    tiny_bert(2).save_pretrained(tmp_path)
-    loaded = load_teacher(str(tmp_path), tiny_bert(1), dtype)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {getattr(torch, dtype)}
-
-
-@pytest.mark.parametrize("student_class", [BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification])
-def test_a_checkpoint_without_the_tasks_head_is_refused(student_class, tmp_path):
-    tiny_bert(2, model_class=BertModel).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has no weights for c.*; as a \w+ these would be random"):
-        load_teacher(str(tmp_path), tiny_bert(1, model_class=student_class))
-
-
-def test_a_head_of_another_size_is_refused(tmp_path):
-    model = tiny_bert(2, model_class=BertForSequenceClassification, num_labels=3)
-    model.save_pretrained(tmp_path)
-    model.config.num_labels = 5  # only a configuration that disagrees with its weights gets here
-    model.config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has no weights for .*classifier"):
-        load_teacher(str(tmp_path), tiny_bert(1, model_class=BertForSequenceClassification, num_labels=5))
-
-
-# ---- fit with the student ----
-
-
-def classifier(**config):
-    return tiny_bert(1, model_class=BertForSequenceClassification, **config)
-
-
-def named(*labels):
-    return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
-
-
-@pytest.mark.parametrize(
-    "student, teacher",
-    [
-        (tiny_bert(1), tiny_bert(3, width=32)),
-        (build("gpt2")[0], build("llama")[0]),
-        (classifier(num_labels=3), classifier(num_labels=3)),
-        (classifier(), classifier(**named("good", "bad"))),  # LABEL_0, LABEL_1 stand for anything
-        (classifier(**named("good", "bad")), classifier()),
-        (classifier(**named("good", "bad")), classifier(**named("good", "bad"))),
-        (build("vit")[0], build("dinov2")[0]),
-    ],
-)
-def test_models_that_answer_the_same_question_fit(student, teacher):
-    check_teacher(student, teacher)
-
-
-def test_labels_in_another_order_do_not_fit():
-    with pytest.raises(ValueError, match=r"label2id is \{'good': 0, 'bad': 1\} and the teacher's \{'bad': 0"):
-        check_teacher(classifier(**named("good", "bad")), classifier(**named("bad", "good")))
+def test_a_bank_is_measured_on_the_last_of_several_checkpoints(tmp_path):
+    models = {str(tmp_path / f"checkpoint-{step}"): tiny_bert(2, seed=step) for step in (1, 2)}
+    teacher = CheckpointTeacher(list(models), models.get, "step")
+    last = weights_fingerprint(tiny_bert(2, seed=2))
+    assert teacher.identity["fingerprint"] == last == FrozenTeacher(tiny_bert(2, seed=2)).identity["fingerprint"]
+    assert teacher.fingerprint != last  # which says that all checkpoints are the same

@@ -1,0 +1,58 @@
+"""Models as other libraries leave them: wrapped by PEFT, or with weights that a quantiser has packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# kinds of adapters in whose company a model's layers and losses are not what they are without
+_UNFIT = {
+    "ADALORA": "adds a term to the model's own loss that no stage has",
+    "ADAPTION_PROMPT": "calls the model's forward past every wrapper, so that it runs to its end in every stage",
+}
+
+
+def transformers_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model, whose adapters are part of it; any other model is returned as it is.
+
+    Its class, forward and configuration say what the model does; PEFT's own class and forward do not.
+
+    Raises:
+        ValueError: with these adapters there are no hidden states to match, or nothing to resume from.
+    """
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "peft_config"):
+        return model
+    if not hasattr(model, "get_base_model"):
+        raise ValueError(
+            f"PEFT does not save a {type(model).__name__}, so no checkpoint could be resumed; use a PeftModel."
+        )
+    for config in model.peft_config.values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        why = _UNFIT.get(kind)
+        if config.is_prompt_learning:
+            why = "puts a prompt before the input, so that hidden states or attention are not of the tokens alone"
+        if why is not None:
+            raise ValueError(f"The {type(model).__name__}'s adapter {kind} {why}; use one inside of layers, like LoRA.")
+    return model.get_base_model()
+
+
+def is_quantised(model: nn.Module) -> bool:
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by its name; what a packed one consists of, and of a quantised model the buffers, too."""
+    named = [*model.named_parameters(), *(model.named_buffers() if is_quantised(model) else ())]
+    for name, tensor in named:
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from ((f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+        elif hasattr(tensor, "quant_state"):
+            # 4 bits of bitsandbytes, which reorders them when they are first used on some CPUs: how often each occurs
+            codes = tensor.detach().flatten().view(torch.uint8)
+            yield name, torch.bincount(codes & 15, minlength=16) + torch.bincount(codes >> 4, minlength=16)
+        else:
+            yield name, tensor.detach()
