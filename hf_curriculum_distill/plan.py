@@ -346,20 +346,23 @@ class _Optimizer:
         self.untried: str | None = None
         self._args, self._known = args, {}
 
-    def measure(self, parameter: Tensor) -> tuple[int, int]:
+    def measure(self, parameter: Tensor, embeds: bool = False) -> tuple[int, int]:
         """What is held for a parameter from its first step on, and what each step needs beside."""
-        kind = parameter.shape, parameter.dtype
+        kind = parameter.shape, parameter.dtype, embeds
         if kind not in self._known:
             try:
-                self._known[kind] = self._step(torch.nn.Parameter(torch.empty(kind[0], dtype=kind[1], device="meta")))
+                self._known[kind] = self._step(*kind)
             except Exception as error:  # whatever its library raises
-                self.untried = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                self.untried = f"{type(error).__name__}: {error}".splitlines()[0]
                 self._known[kind] = 2 * _num_bytes([parameter]), 0
         return self._known[kind]
 
-    def _step(self, parameter: torch.nn.Parameter) -> tuple[int, int]:
+    def _step(self, shape: torch.Size, dtype: torch.dtype, embeds: bool) -> tuple[int, int]:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self._args)
         fused = options.pop("fused", False)  # which needs values, and no memory
+        if embeds and options.get("optim_bits") == 8:
+            options["optim_bits"] = 32  # Trainer's own exception
+        parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
         optimizer = optimizer_class([parameter], **options)
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -380,7 +383,8 @@ def _run_dry(
     """One row a stage."""
     args, stages, rows, stepped = run.args, scheduler.stages, [], set()
     parameters = dict(run.student.model.named_parameters())
-    states = {name: optimizer.measure(parameter) for name, parameter in parameters.items()}
+    embeddings = {id(m.weight) for m in run.student.model.modules() if isinstance(m, torch.nn.Embedding)}
+    states = {name: optimizer.measure(p, embeds=id(p) in embeddings) for name, p in parameters.items()}
     student = _model_bytes(run.student.model)
     teacher = _model_bytes(run.teacher.model) if run.teacher else 0
     projections = len(_pairs(stages)) and run.student.hidden_size * (run.teacher.hidden_size + 2) * 4
