@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
+from transformers import masking_utils
 
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.chunks import RowLogits, chunk_size, cut_rows, logit_losses, sum_over_chunks
@@ -105,20 +106,21 @@ def stage_flops(
 class PeakMemory(TorchDispatchMode):
     """Bytes at the worst moment of what operations inside it made; with and without values of the tensors.
 
-    Gradients of `parameters` leave the account when they are whole: how many there are is known without it. Not seen
-    is what existed before, and what an operation holds only while it runs.
+    Not seen is what existed before, and what an operation holds only while it runs.
 
     Attributes:
-        peak: bytes at the worst moment.
+        peak: bytes at the worst moment, leaving out gradients of `parameters` that are whole: how many there will be
+            is known, and where gradients are accumulated they were there before.
         peak_of_size: of these, bytes of tensors with as many elements as one of `num_elements`.
+        peak_with_gradients: bytes at the worst moment, all gradients included.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = (), num_elements: Collection[int] = ()):
         super().__init__()
-        self.peak = self.peak_of_size = 0
-        self._live = self._live_of_size = 0
+        self.peak = self.peak_of_size = self.peak_with_gradients = 0
+        self._live = dict.fromkeys(("of size", "other", "gradients"), 0)
         self._num_elements = num_elements
-        self._held: dict[int, weakref.finalize] = {}
+        self._held: dict[int, tuple[str, int]] = {}
         self._hooks = [p.register_post_accumulate_grad_hook(self._leave_gradient) for p in parameters]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -138,22 +140,37 @@ class PeakMemory(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._held:
             return
-        size = storage.nbytes()
-        of_size = size if tensor.numel() in self._num_elements else 0
-        self._held[storage._cdata] = weakref.finalize(storage, self._release, storage._cdata, size, of_size)
-        self._live += size
-        self._live_of_size += of_size
-        if self._live > self.peak:
-            self.peak, self.peak_of_size = self._live, self._live_of_size
+        kind = "of size" if tensor.numel() in self._num_elements else "other"
+        self._held[storage._cdata] = kind, storage.nbytes()
+        weakref.finalize(storage, self._release, storage._cdata)
+        self._live[kind] += storage.nbytes()
+        held = self._live["of size"] + self._live["other"]
+        if held > self.peak:
+            self.peak, self.peak_of_size = held, self._live["of size"]
+        self.peak_with_gradients = max(self.peak_with_gradients, held + self._live["gradients"])
 
-    def _release(self, key: int, size: int, of_size: int) -> None:
-        del self._held[key]
-        self._live -= size
-        self._live_of_size -= of_size
+    def _release(self, key: int) -> None:
+        kind, size = self._held.pop(key)
+        self._live[kind] -= size
 
     def _leave_gradient(self, parameter: Tensor) -> None:
-        if (held := self._held.get(parameter.grad.untyped_storage()._cdata)) is not None:
-            held()  # as if it were gone
+        key = parameter.grad.untyped_storage()._cdata
+        if key in self._held:
+            kind, size = self._held[key]
+            self._held[key] = "gradients", size
+            self._live[kind] -= size
+            self._live["gradients"] += size
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """Position numbers without values look to transformers like several sequences in one, which need a mask."""
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 @contextmanager
@@ -215,13 +232,10 @@ class DryRun:
         models = [one.model for one in (self.student, self.teacher) if one is not None]
         chunks = cut_rows(self.num_rows, self._chunk_size or max(1, self.num_rows))
         sizes = {(chunk.stop - chunk.start) * self._num_classes for chunk in chunks}
-        dtype = torch.bfloat16 if args.bf16 else torch.float16
-        with self.mode, nullcontext() if args.use_cpu else _fused_attention():
+        with self.mode, _unpacked(), nullcontext() if args.use_cpu else _fused_attention():
             parameters = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
             with PeakMemory(parameters, sizes) as memory:
-                with torch.autocast("cpu", dtype, enabled=args.bf16 or args.fp16):
-                    loss = self._loss(stage, frozen, online)
-                loss.backward()
+                self._loss(stage, frozen, online).backward()
             trained = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
             for parameter in parameters:
                 parameter.grad = None
@@ -249,8 +263,12 @@ class DryRun:
             total, _ = logits if self._chunk_size else losses_of(logits, slice(None))
             loss = loss + total
         if online:
+            self.teacher.model.train()
             _, answers = self._run(self.teacher, Stage(kl_weight=1.0), self._rows)
-            losses.cross_entropy(answers, self._rows).backward()
+            losses.cross_entropy(answers.float(), self._rows).backward()
+            self.teacher.model.eval()
+            if self.args.gradient_accumulation_steps == 1:  # it takes its step before the student's backward pass
+                self.teacher.model.zero_grad()
         return loss
 
     @property
@@ -273,19 +291,21 @@ class DryRun:
         return self._run(self.teacher, stage, rows, stage.teacher_layers, chunk_size=self._chunk_size)
 
     def _run(self, model: PartialForward, stage: Stage, rows, layers=(), frozen: int = 0, reduce=None, chunk_size=None):
-        questions = {"input_ids": self._inputs["input_ids"]}
-        if model is self.teacher and model.accepts("use_cache"):
-            questions["use_cache"] = False
         logits = bool(stage.kl_weight) if model is self.teacher else stage.needs_logits
-        return model(
-            model.model,
-            questions,
-            layers,
-            logits=logits,
-            rows=rows,
-            gather=answers_per_token(model.model, self._inputs),
-            frozen=frozen,
-            truncate=self.args.truncate,
-            chunk_size=chunk_size,
-            reduce=reduce,
-        )
+        inputs = {"input_ids": self._inputs["input_ids"]}
+        if model.accepts("use_cache"):  # as Trainer tells its model, and no teacher keeps one
+            inputs["use_cache"] = self.args.use_cache and model is self.student
+        half = self.args.bf16 or self.args.fp16
+        with torch.autocast("cpu", torch.bfloat16 if self.args.bf16 else torch.float16, enabled=half):
+            return model(
+                model.model,
+                inputs,
+                layers,
+                logits=logits,
+                rows=rows,
+                gather=answers_per_token(model.model, self._inputs),
+                frozen=frozen,
+                truncate=self.args.truncate,
+                chunk_size=chunk_size,
+                reduce=reduce,
+            )

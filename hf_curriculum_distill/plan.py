@@ -13,12 +13,12 @@ import torch
 import transformers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.initialization import no_init_weights
 
 from hf_curriculum_distill.checks import check_launch, check_stages
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.cost import DryRun
+from hf_curriculum_distill.cost import DryRun, PeakMemory
 from hf_curriculum_distill.counting import predicts_next_token
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.loading import check_teacher
@@ -28,7 +28,6 @@ from hf_curriculum_distill.stages import Stage, StageScheduler, num_frozen_layer
 
 SIZES = {"bert-large": (24, 1024), "bert-large-narrow": (24, 512), "bert-base": (12, 768)}
 TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification")
-_OPTIMIZER_VALUES = {"sgd": 0, "rmsprop": 1, "adagrad": 1}  # held for a trained parameter; all others: Adam's 2
 _MEMORY = ("teacher", "student", "gradients", "optimizer", "activations", "logits")
 
 
@@ -134,20 +133,25 @@ def make_plan(options: PlanArguments, args: CurriculumDistillationConfig) -> Pla
     scheduler = stages and plan.check("steps", _check_steps, stages, args)
     if plan.errors:
         return plan
-    (rate, assumption), online = _find_rate(options, args), args.method == "online"
-    plan.stages = plan.check("dry run", _run_dry, run, scheduler, options.num_processes, rate, online) or []
+    (rate, assumption), online, optimizer = _find_rate(options, args), args.method == "online", _Optimizer(args)
+    plan.stages = plan.check("dry run", _run_dry, run, scheduler, options.num_processes, rate, online, optimizer) or []
     if plan.errors:
         return plan
     plan.layer_map, plan.total = _pairs(stages), _add_up("total", plan.stages)
     if run.teacher is not None:
         alone = StageScheduler([Stage(kl_weight=1.0, label_weight=args.label_loss_weight)], args.max_steps)
-        plan.one_shot = _add_up("one_shot", _run_dry(run, alone, options.num_processes, rate, online=False)[1])
+        _, rows = _run_dry(run, alone, options.num_processes, rate, online=False, optimizer=optimizer)
+        plan.one_shot = _add_up("one_shot", rows)
     plan.assumptions = [
         assumption,
         "operations: matrix products of all processes, a backward pass as two forward; no padding, no evaluations",
-        "memory: of one process at the worst moment of a step; with the teacher its projections; without sharding, "
-        "DDP's buckets, fragmentation and the device's own",
+        "memory: of one process; each column the most it ever is, the total that of one moment; with the teacher its "
+        "projections; without sharding, DDP's buckets, fragmentation and the device's own",
     ]
+    if optimizer.untried:
+        plan.assumptions.append(
+            f"optimizer: {args.optim.value} is counted as Adam, for it cannot be tried here: {optimizer.untried}"
+        )
     if args.teacher_cache is not None:
         plan.assumptions.append("teacher_cache: not counted; the data say what it saves, before training starts")
     return plan
@@ -160,7 +164,7 @@ def format_plan(plan: Plan) -> str:
         return "\n".join(lines)
     lines += ["", *(f"student layer {student} <- teacher layer {teacher}" for student, teacher in plan.layer_map)]
     costs = [["stage", "steps", "parameters trained", "student TFLOPs", "teacher TFLOPs", "TFLOPs", "time"]]
-    memory = [["GiB at once", *_MEMORY, "total"]]
+    memory = [["GiB at most", *_MEMORY, "at once"]]
     for row in filter(None, [*plan.stages, plan.total, plan.one_shot]):
         flops = [_tera(row[name]) for name in ("student_flops", "teacher_flops", "flops")]
         steps = f"{row['first_step']:,}-{row['last_step']:,}"
@@ -331,17 +335,63 @@ def _check_steps(stages: Sequence[Stage], args: CurriculumDistillationConfig) ->
 # ---- costs ----
 
 
+class _Optimizer:
+    """Bytes of the run's optimizer, by trying it on parameters that have a shape only.
+
+    Attributes:
+        untried: why that fails here, if it does; the optimizer is then counted as Adam.
+    """
+
+    def __init__(self, args: CurriculumDistillationConfig):
+        self.untried: str | None = None
+        self._args, self._known = args, {}
+
+    def measure(self, parameter: Tensor, embeds: bool = False) -> tuple[int, int]:
+        """What is held for a parameter from its first step on, and what each step needs beside."""
+        kind = parameter.shape, parameter.dtype, embeds
+        if kind not in self._known:
+            try:
+                self._known[kind] = self._step(*kind)
+            except Exception as error:  # whatever its library raises
+                self.untried = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._known[kind] = 2 * _num_bytes([parameter]), 0
+        return self._known[kind]
+
+    def _step(self, shape: torch.Size, dtype: torch.dtype, embeds: bool) -> tuple[int, int]:
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self._args)
+        fused = options.pop("fused", False)  # which needs values, and no memory
+        if embeds and options.get("optim_bits") == 8:
+            options["optim_bits"] = 32  # Trainer's own exception
+        parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+        optimizer = optimizer_class([parameter], **options)
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        with PeakMemory() as memory:
+            optimizer.step()
+        states = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor) and value.dim()]
+        return sum(map(_stored_bytes, states)), 0 if fused else memory.peak
+
+
 def _run_dry(
-    run: DryRun, scheduler: StageScheduler, num_processes: int, rate: float | None, online: bool
+    run: DryRun,
+    scheduler: StageScheduler,
+    num_processes: int,
+    rate: float | None,
+    online: bool,
+    optimizer: _Optimizer,
 ) -> tuple[str, list[dict[str, Any]]]:
     """One row a stage."""
     args, stages, rows, stepped = run.args, scheduler.stages, [], set()
     parameters = dict(run.student.model.named_parameters())
-    values = next((n for name, n in _OPTIMIZER_VALUES.items() if args.optim.startswith(name)), 2)
+    embeddings = {id(m.weight) for m in run.student.model.modules() if isinstance(m, torch.nn.Embedding)}
+    states = {name: optimizer.measure(p, embeds=id(p) in embeddings) for name, p in parameters.items()}
+    student = _model_bytes(run.student.model)
     teacher = _model_bytes(run.teacher.model) if run.teacher else 0
-    if online:  # with gradients and optimizer of its own
-        teacher += (1 + values) * _num_bytes(run.teacher.model.parameters())
     projections = len(_pairs(stages)) and run.student.hidden_size * (run.teacher.hidden_size + 2) * 4
+    teacher += len(_pairs(stages)) * projections
+    learning = list(run.teacher.model.parameters()) if online else []
+    teacher += sum(optimizer.measure(parameter)[0] for parameter in learning)
+    teacher_gradients = _num_bytes(learning)
     for index, stage in enumerate(stages):
         first, end = scheduler.span(index)
         frozen = num_frozen_layers(stages, index, args.train_prefix, args.freeze_matched_layers)
@@ -355,14 +405,22 @@ def _run_dry(
             ) from error
         student_flops, teacher_flops = (times * each for each in flops)
         stepped |= trained  # an optimizer keeps what it has for parameters that later stages leave alone
-        memory = (
-            teacher + len(_pairs(stages)) * projections,
-            _model_bytes(run.student.model),
-            _num_bytes(parameters[name] for name in trained),
-            values * _num_bytes(parameters[name] for name in stepped),
-            peak.peak - peak.peak_of_size,
-            peak.peak_of_size,
-        )
+        held = sum(states[name][0] for name in stepped)
+        gradients = _num_bytes(parameters[name] for name in trained)
+        if args.gradient_accumulation_steps == 1:
+            at_once = peak.peak_with_gradients
+        else:  # later micro-batches find the gradients of those before
+            at_once = peak.peak + gradients + teacher_gradients
+        at_once = max(at_once, gradients + max((states[name][1] for name in trained), default=0))
+        memory = {
+            "teacher": teacher + teacher_gradients,
+            "student": student,
+            "gradients": gradients,
+            "optimizer": held,
+            "activations": peak.peak - peak.peak_of_size,
+            "logits": peak.peak_of_size,
+            "total": teacher + student + held + at_once,
+        }
         rows.append(
             {
                 "name": stage.name,
@@ -373,7 +431,7 @@ def _run_dry(
                 "teacher_flops": teacher_flops,
                 "flops": student_flops + teacher_flops,
                 "seconds": rate and (student_flops + teacher_flops) / (rate * num_processes),
-                "memory": dict(zip(_MEMORY, memory, strict=True)) | {"total": sum(memory)},
+                "memory": memory,
             }
         )
     return f"{len(rows)} stages", rows
@@ -385,6 +443,12 @@ def _model_bytes(model: PreTrainedModel) -> int:
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    """Of what a tensor consists of: a quantised one is a pair of others."""
+    parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    return sum(_stored_bytes(getattr(tensor, part)) for part in parts) or _num_bytes([tensor])
 
 
 def _add_up(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """One tiny model of each supported architecture, and a random batch for it."""
 
+import copy
+
 import torch
 import transformers as hf
 
@@ -178,6 +180,14 @@ ARCHITECTURES = {
     "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(**_LLAMA), "GemmaDecoderLayer", _text),
     "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config(**_LLAMA, sliding_window=4), "Gemma2DecoderLayer", _text),
     "gemma3": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**_LLAMA, sliding_window=4), "Gemma3DecoderLayer", _text),
+    "cohere": (hf.CohereForCausalLM, hf.CohereConfig(**_LLAMA, logit_scale=0.25), "CohereDecoderLayer", _text),
+    "cohere2": (
+        hf.Cohere2ForCausalLM,
+        hf.Cohere2Config(**_LLAMA, logit_scale=0.25, sliding_window=4),
+        "Cohere2DecoderLayer",
+        _text,
+    ),
+    "granite": (hf.GraniteForCausalLM, hf.GraniteConfig(**_LLAMA, logits_scaling=4.0), "GraniteDecoderLayer", _text),
     "smollm3": (hf.SmolLM3ForCausalLM, hf.SmolLM3Config(**_LLAMA), "SmolLM3DecoderLayer", _text),
     "mamba2": (
         hf.Mamba2ForCausalLM,
@@ -249,5 +259,5 @@ def build(name, seed=0):
     """The model in training mode, the class name of its blocks, and a batch; all the same on every call."""
     model_class, config, block, batch = ARCHITECTURES[name]
     torch.manual_seed(seed)
-    model = model_class(config)
+    model = model_class(copy.deepcopy(config))  # models write into theirs: no test depends on those before it
     return model.train(), block, batch(model)

@@ -1,6 +1,6 @@
 """Under DeepSpeed ZeRO, two processes learn what one process learns without it, in every stage.
 
-Needs deepspeed (`pip install deepspeed`), which runs on a CPU.
+Needs deepspeed, which runs on a CPU and comes with the `test` extra on Linux.
 """
 
 import json

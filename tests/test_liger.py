@@ -1,6 +1,6 @@
 """Divergences by Liger-Kernel's Triton kernels against torch's, and a student whose forward Liger-Kernel replaced.
 
-Needs liger-kernel (`pip install -e ".[liger]"`). Triton's interpreter runs the kernels on a CPU.
+Needs liger-kernel, which comes with the `test` extra on Linux. Triton's interpreter runs the kernels on a CPU.
 """
 
 import copy

@@ -56,10 +56,15 @@ def test_inputs_the_teacher_lacks_are_dropped():
 def test_the_teacher_keeps_no_cache(name):
     model, _, batch = build(name)
     caches = []
-    for module in (model, model.get_decoder()):
-        module.register_forward_hook(lambda _, args, out: caches.append(getattr(out, "past_key_values", None)))
+
+    def watch(module, args, out):
+        caches.append(out.cache if hasattr(out, "cache") else out.past_key_values)  # the new name, the old one
+
+    model.get_decoder().register_forward_hook(watch)
     FrozenTeacher(model)(batch, logits=True)
-    assert caches and set(caches) <= {None, ()}
+    assert caches == [None]
+    model(**batch, use_cache=True)
+    assert caches[1] is not None
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
