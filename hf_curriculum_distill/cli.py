@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.command(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except RecursionError:
+        parser.error("What a file holds is nested too deeply to be read.")
 
 
 class _Parser(ArgumentParser):

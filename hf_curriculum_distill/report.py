@@ -154,7 +154,7 @@ def plot_comparison(
             style, color = _BASELINE_LOOK if method == baseline else next(looks)
             costs, values = average(curves)
             x, label = costs[:, index], method if len(curves) == 1 else f"{method} ({len(curves)} runs)"
-            label = label.replace("$", r"\$")  # no formula
+            label = (" " if label.startswith("_") else "") + label.replace("$", r"\$")  # neither hidden nor a formula
             dots = {"marker": "o", "markersize": 3} if len(x) <= 40 else {}
             axis.plot(x, values.mean(0), style, color=color, label=label, **dots)
             if len(curves) > 1:
