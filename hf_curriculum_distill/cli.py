@@ -20,7 +20,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from hf_curriculum_distill.plan import PlanArguments, PlannedConfig, format_plan, make_plan
+from hf_curriculum_distill.plan import RECIPE_OPTIONS, PlanArguments, PlannedConfig, format_plan, make_plan
 from hf_curriculum_distill.report import format_summary, plot_comparison
 from hf_curriculum_distill.results import is_checkpoint, printable, read_results, write_files
 
@@ -132,7 +132,8 @@ def parse_arguments(
     A wrong key or value ends the program with exit status 2 and a line that says what to do, as argparse does.
 
     Args:
-        unread: where it is given, keys of the file that are no option, nor misspell one, are only added to it.
+        unread: where it is given, keys of the file that are options of a recipe, but none of these, are only added
+            to it.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     usage = "%(prog)s [--help] [--config FILE.yaml] [--option value ...]"
@@ -145,7 +146,7 @@ def parse_arguments(
         if path is not None:
             defaults = _read_yaml(path)
             if unread is not None:
-                unread += [key for key in defaults if not _near_options(str(key), parser, 0.93)]
+                unread += sorted(RECIPE_OPTIONS & {*defaults} - _options(parser), key=list(defaults).index)
                 defaults = {key: value for key, value in defaults.items() if key not in unread}
             hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
             for key, value in defaults.items():
@@ -176,16 +177,15 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _check_option(key: str, parser: ArgumentParser, where: str) -> None:
-    near = _near_options(key, parser)
-    if key not in near:
+    if key not in (known := _options(parser)):
+        near = difflib.get_close_matches(key, known, 1)
         raise ValueError(
             f"{where} {key!r}, which is no option; " + (f"did you mean {near[0]}?" if near else "see --help.")
         )
 
 
-def _near_options(key: str, parser: ArgumentParser, cutoff: float = 0.6) -> list[str]:
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    return difflib.get_close_matches(key, known, 1, cutoff)
+def _options(parser: ArgumentParser) -> set[str]:
+    return {action.dest for action in parser._actions} - {"help", "config"}
 
 
 def _check_type(key: str, value: Any, hint: Any, path: str) -> None:

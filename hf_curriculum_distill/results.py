@@ -204,6 +204,8 @@ def _read_settings(result: Mapping[str, Any], source: str) -> tuple[dict[str, An
     if (folder / CONFIG_NAME).is_file():
         config = read_json(folder / CONFIG_NAME)
         settings |= {f"student.{name}": value for name, value in config.items() if name not in _NO_SETTINGS}
+    if isinstance(data := record.get("data"), dict):
+        settings |= {f"data.{name}": value for name, value in data.items() if name != "seed"}
     settings |= {name: record.get(name) for name in _RESOLVED}
     if isinstance(record.get("teacher"), dict) and settings.get("arguments.method", record.get("method")) != "online":
         settings["teacher"] = record["teacher"].get("fingerprint")  # an online teacher's is that of its first weights

@@ -28,6 +28,7 @@ from hf_curriculum_distill.checks import (
     check_launch,
     check_stages,
     check_training_data,
+    make_cache_folder,
     naming_batch,
 )
 from hf_curriculum_distill.chunks import RowLogits, chunk_size, logit_losses, sum_over_chunks
@@ -114,6 +115,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         self._declared_stages = self.args.resolve_stages(*depths)
         check_stages(self._declared_stages, self.args, self.is_deepspeed_enabled)
         check_cache(self._declared_stages, self.args, self.model)
+        make_cache_folder(self.args)
         self.projection_bank = self._make_bank(projection_bank)
         # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True

@@ -172,7 +172,7 @@ WRONG = {
     "deep": (lambda out: _damage(out, "results.json", 100_000 * "["), r"results.json is damaged: maximum recursion"),
     "a folder": (
         lambda out: _make_folder(out / "too slow 0", "curriculum.json"),
-        r"Is a directory: '.*curriculum.json'",
+        r"Is a directory: .*curriculum.json",
     ),
     "threshold": (lambda out: [out, "--threshold", "inf"], r"threshold is inf; give a finite value of eval_accuracy"),
     "strange folder": (
