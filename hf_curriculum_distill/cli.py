@@ -160,8 +160,15 @@ def parse_arguments(
         )
         for key in unknown[:1]:
             _check_option(key.lstrip("-"), parser, "the command line sets")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
+    except (
+        TypeError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+    ) as error:  # of Trainer's arguments, which check little
+        parser.error(f"The options make no configuration ({type(error).__name__}: {error}); see --help.")
     return tuple(parsed)
 
 

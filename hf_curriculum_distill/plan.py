@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils import logging as hf_logging
 
 from hf_curriculum_distill.checks import check_cache, check_launch, check_stages
 from hf_curriculum_distill.config import CurriculumDistillationConfig
@@ -43,6 +52,7 @@ RECIPE_OPTIONS = {
     "teacher_max_samples", "teacher_save_samples", "teacher_save_steps", "teacher_seed", "teacher_steps",
     "teacher_width", "text_column", "train_sentences", "variants",
 }  # fmt: skip
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "spm", "merges", "tekken", "bpe")
 _MEMORY = ("teacher", "student", "gradients", "optimizer", "activations", "logits")
 
 
@@ -129,9 +139,10 @@ class Plan:
         try:
             detail, result = examine(*args)
             outcome = "skip" if result is None else "ok"
-        except (ValueError, OSError) as error:
-            detail, result, outcome = str(error), None, "error"
-        self.checks.append((outcome, name, printable(" ".join(detail.split()))))
+        except Exception as error:  # of any kind: what a damaged file makes transformers do is anybody's guess
+            known = isinstance(error, (ValueError, OSError))
+            detail, result, outcome = f"{error}" if known else f"{type(error).__name__}: {error}", None, "error"
+        self.checks.append((outcome, name, printable(textwrap.shorten(detail, 1000, placeholder=" ..."))))
         return result
 
 
@@ -241,6 +252,8 @@ def _load_tokenizer(options: PlanArguments) -> tuple[str, Any]:
     if options.tokenizer is None and (name is None or os.path.isfile(name) or find_size(name)):
         return "none is given; vocabularies are compared by size only", None
     try:
+        if os.path.isdir(name) and not any(file.startswith(_TOKENIZER_FILES) for file in os.listdir(name)):
+            raise FileNotFoundError(f"{name} has no tokenizer's files.")  # AutoTokenizer would make an empty one
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         if options.tokenizer is not None:
@@ -287,6 +300,8 @@ def _build(options: PlanArguments, args: CurriculumDistillationConfig, tokenizer
 def _make_model(auto: Any, config: PreTrainedConfig, dtype: str | None = None) -> PreTrainedModel:
     if config.is_encoder_decoder or not hasattr(config, "vocab_size"):
         raise ValueError(f"A {config.model_type} is no single stack of blocks that reads tokens; no other is planned.")
+    if getattr(config, "num_hidden_layers", 0) > 10_000:
+        raise ValueError(f"The model has {config.num_hidden_layers} blocks, more than any that is trained; correct it.")
     try:
         with no_init_weights():
             model = auto.from_config(config, **({"dtype": getattr(torch, dtype)} if dtype else {}))
@@ -320,9 +335,15 @@ def _check_weights(folders: Sequence[str], run: DryRun) -> tuple[str, bool | Non
     """Whether the run will be able to load the teacher: it goes through the same function, without values."""
     model = run.teacher.model
     for folder in folders:
-        if not _is_alone(folder) and any(_find_file(folder, f) for f in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-            load_teacher(folder, run.student.model, without_values=True)
+        if _has_file(folder, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+            with _quiet():  # what transformers reports, the error says
+                load_teacher(folder, run.student.model, without_values=True)
             continue
+        if os.path.isdir(folder) and not _has_file(folder, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+            raise FileNotFoundError(
+                f"{folder} has a config.json, but no weights, so there is nothing to learn from; save the whole model "
+                "there or, to plan without its weights, name the config.json."
+            )
         saved = set(AutoConfig.from_pretrained(folder).architectures or ())
         if saved and saved <= set(MODEL_MAPPING_NAMES.values()) - {type(model).__name__}:
             raise ValueError(
@@ -330,13 +351,28 @@ def _check_weights(folders: Sequence[str], run: DryRun) -> tuple[str, bool | Non
                 f"{type(model).__name__} its head would be random. Use a checkpoint that was trained for this task."
             )
         says = f"; its configuration names {', '.join(sorted(saved))}" if saved else ""
-        return f"{folder} has no safetensors file within reach: whether it has a trained head is not known{says}", None
+        return f"{folder} has no safetensors file within reach: whether its head was trained is not known{says}", None
     return f"all that a {type(model).__name__} needs, by name and size", True
 
 
-def _find_file(folder: str, name: str) -> str | None:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+def _has_file(folder: str, *names: str) -> bool:
+    """Whether a model's folder, or the Hub's cache on this machine, has one of the files."""
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(folder, name, local_files_only=True, **lenient)
+    local = {"local_files_only": True, **lenient}
+    return not _is_alone(folder) and any(cached_file(folder, name, **local) is not None for name in names)
 
 
 def _check_batch(options: PlanArguments, run: DryRun) -> tuple[str, bool]:
