@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="RUN",
         nargs="+",
         help="A recipe's output folder, or the folder or a checkpoint of one run. Runs of one method that differ in "
-        "their seed alone share a line; data sets are not recorded.",
+        "their seed alone share a line; others are named by the setting or folder that tells them apart. What is in a "
+        "data set is not recorded.",
     )
     compare.add_argument("--metric", default="eval_accuracy", help="What is compared (default: %(default)s).")
     compare.add_argument(

@@ -177,8 +177,11 @@ def plot_comparison(
     axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[1].set(xlabel="floating-point operations, student and teacher")
     handles, labels = axes[0].get_legend_handles_labels()
+    # a line of the legend has room for about 120 letters
+    labels = [label if len(label) <= 100 else f"{label[:97]}..." for label in labels]
+    num_columns = max(1, min(4, len(labels), 120 // (max(map(len, labels)) + 10)))
     note = "mean and range over runs" if any(len(curves) > 1 for curves in methods.values()) else None
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, title=note)
+    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, title=note)
     figure.suptitle(title)
     contents = {}
     for suffix in (".png", ".svg"):

@@ -446,6 +446,15 @@ def test_names_are_drawn_as_they_are_written(tmp_path):
     assert [text.get_text().strip().replace("\\$", "$") for text in figure.legends[0].get_texts()] == names
 
 
+@pytest.mark.parametrize("length", [30, 60, 300])
+def test_the_legend_has_room_for_long_names(tmp_path, length):
+    names = [letter + length // 6 * " rate=" for letter in "abcdef"]
+    results = [finished_run(tmp_path / name[0], "one_shot", {2: 0.2, 4: 0.5}) | {"method": name} for name in names]
+    figure = plot_comparison(results, str(tmp_path / "plot.png"))
+    (left, bottom), (right, top) = figure.legends[0].get_window_extent().get_points()
+    assert 0 <= left < right <= figure.bbox.width and 0 <= bottom < top <= figure.bbox.height
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_a_plot_is_not_written_through_a_link(tmp_path, suffix):
     (tmp_path / "victim").write_text("mine")
