@@ -114,7 +114,7 @@ def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
 
 
 def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, model: nn.Module) -> None:
-    """Raise a `ValueError` for targets that cannot be kept, an `OSError` for a folder that cannot be written."""
+    """Raise a `ValueError` for targets that cannot be kept."""
     if args.teacher_cache is None:
         return
     if not any(stage.needs_teacher for stage in stages):
@@ -126,6 +126,12 @@ def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, mod
             f"divergence is {args.divergence!r}, but of {classes} classes teacher_cache keeps {k} and the rest as one, "
             "which only 'forward_kl' can be computed from; use that, or teacher_cache_logits=None, which keeps all."
         )
+
+
+def make_cache_folder(args: CurriculumDistillationConfig) -> None:
+    """Make the folder of the teacher's targets, or raise an `OSError` if they cannot be written there."""
+    if args.teacher_cache is None:
+        return
     try:
         os.makedirs(args.teacher_cache, exist_ok=True)
         tempfile.TemporaryFile(dir=args.teacher_cache).close()

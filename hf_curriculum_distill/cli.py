@@ -9,24 +9,25 @@ import dataclasses
 import difflib
 import json
 import os
+import reprlib
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
-from hf_curriculum_distill.plan import PlanArguments, PlannedConfig, format_plan, make_plan
+from hf_curriculum_distill.plan import RECIPE_OPTIONS, PlanArguments, PlannedConfig, format_plan, make_plan
 from hf_curriculum_distill.report import format_summary, plot_comparison
-from hf_curriculum_distill.results import read_results
+from hf_curriculum_distill.results import is_checkpoint, printable, read_results, write_files
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`hf-curriculum-distill COMMAND ...`; whatever is wrong ends it with exit status 2 and a line that says what."""
-    parser = ArgumentParser("hf-curriculum-distill", description="Tools around distillation runs.")
+    parser = _Parser("hf-curriculum-distill", description="Tools around distillation runs.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     about = "Check a run before it starts; print its stages, operations, time and memory."
@@ -35,13 +36,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     about = "Compare finished runs: a table with one line a method, and a plot."
     compare = commands.add_parser("compare", help=about, description=about, allow_abbrev=False)
-    compare.add_argument("runs", metavar="RUN", nargs="+", help="A recipe's output folder, or the folder of one run.")
+    compare.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="A recipe's output folder, or the folder or a checkpoint of one run. Runs of one method that differ in "
+        "their seed alone share a line; others are named by the setting or folder that tells them apart. What is in a "
+        "data set is not recorded.",
+    )
     compare.add_argument("--metric", default="eval_accuracy", help="What is compared (default: %(default)s).")
     compare.add_argument(
-        "--threshold", type=float, help="Its value to reach (default: the worst at which a run of the baseline ended)."
+        "--threshold",
+        type=float,
+        help="Its value to reach (default: the worst at which a run of the baseline ended; a share of 0 takes no "
+        "learning and is no value to reach).",
     )
     compare.add_argument("--baseline", help="The method that the ratios compare with (default: one_shot, if there).")
-    compare.add_argument("--output", metavar="FOLDER", help="Where the plot is written (default: the first RUN).")
+    compare.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="Where the plot is written (default: the first RUN, or the run whose checkpoint that is).",
+    )
     compare.set_defaults(command=_compare)
 
     args, args.options = parser.parse_known_args(argv)
@@ -51,6 +66,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.command(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except RecursionError:
+        parser.error("What a file holds is nested too deeply to be read.")
+
+
+class _Parser(ArgumentParser):
+    """Its errors are one line, which cannot move a terminal's cursor whatever a file or a folder is called."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(" ".join(message.split())))
+
+
+class _OptionParser(_Parser, HfArgumentParser):
+    pass
 
 
 def _plan(args: Namespace) -> None:
@@ -64,8 +92,7 @@ def _plan(args: Namespace) -> None:
     if unread:
         print(f"not read, for these are options of a recipe: {', '.join(unread)}")
     if options.json is not None:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(plan), file, indent=2)
+        write_files({options.json: json.dumps(dataclasses.asdict(plan), indent=2).encode()})
     if plan.errors:
         raise ValueError("; ".join(plan.errors))
 
@@ -75,18 +102,23 @@ def _compare(args: Namespace) -> None:
     methods = sorted({result["method"] for result in results})
     if args.baseline not in (None, *methods):
         raise ValueError(f"--baseline is {args.baseline!r}, but the runs' methods are {', '.join(methods)}.")
-    baseline = args.baseline or "one_shot"
+    baseline, output = args.baseline or "one_shot", args.output
+    if output is None:
+        output = args.runs[0]
+        if is_checkpoint(output):
+            output = os.path.relpath(os.path.dirname(os.path.realpath(output)))
+    elif is_checkpoint(output):
+        raise ValueError(f"--output is {output!r}, a checkpoint, and only the run writes there; name another folder.")
     print(format_summary(results, args.metric, args.threshold, baseline))
     if not any(result["finite"] for result in results):
         return
     if find_spec("matplotlib") is None:
         print('\nThe plot needs matplotlib: pip install "hf_curriculum_distill[plots]"')
         return
-    output = args.output or args.runs[0]
     os.makedirs(output, exist_ok=True)
     path = os.path.join(output, "comparison.png")
     plot_comparison(results, path, metric=args.metric, baseline=baseline)
-    print(f"\nplot: {path}, and as SVG")
+    print(f"\nplot: {printable(path)}, and as SVG")
 
 
 def parse_arguments(
@@ -101,11 +133,12 @@ def parse_arguments(
     A wrong key or value ends the program with exit status 2 and a line that says what to do, as argparse does.
 
     Args:
-        unread: where it is given, keys of the file that are no option, nor misspell one, are only added to it.
+        unread: where it is given, keys of the file that are options of a recipe, but none of these, are only added
+            to it.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     usage = "%(prog)s [--help] [--config FILE.yaml] [--option value ...]"
-    parser = HfArgumentParser(dataclass_types, prog=prog, description=description, usage=usage, allow_abbrev=False)
+    parser = _OptionParser(dataclass_types, prog=prog, description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of defaults for the options below.")
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
@@ -114,7 +147,7 @@ def parse_arguments(
         if path is not None:
             defaults = _read_yaml(path)
             if unread is not None:
-                unread += [key for key in defaults if not _near_options(str(key), parser, 0.93)]
+                unread += sorted(RECIPE_OPTIONS & {*defaults} - _options(parser), key=list(defaults).index)
                 defaults = {key: value for key, value in defaults.items() if key not in unread}
             hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
             for key, value in defaults.items():
@@ -128,8 +161,15 @@ def parse_arguments(
         )
         for key in unknown[:1]:
             _check_option(key.lstrip("-"), parser, "the command line sets")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
+    except (
+        TypeError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+    ) as error:  # of Trainer's arguments, which check little
+        parser.error(f"The options make no configuration ({type(error).__name__}: {error}); see --help.")
     return tuple(parsed)
 
 
@@ -137,7 +177,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; write `option: value` lines.")
@@ -145,23 +185,22 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _check_option(key: str, parser: ArgumentParser, where: str) -> None:
-    near = _near_options(key, parser)
-    if key not in near:
+    if key not in (known := _options(parser)):
+        near = difflib.get_close_matches(key, known, 1)
         raise ValueError(
             f"{where} {key!r}, which is no option; " + (f"did you mean {near[0]}?" if near else "see --help.")
         )
 
 
-def _near_options(key: str, parser: ArgumentParser, cutoff: float = 0.6) -> list[str]:
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    return difflib.get_close_matches(key, known, 1, cutoff)
+def _options(parser: ArgumentParser) -> set[str]:
+    return {action.dest for action in parser._actions} - {"help", "config"}
 
 
 def _check_type(key: str, value: Any, hint: Any, path: str) -> None:
     # argparse converts what is written as text, and takes any other default as it is
     if not (_fits(value, hint) or (isinstance(value, str) and get_origin(hint) is not list)):
         wanted = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
-        raise ValueError(f"{path} sets {key} to {value!r}, but it must be of type {wanted}; see --help.")
+        raise ValueError(f"{path} sets {key} to {reprlib.repr(value)}, but it must be of type {wanted}; see --help.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -108,8 +108,14 @@ def prepare_teacher(
     return CheckpointTeacher(folders, load, args.teacher_schedule, args.layer_stack)
 
 
-def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) -> PreTrainedModel:
+def load_teacher(
+    name: str, student: PreTrainedModel, dtype: str | None = None, without_values: bool = False
+) -> PreTrainedModel:
     """Load a teacher for the student's task from a folder or the Hub.
+
+    Args:
+        without_values: only see whether that can be done, from names and sizes of what is on this machine; of
+            safetensors files no more is read.
 
     Raises:
         OSError: there is no such model, or its files are damaged.
@@ -121,6 +127,8 @@ def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) 
     task = next((auto for auto, names in _TASKS.items() if type(student).__name__ in names.values()), None)
     auto = type(student) if task is None else getattr(transformers, task)
     kwargs: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    if without_values:
+        kwargs |= {"device_map": "meta", "local_files_only": True}
     if dtype is not None:
         kwargs["dtype"] = getattr(torch, dtype)
     try:

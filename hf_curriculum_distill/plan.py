@@ -4,30 +4,54 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils import logging as hf_logging
 
-from hf_curriculum_distill.checks import check_launch, check_stages
+from hf_curriculum_distill.checks import check_cache, check_launch, check_stages
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import DryRun, PeakMemory
 from hf_curriculum_distill.counting import predicts_next_token
 from hf_curriculum_distill.layers import PartialForward
-from hf_curriculum_distill.loading import check_teacher
+from hf_curriculum_distill.loading import check_teacher, load_teacher
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.report import align
-from hf_curriculum_distill.stages import Stage, StageScheduler, num_frozen_layers
+from hf_curriculum_distill.results import printable
+from hf_curriculum_distill.stages import Stage, StageScheduler, num_frozen_layers, parse_layer_pairs
+from hf_curriculum_distill.teachers import check_schedule, find_checkpoints, schedule_ends
 
 SIZES = {"bert-large": (24, 1024), "bert-large-narrow": (24, 512), "bert-base": (12, 768)}
 TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification")
+# Options of the recipes that no plan depends on; the tests hold this against the recipes.
+RECIPE_OPTIONS = {
+    "compare_with", "dataset", "dataset_config", "dimension", "earlier_teachers", "eval_blocks", "evaluate_on",
+    "first_checkpoint", "grammar", "head_dim", "heldout_documents", "heldout_examples", "heldout_sentences",
+    "initializer_range", "mask_once", "max_length", "methods", "model", "num_layers", "preprocessing_workers",
+    "seeds", "shuffle_features", "sparsity", "start", "streaming", "student_heads", "student_width", "support",
+    "support_seed", "teacher_accuracy", "teacher_batch_size", "teacher_finish_samples", "teacher_heads",
+    "teacher_max_samples", "teacher_save_samples", "teacher_save_steps", "teacher_seed", "teacher_steps",
+    "teacher_width", "text_column", "train_sentences", "variants",
+}  # fmt: skip
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "spm", "merges", "tekken", "bpe")
 _MEMORY = ("teacher", "student", "gradients", "optimizer", "activations", "logits")
 
 
@@ -114,9 +138,10 @@ class Plan:
         try:
             detail, result = examine(*args)
             outcome = "skip" if result is None else "ok"
-        except (ValueError, OSError) as error:
-            detail, result, outcome = " ".join(str(error).split()), None, "error"
-        self.checks.append((outcome, name, detail))
+        except Exception as error:  # of any kind: what a damaged file makes transformers do is anybody's guess
+            known = isinstance(error, (ValueError, OSError))
+            detail, result, outcome = f"{error}" if known else f"{type(error).__name__}: {error}", None, "error"
+        self.checks.append((outcome, name, printable(textwrap.shorten(detail, 1000, placeholder=" ..."))))
         return result
 
 
@@ -128,9 +153,11 @@ def make_plan(options: PlanArguments, args: CurriculumDistillationConfig) -> Pla
     if run is None:
         return plan
     plan.check("vocabulary", _check_vocabulary, options, run, tokenizer)
+    if run.teacher is not None and find_size(_teacher_name(options)) is None:
+        plan.check("teacher's weights", _check_weights, _teacher_folders(options, args), run)
     plan.check("batch", _check_batch, options, run)
     stages = plan.check("layer map", _check_layer_map, run)
-    scheduler = stages and plan.check("steps", _check_steps, stages, args)
+    scheduler = stages and plan.check("steps", _check_steps, stages, options, args)
     if plan.errors:
         return plan
     (rate, assumption), online, optimizer = _find_rate(options, args), args.method == "online", _Optimizer(args)
@@ -218,11 +245,19 @@ def _teacher_name(options: PlanArguments) -> str | None:
     return options.teacher if there or options.teacher_size is None else options.teacher_size
 
 
+def _teacher_folders(options: PlanArguments, args: CurriculumDistillationConfig) -> list[str]:
+    """The teacher or, with method='progressive', its checkpoints as the run will find them."""
+    name = _teacher_name(options)
+    return find_checkpoints(name) if args.method == "progressive" else [name]
+
+
 def _load_tokenizer(options: PlanArguments) -> tuple[str, Any]:
     name = options.tokenizer or _teacher_name(options)
     if options.tokenizer is None and (name is None or os.path.isfile(name) or find_size(name)):
         return "none is given; vocabularies are compared by size only", None
     try:
+        if os.path.isdir(name) and not any(file.startswith(_TOKENIZER_FILES) for file in os.listdir(name)):
+            raise FileNotFoundError(f"{name} has no tokenizer's files.")  # AutoTokenizer would make an empty one
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         if options.tokenizer is not None:
@@ -235,6 +270,7 @@ def _build(options: PlanArguments, args: CurriculumDistillationConfig, tokenizer
     """Both models as the run would have them, but for their values."""
     vocabulary = {} if tokenizer is None else {"vocab_size": len(tokenizer)}
     name = _teacher_name(options)
+    name = name and _teacher_folders(options, args)[-1]
     teacher_config = name and find_config(name, options.dropout, **vocabulary)
     if teacher_config and not vocabulary:
         vocabulary = {"vocab_size": getattr(teacher_config, "vocab_size", None)}
@@ -268,6 +304,8 @@ def _build(options: PlanArguments, args: CurriculumDistillationConfig, tokenizer
 def _make_model(auto: Any, config: PreTrainedConfig, dtype: str | None = None) -> PreTrainedModel:
     if config.is_encoder_decoder or not hasattr(config, "vocab_size"):
         raise ValueError(f"A {config.model_type} is no single stack of blocks that reads tokens; no other is planned.")
+    if getattr(config, "num_hidden_layers", 0) > 10_000:
+        raise ValueError(f"The model has {config.num_hidden_layers} blocks, more than any that is trained; correct it.")
     try:
         with no_init_weights():
             model = auto.from_config(config, **({"dtype": getattr(torch, dtype)} if dtype else {}))
@@ -287,14 +325,63 @@ def _check_vocabulary(options: PlanArguments, run: DryRun, tokenizer: Any) -> tu
         )
     if run.teacher is None:
         return f"{size:,} entries", True
-    folder = options.teacher if os.path.isdir(options.teacher or "") else None
-    check_teacher(run.student.model, run.teacher.model, tokenizer, folder)
+    name = _teacher_name(options)
+    check_teacher(run.student.model, run.teacher.model, tokenizer, None if _is_alone(name) else name)
     return f"{size:,} entries in both models", True
+
+
+def _is_alone(name: str) -> bool:
+    """Whether a model's name is a size or a config.json, without anything beside it."""
+    return os.path.isfile(name) or find_size(name) is not None
+
+
+def _check_weights(folders: Sequence[str], run: DryRun) -> tuple[str, bool | None]:
+    """Whether the run will be able to load the teacher: it goes through the same function, without values."""
+    model = run.teacher.model
+    for folder in folders:
+        if _has_file(folder, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+            with _quiet():  # what transformers reports, the error says
+                load_teacher(folder, run.student.model, without_values=True)
+            continue
+        if os.path.isdir(folder) and not _has_file(folder, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+            raise FileNotFoundError(
+                f"{folder} has a config.json, but no weights, so there is nothing to learn from; save the whole model "
+                "there or, to plan without its weights, name the config.json."
+            )
+        saved = set(AutoConfig.from_pretrained(folder).architectures or ())
+        if saved and saved <= set(MODEL_MAPPING_NAMES.values()) - {type(model).__name__}:
+            raise ValueError(
+                f"The configuration of {folder} says that it is a {', '.join(sorted(saved))}, which has no head; as a "
+                f"{type(model).__name__} its head would be random. Use a checkpoint that was trained for this task."
+            )
+        says = f"; its configuration names {', '.join(sorted(saved))}" if saved else ""
+        return f"{folder} has no safetensors file within reach: whether its head was trained is not known{says}", None
+    return f"all that a {type(model).__name__} needs, by name and size", True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+def _has_file(folder: str, *names: str) -> bool:
+    """Whether a model's folder, or the Hub's cache on this machine, has one of the files."""
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    local = {"local_files_only": True, **lenient}
+    return not _is_alone(folder) and any(cached_file(folder, name, **local) is not None for name in names)
 
 
 def _check_batch(options: PlanArguments, run: DryRun) -> tuple[str, bool]:
     for who, model in (("student", run.student), ("teacher", run.teacher)):
-        longest = model and getattr(model.model.config, "max_position_embeddings", None)
+        longest = model and _longest(model.model)
         if longest and options.block_size > longest:
             raise ValueError(f"block_size is {options.block_size}, but the {who} reads at most {longest} tokens.")
     if not run.num_rows:
@@ -309,13 +396,24 @@ def _check_batch(options: PlanArguments, run: DryRun) -> tuple[str, bool]:
     return detail, True
 
 
+def _longest(model: PreTrainedModel) -> int | None:
+    """How many tokens a model's table of positions is for; None where positions are computed."""
+    size, inputs = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
+    for table in model.modules():
+        # OPT and BART keep two more rows; RoBERTa's positions start after that of padding
+        if isinstance(table, nn.Embedding) and table is not inputs and table.num_embeddings in (size, (size or 0) + 2):
+            return size if table.padding_idx is None else size - table.padding_idx - 1
+    return None
+
+
 def _check_layer_map(run: DryRun) -> tuple[str, tuple[Stage, ...]]:
     depths = run.student.depth, run.teacher and run.teacher.depth
     stages = run.args.resolve_stages(*depths)
     if not stages:
         raise ValueError("There is no teacher and there are no stages, which is plain training; name a --teacher.")
     check_stages(stages, run.args, run.student, deepspeed=bool(run.args.deepspeed))
-    if pairs := _pairs(stages):
+    check_cache(stages, run.args, run.student.model)
+    if pairs := parse_layer_pairs(_pairs(stages)):
         run.student.check_training(run.args.freeze_matched_layers or run.args.train_prefix == "block")
         widths = [run.student.hidden_size], [run.teacher.hidden_size]
         ProjectionBank.create(pairs[:1], *widths, kind=run.args.projection)
@@ -326,10 +424,18 @@ def _pairs(stages: Sequence[Stage]) -> list[tuple[int, int]]:
     return list(dict.fromkeys(pair for stage in stages for pair in stage.hidden))
 
 
-def _check_steps(stages: Sequence[Stage], args: CurriculumDistillationConfig) -> tuple[str, StageScheduler]:
-    if args.max_steps < 1:
-        raise ValueError(f"max_steps is {args.max_steps}; a plan has no data set to count epochs of, so set max_steps.")
-    return f"{len(stages)} stages in {args.max_steps:,} steps", args.schedule(stages, args.max_steps)
+def _check_steps(
+    stages: Sequence[Stage], options: PlanArguments, args: CurriculumDistillationConfig
+) -> tuple[str, StageScheduler]:
+    max_steps = args.max_steps
+    if max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps}; a plan has no data set to count epochs of, so set max_steps.")
+    scheduler = args.schedule(stages, max_steps)
+    if args.method == "progressive" and _teacher_name(options) is not None:
+        folders = _teacher_folders(options, args)
+        check_schedule(folders, args.teacher_schedule)
+        schedule_ends(folders, args.teacher_schedule, max_steps)
+    return f"{len(stages)} stages in {max_steps:,} steps", scheduler
 
 
 # ---- costs ----

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,6 +36,29 @@ _SETTINGS = (
     "teacher_learning_rate",
 )
 
+# How the names of arguments begin that say where, when and by what means a run reads, writes and evaluates, not what it
+# learns; and these themselves.
+_NO_SETTINGS = (
+    *(
+        "output_dir",
+        "log_",
+        "logging_",
+        "run_name",
+        "report_to",
+        "disable_tqdm",
+        "trackio_",
+        "save_",
+        "push_to_hub",
+        "hub_",
+        "debug",
+    ),
+    *("eval_", "do_", "per_device_eval_", "prediction_loss_", "batch_eval_", "include_", "bf16_full_", "fp16_full_"),
+    *("dataloader_num_", "dataloader_pin_", "dataloader_persistent_", "dataloader_prefetch_", "dataloader_multi"),
+    *("dataloader_in_", "ddp_", "local_rank", "use_cpu", "full_determinism", "skip_memory_", "torch_empty_cache_"),
+    *("logit_chunk_", "resume_from_", "restore_callback_", "ignore_data_", "enable_jit_", "seed", "data_seed"),
+)
+_NO_SETTING_EITHER = ("project", "teacher_cache")
+
 # What must be the same for a resumed run to equal one that was never interrupted.
 _FIXED = ("method", "max_steps", "stages", "settings", "teacher", "base_model", "projection_matrices", "cached_logits")
 _MAY_MOVE = ("teacher.name", "teacher.revision")  # the same weights by another name are the same teacher
@@ -53,6 +77,9 @@ def make_record(
         "max_steps": stages.max_steps,
         "stages": [{"name": stage.name, **dataclasses.asdict(stage)} for stage in stages.stages],
         "settings": {name: getattr(args, name) for name in _SETTINGS},
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "arguments": _plain_settings(args),
         "teacher": teacher and {name: getattr(teacher, name) for name in ("name", "revision", "fingerprint")},
         "projection_matrices": bank and bank.matrix_fingerprint,
         "projection_bank": bank and bank.fingerprint,
@@ -64,6 +91,16 @@ def make_record(
             "torch": torch.__version__,
         },
     }
+
+
+def _plain_settings(args: CurriculumDistillationConfig) -> dict[str, Any]:
+    """The arguments that tell a run from others but for its seed; what is no plain JSON value is left out."""
+    settings = {}
+    for name, value in args.to_dict().items():
+        if not name.startswith(_NO_SETTINGS) and name not in _NO_SETTING_EITHER:
+            with suppress(TypeError, ValueError):
+                settings[name] = json.loads(json.dumps(value))
+    return settings
 
 
 def write_record(folder: str, record: Mapping[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain, cycle, product
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_curriculum_distill.results import average, read_curves
+from hf_curriculum_distill.curves import average, read_curves
+from hf_curriculum_distill.results import write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,11 +58,14 @@ def format_summary(
 
     A run reaches it at the first evaluation that is at least as good (for a loss or KL: at most as high). The cost is
     the median over runs, of which those that never get there count as infinitely late. By default it is the worst
-    value at which a run of the baseline ended (without baseline: any run), which thus every one of them reaches.
+    value at which a run of the baseline ended (without baseline: any run), which thus every one of them reaches. An
+    accuracy or another share of 0 is where a run that learns nothing is: it is no value to reach.
 
     Raises:
-        ValueError: a run was not evaluated by this metric, or its files are damaged.
+        ValueError: a run was not evaluated by this metric, or its files are damaged, or the threshold is not finite.
     """
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"threshold is {threshold}; give a finite value of {metric}.")
     methods, lower = read_curves(results, metric), metric.endswith(("loss", "kl"))
     judges = methods.get(baseline) or list(chain(*methods.values()))
     level = f"{threshold}"
@@ -67,14 +73,23 @@ def format_summary(
         threshold = (max if lower else min)(curve.values[-1] for curve in judges)
         whose = baseline if methods.get(baseline) else "all methods"
         level = f"{threshold:.4g} (the {'highest' if lower else 'lowest'} final value of {whose})"
+    is_share = not lower and all((curve.values >= 0).all() for curve in chain(*methods.values()))
+    races = bool(judges) and not (is_share and threshold <= 0)
+    if races:
+        to_reach = f"to reach {level}: median over runs, if more than half of them do"
+    else:
+        to_reach = (
+            f"nothing to reach: {level} takes no learning; give a threshold above 0" if judges else "no run is finite"
+        )
     heading = [
         f"{metric} at the end: mean ± sample standard deviation over runs; FLOPs of student and teacher",
-        f"to reach {level}: median over runs, if more than half of them do" if judges else "no run is finite",
+        to_reach,
     ]
     rows = [["method", "runs", metric, "samples", "FLOPs", "reach", "samples to reach", "FLOPs to reach"]]
-    if methods.get(baseline):
+    if races and methods.get(baseline):
         heading[1] += f"; ratio: cost of {baseline} / of the method"
         rows[0] += ["samples ratio", "FLOPs ratio"]
+    threshold = threshold if races else (-np.inf if lower else np.inf)
     reached = {m: [c.cost_to_reach(threshold, lower) for c in curves] for m, curves in methods.items()}
     medians = {m: np.median(costs or [[np.inf, np.inf]], axis=0) for m, costs in reached.items()}
     num_runs = Counter(result["method"] for result in results)
@@ -86,8 +101,12 @@ def format_summary(
             deviation = f" ± {np.std(finals, ddof=1):.4f}" if num_finite > 1 else ""
             num_reached = int(np.isfinite(reached[method]).all(1).sum())
             row += [f"{np.mean(finals):.4f}{deviation}", *_show_cost(np.mean([c.costs[-1] for c in curves], axis=0))]
-            row += [f"{num_reached}/{num_finite}", *(_show_cost(medians[method]) if num_reached else ["never"] * 2)]
-            if methods.get(baseline) and np.isfinite([medians[baseline], medians[method]]).all():
+            if races:
+                row += [f"{num_reached}/{num_finite}", *(_show_cost(medians[method]) if num_reached else ["never"] * 2)]
+            both = [medians[baseline], medians[method]] if methods.get(baseline) else [np.inf]
+            if np.isfinite(both).all() and np.all(
+                medians[method]
+            ):  # what is reached before the first step costs nothing
                 row += [f"{ratio:.2f}" for ratio in medians[baseline] / medians[method]]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     return "\n".join([*heading, "", align(rows)])
@@ -135,6 +154,7 @@ def plot_comparison(
             style, color = _BASELINE_LOOK if method == baseline else next(looks)
             costs, values = average(curves)
             x, label = costs[:, index], method if len(curves) == 1 else f"{method} ({len(curves)} runs)"
+            label = (" " if label.startswith("_") else "") + label.replace("$", r"\$")  # neither hidden nor a formula
             dots = {"marker": "o", "markersize": 3} if len(x) <= 40 else {}
             axis.plot(x, values.mean(0), style, color=color, label=label, **dots)
             if len(curves) > 1:
@@ -157,9 +177,15 @@ def plot_comparison(
     axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[1].set(xlabel="floating-point operations, student and teacher")
     handles, labels = axes[0].get_legend_handles_labels()
+    # a line of the legend has room for about 120 letters
+    labels = [label if len(label) <= 100 else f"{label[:97]}..." for label in labels]
+    num_columns = max(1, min(4, len(labels), 120 // (max(map(len, labels)) + 10)))
     note = "mean and range over runs" if any(len(curves) > 1 for curves in methods.values()) else None
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, title=note)
+    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, title=note)
     figure.suptitle(title)
+    contents = {}
     for suffix in (".png", ".svg"):
-        figure.savefig(Path(path).with_suffix(suffix))
+        figure.savefig(drawn := io.BytesIO(), format=suffix[1:])
+        contents[str(Path(path).with_suffix(suffix))] = drawn.getvalue()
+    write_files(contents)
     return figure

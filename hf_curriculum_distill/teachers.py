@@ -95,9 +95,7 @@ class CheckpointTeacher(FrozenTeacher):
         stack: str = "encoder",
     ):
         self._folders, self._load, self._schedule = list(folders), load, schedule
-        self._steps = [_steps_of(folder) for folder in self._folders] if isinstance(schedule, str) else []
-        if len(folders) > 1 or not isinstance(schedule, str):
-            self._check_schedule()
+        check_schedule(self._folders, schedule)
         digest, sizes = hashlib.sha256(), None
         for folder in self._folders:
             model = load(folder)
@@ -123,32 +121,45 @@ class CheckpointTeacher(FrozenTeacher):
 
     def plan(self, max_steps: int) -> None:
         """Fix the student's step at which each checkpoint but the last stops teaching."""
-        if self._schedule == "step":
-            ends = self._steps[:-1]
-        elif self._schedule == "fraction":
-            ends = [round(step * max_steps / self._steps[-1]) for step in self._steps[:-1]]
-        else:
-            ends = [round(end * max_steps) if isinstance(end, float) else end for end in self._schedule]
-            if sorted(set(ends)) != ends or any(not 0 < end < max_steps for end in ends):
-                raise ValueError(
-                    f"teacher_schedule is {self._schedule} (steps {ends} of {max_steps}); each checkpoint must stop "
-                    "teaching after the one before it and before max_steps."
-                )
-        self._ends = ends if len(self._folders) > 1 else []
+        self._ends = schedule_ends(self._folders, self._schedule, max_steps)
 
-    def _check_schedule(self) -> None:
-        if isinstance(self._schedule, str):
-            if None in self._steps or sorted(set(self._steps)) != self._steps:
-                raise ValueError(
-                    f"teacher_schedule={self._schedule!r} needs folders named {PREFIX_CHECKPOINT_DIR}-STEP in "
-                    f"increasing order, but the checkpoints are {', '.join(self._folders)}; set teacher_schedule to "
-                    "the list of steps at which each but the last stops teaching."
-                )
-        elif len(self._schedule) != len(self._folders) - 1:
+
+def check_schedule(folders: Sequence[str], schedule: str | Sequence[int | float]) -> None:
+    """Raise a `ValueError` unless the schedule says when each of the checkpoints teaches."""
+    if not isinstance(schedule, str):
+        if len(schedule) != len(folders) - 1:
             raise ValueError(
-                f"teacher_schedule has {len(self._schedule)} ends for {len(self._folders)} checkpoints; give one end "
-                "for each but the last."
+                f"teacher_schedule has {len(schedule)} ends for {len(folders)} checkpoints; give one end for each but "
+                "the last."
             )
+    elif len(folders) > 1:
+        steps = [_steps_of(folder) for folder in folders]
+        if None in steps or sorted(set(steps)) != steps:
+            raise ValueError(
+                f"teacher_schedule={schedule!r} needs folders named {PREFIX_CHECKPOINT_DIR}-STEP in increasing order, "
+                f"but the checkpoints are {', '.join(folders)}; set teacher_schedule to the list of steps at which "
+                "each but the last stops teaching."
+            )
+
+
+def schedule_ends(folders: Sequence[str], schedule: str | Sequence[int | float], max_steps: int) -> list[int]:
+    """The student's step at which each checkpoint but the last stops teaching.
+
+    Raises:
+        ValueError: these are not in order, or beyond the student's steps.
+    """
+    if len(folders) == 1:
+        return []
+    if isinstance(schedule, str):
+        steps = [_steps_of(folder) for folder in folders]
+        return [step if schedule == "step" else round(step * max_steps / steps[-1]) for step in steps[:-1]]
+    ends = [round(end * max_steps) if isinstance(end, float) else end for end in schedule]
+    if sorted(set(ends)) != ends or any(not 0 < end < max_steps for end in ends):
+        raise ValueError(
+            f"teacher_schedule is {schedule} (steps {ends} of {max_steps}); each checkpoint must stop teaching after "
+            "the one before it and before max_steps."
+        )
+    return ends
 
 
 def find_checkpoints(name: str) -> list[str]:

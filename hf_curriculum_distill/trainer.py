@@ -33,6 +33,7 @@ from hf_curriculum_distill.checks import (
     check_stages,
     check_training_data,
     label_loss_mismatch,
+    make_cache_folder,
     naming_batch,
 )
 from hf_curriculum_distill.chunks import RowLogits, chunk_size, logit_losses, sum_over_chunks
@@ -195,6 +196,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         self._declared_stages = args.resolve_stages(self._student.depth, teacher and teacher.depth)
         check_stages(self._declared_stages, args, self._student, self.is_deepspeed_enabled)
         check_cache(self._declared_stages, args, student)
+        make_cache_folder(args)
         self.projection_bank = self._make_bank()
 
     @property

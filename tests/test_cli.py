@@ -99,7 +99,7 @@ def test_wrong_runs_end_with_status_2_and_one_line(recipe_output):
     done = command("compare", recipe_output, "--metric", "eval_f1")
     assert done.returncode == 2 and done.stdout == ""
     *usage, line = done.stderr.splitlines()
-    assert usage[0].startswith("usage: hf-curriculum-distill")
+    assert any(text.startswith("usage: hf-curriculum-distill") for text in usage)  # after what libraries say on import
     assert line.startswith("hf-curriculum-distill: error: ")
     assert line.endswith("curriculum 0 has no 'eval_f1'; it was evaluated by eval_accuracy.")
 
@@ -107,6 +107,12 @@ def test_wrong_runs_end_with_status_2_and_one_line(recipe_output):
 def _damage(folder, file, text):
     (folder / file).write_text(text)
     return [folder]
+
+
+def _make_folder(folder, file):
+    (folder / file).unlink()
+    (folder / file).mkdir()
+    return [folder.parent]
 
 
 WRONG = {
@@ -143,6 +149,36 @@ WRONG = {
     ),
     "no number": (lambda out: [out, "--threshold", "high"], r"invalid float value: 'high'"),
     "no room": (lambda out: [out, "--output", out / "results.json"], r"File exists"),
+    "into a checkpoint": (
+        lambda out: [out, "--output", out / "checkpoint-4"],
+        r"--output is '.*checkpoint-4', a checkpoint, and only the run writes there; name another folder\.",
+    ),
+    "through a link": (
+        lambda out: [(out / "comparison.svg").symlink_to(out / "results.json"), out][1:],
+        r"comparison.svg is a symbolic link, and what it leads to is not overwritten",
+    ),
+    "wrong types": (
+        lambda out: _damage(out / "too slow 0", "trainer_state.json", '{"log_history": [1], "global_step": 4}'),
+        r"trainer_state.json is damaged: log_history is \[1\], not a list of objects\.",
+    ),
+    "control characters": (
+        lambda out: _damage(out, "results.json", '[{"method": "\\u001b[2J", "path": "b", "finite": false}]'),
+        r"results.json is damaged: method is '\\x1b\[2J', not a printable name\.",
+    ),
+    "lone surrogate": (
+        lambda out: _damage(out, "results.json", r'[{"method": "a", "path": "\ud800", "finite": false}]'),
+        r"results.json is damaged: path is '\\ud800', not the name of a folder\.",
+    ),
+    "deep": (lambda out: _damage(out, "results.json", 100_000 * "["), r"results.json is damaged: maximum recursion"),
+    "a folder": (
+        lambda out: _make_folder(out / "too slow 0", "curriculum.json"),
+        r"Is a directory: .*curriculum.json",
+    ),
+    "threshold": (lambda out: [out, "--threshold", "inf"], r"threshold is inf; give a finite value of eval_accuracy"),
+    "strange folder": (
+        lambda out: [f"{out}/\x1b[2J\n\udcff"],
+        r"/\\x1b\[2J\\? ?\\udcff has neither .* there is no such folder\.",
+    ),
     "no run at all": (lambda out: [], r"required: RUN"),
 }
 
@@ -156,12 +192,28 @@ def test_wrong_runs_and_options_say_what_and_where(recipe_output, capsys, name):
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
+def test_a_run_is_plotted_beside_its_checkpoints_not_into_them(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    finished_run(run, "one_shot", {2: 0.3, 4: 0.4})
+    (run / "one_shot 0").rename(run / "checkpoint-4")
+    for argument in (run / "checkpoint-4", "checkpoint-4", "."):
+        monkeypatch.chdir(run / "checkpoint-4" if argument == "." else run)
+        main(["compare", str(argument)])
+        where = {".": "../"}.get(argument, "./")
+        assert capsys.readouterr().out.endswith(f"plot: {where}comparison.png, and as SVG\n")
+        assert {path.name for path in run.iterdir()} == {"checkpoint-4", "comparison.png", "comparison.svg"}
+        (run / "comparison.png").unlink()
+    assert {path.name for path in (run / "checkpoint-4").iterdir()} == {"trainer_state.json", "curriculum.json"}
+    main(["compare", str(run)])
+    assert (run / "comparison.png").is_file()
+
+
 def test_the_same_method_and_seed_in_two_folders_is_no_repetition(tmp_path, capsys):
     for name in ("a", "b"):
         write_results(tmp_path / name, [finished_run(tmp_path / name, "one_shot", {4: 0.4})])
-    with pytest.raises(SystemExit):
-        main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert "are both 'one_shot' with seed 0" in capsys.readouterr().err
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    lines = cells(capsys.readouterr().out)
+    assert [lines[f"one_shot ({name}/one_shot 0)"][0] for name in "ab"] == ["1", "1"] and "one_shot" not in lines
 
 
 def test_a_command_is_needed_and_the_installed_one_is_this(capsys):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import runpy
@@ -10,14 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STUDENT_DEPTH, VOCAB_SIZE, tiny_bert
+from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
     BertForSequenceClassification,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
     T5Config,
     TrainerCallback,
 )
@@ -25,12 +35,22 @@ from transformers import (
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import main, parse_arguments
 from hf_curriculum_distill.cost import PeakMemory
-from hf_curriculum_distill.plan import SIZES, PlanArguments, PlannedConfig, find_config, format_plan, make_plan
+from hf_curriculum_distill.plan import (
+    RECIPE_OPTIONS,
+    SIZES,
+    PlanArguments,
+    PlannedConfig,
+    find_config,
+    format_plan,
+    make_plan,
+)
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes/configs/bert_large/quickstart.yaml"
 TOKENIZER = ROOT / "recipes/data/bert_uncased"
 LENGTH, LABELS = 12, 3
+SMALL = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "max_position_embeddings": 32}
 
 
 def tiny_gpt(depth):
@@ -345,6 +365,190 @@ def test_options_of_the_recipes_are_no_errors(path):
     assert not {"max_steps", "learning_rate", "method", "teacher", "per_device_train_batch_size"} & set(unread)
 
 
+def test_what_is_not_read_is_an_option_of_a_recipe():
+    scripts = [runpy.run_path(str(path)) for path in (ROOT / "recipes").glob("*.py")]
+    kinds = [script["RecipeArguments"] for script in scripts if "RecipeArguments" in script]
+    of_recipes = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert len(kinds) > 2 and of_recipes - {f.name for f in dataclasses.fields(PlanArguments)} == {*RECIPE_OPTIONS} - {
+        f.name for f in dataclasses.fields(PlannedConfig)
+    }
+
+
+# ---- the teacher's weights ----
+
+
+def renamed(tmp_path):
+    """Weights under the names of ten years ago, which loading maps to those of today."""
+    folder = Path(tmp_path, "teacher")
+    tiny_bert(4).save_pretrained(folder)
+    weights = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def deeper(folder):
+    tiny_bert(5).save_pretrained(folder)
+    tiny_bert(4).config.save_pretrained(folder)
+
+
+def cut(folder):
+    tiny_bert(4).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def pickled(folder):
+    tiny_bert(4).save_pretrained(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+WEIGHTS = {
+    "whole": (lambda folder: tiny_bert(4).save_pretrained(folder), "ok", r"all that a BertForMaskedLM needs"),
+    "in shards": (lambda folder: tiny_bert(4).save_pretrained(folder, max_shard_size="10KB"), "ok", r"all that"),
+    "of old names": (lambda folder: renamed(folder.parent), "ok", r"all that"),
+    "with another head, too": (
+        lambda folder: BertForPreTraining(tiny_bert(4).config).save_pretrained(folder),
+        "ok",
+        r"all that",
+    ),
+    "without a head": (
+        lambda folder: BertModel(tiny_bert(4).config).save_pretrained(folder),
+        "error",
+        r"has no weights for cls\.predictions\.bias, .* as a BertForMaskedLM these would be random",
+    ),
+    "with another head": (
+        lambda folder: BertForSequenceClassification(tiny_bert(4).config).save_pretrained(folder),
+        "error",
+        r"has no weights for cls\.predictions\.bias",
+    ),
+    "of another size": (
+        lambda folder: (tiny_bert(4).save_pretrained(folder), tiny_bert(4, width=32).config.save_pretrained(folder)),
+        "error",
+        r"has no weights for",
+    ),
+    "with more blocks": (deeper, "error", r"encoder\.layer\.4\..*, a block that its config.json leaves out"),
+    "cut": (cut, "error", r"cannot be loaded"),
+    "missing": (
+        lambda folder: tiny_bert(4).config.save_pretrained(folder),
+        "error",
+        r"has a config.json, but no weights",
+    ),
+    "pickled": (pickled, "skip", r"no safetensors file .* not known; its configuration names BertForMaskedLM"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_teacher_that_the_run_cannot_load_is_refused_without_reading_its_weights(tmp_path, student, config, name):
+    make, outcome, message = WEIGHTS[name]
+    folder, student_folder = tmp_path / "teacher", tmp_path / "student"
+    make(folder)
+    student.config.save_pretrained(student_folder)
+    options = PlanArguments(student=str(student_folder), teacher=str(folder), block_size=LENGTH)
+    plan = make_plan(options, PlannedConfig(str(tmp_path / "out"), max_steps=8))
+    (check,) = [check for check in plan.checks if check[1] == "teacher's weights"]
+    assert check[0] == outcome and re.search(message, check[2]), check
+    try:  # the run agrees
+        CurriculumDistillationTrainer(student, config(), train_dataset=examples_for(student), teacher_model=str(folder))
+    except (ValueError, OSError) as error:
+        assert outcome == "error" and (name == "missing" or " ".join(str(error).split()) == check[2])
+    else:
+        assert outcome != "error"
+
+
+def test_a_config_json_that_names_a_model_without_a_head_is_refused(tmp_path):
+    for number, (architecture, outcome) in enumerate((("BertModel", "error"), ("BertForMaskedLM", "skip"))):
+        config = tiny_bert(4).config
+        config.architectures = [architecture]
+        config.save_pretrained(tmp_path / f"{number}")
+        path = str(tmp_path / f"{number}/config.json")
+        plan = make_plan(PlanArguments(student=path, teacher=path, block_size=8), PlannedConfig("out", max_steps=8))
+        (check,) = [check for check in plan.checks if check[1] == "teacher's weights"]
+        assert check[0] == outcome and (outcome == "skip" or "BertModel, which has no head" in check[2])
+
+
+# ---- what the run refuses, too ----
+
+TWICE = [{"hidden": [[1, 1]], "until": 2}, {"hidden": [[1, 2]], "until": 4}, {"kl_weight": 1.0}]
+REFUSED = {
+    "a layer twice": ({"stages": TWICE}, r"name a student layer twice"),
+    "a cache for nobody": ({"stages": [{"label_weight": 1.0}], "teacher_cache": "cache"}, r"no stage asks the teacher"),
+    "a cache that keeps too little": (
+        {"divergence": "reverse_kl", "teacher_cache": "cache", "teacher_cache_logits": 8},
+        r"only 'forward_kl' can be computed from",
+    ),
+    "too few ends": (
+        {"method": "progressive", "teacher_schedule": [0.5]}, r"teacher_schedule has 1 ends for 3 checkpoints"
+    ),
+    "ends beyond the steps": (
+        {"method": "progressive", "teacher_schedule": [4, 9]}, r"each checkpoint must stop teaching after the one"
+    ),
+    "layerdrop": ({"layerdrop": 0.1}, r"The student's layerdrop is 0.1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_plan_and_run_refuse_the_same(tmp_path, config, name):
+    fields, message = REFUSED[name]
+    model = {key: value for key, value in fields.items() if key == "layerdrop"}
+    fields = {key: value for key, value in fields.items() if key not in model}
+    if "teacher_cache" in fields:
+        fields["teacher_cache"] = str(tmp_path / "cache")
+    student = tiny_bert(2, **model)
+    for step in (2, 4, 6):
+        tiny_bert(4, seed=step).save_pretrained(tmp_path / f"teacher/checkpoint-{step}")
+    teacher = str(tmp_path / "teacher") if fields.get("method") == "progressive" else f"{tmp_path}/teacher/checkpoint-6"
+    options = PlanArguments(student=saved(tmp_path / "student", student), teacher=teacher, block_size=LENGTH)
+    plan = make_plan(options, PlannedConfig(str(tmp_path / "out"), max_steps=8, **fields))
+    assert re.search(message, "; ".join(plan.errors)) and not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match=message):
+        CurriculumDistillationTrainer(
+            student, config(**fields), train_dataset=examples_for(student), teacher_model=teacher
+        )
+
+
+def test_a_progressive_run_is_planned_from_the_teachers_checkpoints(tmp_path):
+    for step in (2, 4):
+        tiny_bert(4, seed=step).save_pretrained(tmp_path / f"teacher/checkpoint-{step}")
+    options = PlanArguments(saved(tmp_path / "s", tiny_bert(2)), str(tmp_path / "teacher"), block_size=LENGTH)
+    plan = make_plan(options, PlannedConfig("out", max_steps=8, method="progressive"))
+    assert not plan.errors and [row["name"] for row in plan.stages] == ["kl"]
+    shutil.rmtree(tmp_path / "teacher/checkpoint-4")
+    BertModel(tiny_bert(4).config).save_pretrained(tmp_path / "teacher/checkpoint-4")
+    plan = make_plan(options, PlannedConfig("out", max_steps=8, method="progressive"))
+    assert re.search(r"checkpoint-4' has no weights for cls", plan.errors[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "longest"),
+    [
+        (BertForMaskedLM(BertConfig(**SMALL)), 32),
+        (RobertaForMaskedLM(RobertaConfig(**SMALL, pad_token_id=1)), 30),
+        (OPTForCausalLM(OPTConfig(**SMALL, word_embed_proj_dim=16, ffn_dim=32)), 32),
+        (LlamaForCausalLM(LlamaConfig(**SMALL)), None),
+    ],
+    ids=["BERT", "RoBERTa", "OPT", "Llama"],
+)
+def test_a_block_has_as_many_tokens_as_the_model_has_positions(tmp_path, model, longest):
+    length = longest or 64
+    model.eval()(input_ids=torch.full((1, length), 5))
+    path = saved(tmp_path / "model", model)
+    task = "MaskedLM" if "MaskedLM" in type(model).__name__ else "CausalLM"
+    fields = {"max_steps": 8, "per_device_train_batch_size": 2}
+    fits, not_ = (
+        make_plan(PlanArguments(path, path, task=task, block_size=size), PlannedConfig("out", **fields))
+        for size in (length, length + 1)
+    )
+    assert not fits.errors
+    assert bool(not_.errors) == (longest is not None)
+    if longest:
+        assert not_.errors == [f"batch: block_size is {longest + 1}, but the student reads at most {longest} tokens."]
+        with pytest.raises((RuntimeError, IndexError)):
+            model(input_ids=torch.full((1, length + 1), 5))
+
+
 # ---- the command ----
 
 
@@ -391,6 +595,11 @@ def t5(tmp_path):
     return ["--student", str(tmp_path / "t5")]
 
 
+def _with(tmp_path, model, text):
+    (tmp_path / model / "config.json").write_text(text)
+    return []
+
+
 def gpt(tmp_path):
     return ["--student", folder_of(tmp_path, "gpt", tiny_gpt(2))]
 
@@ -419,6 +628,28 @@ WRONG = {
     "two rates": (lambda _: ["--flops_per_second", "1", "--measure", "1"], r"Both flops_per_second and measure"),
     "share": (lambda _: ["--mlm_probability", "1.5"], r"mlm_probability is 1.5; it must be above 0 and at most 1\."),
     "processes": (lambda _: ["--num_processes", "0"], r"num_processes is 0; it must be at least 1\."),
+    "misspelt, nearly a recipe's": (
+        lambda t: written(t, "layr_ordr: last\ndataset: x"),
+        r"sets 'layr_ordr', which is no option; did you mean layer_order\?",
+    ),
+    "transposed": (lambda t: written(t, "metohd: one_shot"), r"sets 'metohd', .* did you mean method\?"),
+    "a letter too few": (lambda t: written(t, "temperatur: 2"), r"sets 'temperatur', .* did you mean temperature\?"),
+    "nobody's": (lambda t: written(t, "zzzzz: 2"), r"sets 'zzzzz', which is no option; see --help\."),
+    "a list": (lambda t: written(t, "deepspeed: Infinity"), r"The options make no configuration \(\w+Error: "),
+    "control characters": (
+        lambda _: ["--student", "\x1b[2J\n"],
+        r"models: '\\x1b\[2J\\n' has no configuration within reach",
+    ),
+    "a million blocks": (lambda _: ["--student", "bert-1000000-64"], r"1000000 blocks, more than any that is trained"),
+    "damaged model": (
+        lambda t: _with(t, "student", '{"model_type": "bert", "num_hidden_layers": "2", "architectures": [[]]}'),
+        r"models: ",
+    ),
+    "model of lists": (lambda t: _with(t, "student", '{"model_type": ["bert"]}'), r"models: TypeError: unhashable"),
+    "plan through a link": (
+        lambda t: [(t / "link").symlink_to(t / "student/config.json"), "--json", str(t / "link")][1:],
+        r"link is a symbolic link, and what it leads to is not overwritten",
+    ),
     "misspelt": (lambda t: written(t, "max_step: 5"), r"sets 'max_step', which is no option; did you mean max_steps\?"),
     "type": (lambda t: written(t, "max_steps: [5]"), r"sets max_steps to \[5\], but it must be of type int"),
     "option": (lambda _: ["--stepss", "5"], r"sets 'stepss', which is no option"),
@@ -432,7 +663,7 @@ def test_wrong_runs_end_with_status_2_and_say_what_and_where(tmp_path, capsys, n
     argv, message = WRONG[name]
     models = {
         "--student": folder_of(tmp_path, "student", tiny_bert(2)),
-        "--teacher": folder_of(tmp_path, "teacher", tiny_bert(4)),
+        "--teacher": saved(tmp_path / "teacher", tiny_bert(4)),
     }
     given = ["--max_steps", "8", "--block_size", "12", "--output_dir", str(tmp_path / "out")]
     given += [word for option in models.items() for word in option]
@@ -441,7 +672,7 @@ def test_wrong_runs_end_with_status_2_and_say_what_and_where(tmp_path, capsys, n
     assert error.value.code == 2
     printed = capsys.readouterr()
     assert re.search(message, printed.err.splitlines()[-1]), printed.err
-    assert "stage  " not in printed.out or name == "no folder"
+    assert "stage  " not in printed.out or name in ("no folder", "plan through a link")
     if re.match(r"[a-z ]+: ", message):
         assert f"error  {message.split(':')[0]}: " in printed.out
 

@@ -1,22 +1,29 @@
+import functools
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.report import format_summary, format_table, plot_comparison
-from hf_curriculum_distill.results import read_results, write_results
+from hf_curriculum_distill.results import printable, read_results, write_results
 
 LAYERS = {"kl_weight": 0.0, "label_weight": 0.0}
 LOGITS = {"kl_weight": 1.0, "label_weight": 0.0}
 
 
-def finished_run(folder, method="one_shot", accuracy=None, layers_until=None, seed=0, steps=4, metric="eval_accuracy"):
+def finished_run(
+    folder, method="one_shot", accuracy=None, layers_until=None, seed=0, steps=4, metric="eval_accuracy", **record
+):
     """A run of 8 examples and 15 operations (student 10, teacher 5) a step; 3 (2 and 1) in its layer stage.
 
-    `accuracy` gives the value after each step that was evaluated; a run without any was not finite.
+    `accuracy` gives the value after each step that was evaluated; a run without any was not finite. `record`: more
+    fields of `curriculum.json`, which is otherwise one of an earlier version.
     """
     path = folder / f"{method} {seed}"
     path.mkdir(parents=True)
@@ -33,7 +40,8 @@ def finished_run(folder, method="one_shot", accuracy=None, layers_until=None, se
     state = {"global_step": steps, "log_history": history}
     (path / "trainer_state.json").write_text(json.dumps(state))
     stages = [LAYERS | {"until": layers_until}] * bool(layers_until) + [LOGITS | {"until": None}]
-    (path / "curriculum.json").write_text(json.dumps({"method": method, "samples_per_step": 8, "stages": stages}))
+    record = {"method": method, "samples_per_step": 8, "stages": stages} | ({"seed": seed} if record else {}) | record
+    (path / "curriculum.json").write_text(json.dumps(record))
     final = {metric: accuracy[steps]} if steps in accuracy else {}
     totals = {"student_flops": student, "teacher_flops": teacher, "seconds": 3.0}
     return result | final | totals | {"samples": 8 * steps, "steps": steps}
@@ -126,6 +134,156 @@ def test_the_files_of_a_trainer_are_those_of_a_single_run(student, teacher, exam
     assert line[2:4] == ["64", f"{record['student_flops'] + record['teacher_flops']:.2e}"]  # logs end at step 6
 
 
+def test_a_run_that_never_saved_its_state_is_its_last_checkpoint_and_a_checkpoint_is_its_run(
+    student, teacher, examples, config, caplog
+):
+    fields = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    args = config(**fields)
+    data = {"train_dataset": examples, "eval_dataset": examples[:4]}
+    CurriculumDistillationTrainer(student, args, teacher_model=teacher, **data).train()
+    run = Path(args.output_dir)
+    (result,) = read_results([run])
+    assert (result["path"], result["steps"], result["samples"]) == (str(run / "checkpoint-8"), 8, 8 * 4)
+    assert read_results([run / "checkpoint-8"]) == read_results([run, run / "checkpoint-8"]) == [result]
+    assert cells(format_summary([result], "eval_kl"))["curriculum"][2] == "32" and not caplog.records
+    (run / "checkpoint-8/trainer_state.json").unlink()  # killed while it wrote that one
+    (result,) = read_results([run])
+    assert (result["path"], result["steps"]) == (str(run / "checkpoint-6"), 6)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{run}/checkpoint-6 is where the run is read from: step 6 of 8"
+    ]
+    write_results(run.parent, [result | {"path": str(run)}])
+    assert read_results([run.parent]) == [result]
+
+
+# ---- which runs are repetitions ----
+
+
+def runs(folder, *settings):
+    """Read the runs of these settings and seeds, each from its own folder."""
+    for number, (seed, arguments) in enumerate(settings):
+        own = {"seed": seed, "arguments": arguments} if arguments is not None else {}
+        finished_run(folder / f"{number}", "one_shot", {4: 0.5}, **own)
+    return read_results(sorted(folder.glob("*/*")))
+
+
+def rows(results):
+    return [result["method"] for result in results]
+
+
+def test_only_runs_that_differ_in_the_seed_alone_share_a_row(tmp_path):
+    one = {"learning_rate": 0.1, "layer_order": "last", "stages": None}
+    assert rows(runs(tmp_path / "a", (0, one), (1, one), (2, one))) == ["one_shot"] * 3
+    other = one | {"learning_rate": 0.2}
+    labels = [f"one_shot, learning_rate={rate}" for rate in (0.1, 0.2, 0.1)]
+    assert rows(runs(tmp_path / "b", (0, one), (0, other), (1, one))) == labels
+    assert cells(format_summary(read_results(sorted(tmp_path.glob("b/*/*")))))[labels[0]][0] == "2"
+    third = other | {"layer_order": "together"}
+    assert rows(runs(tmp_path / "c", (0, one), (1, third))) == [
+        "one_shot, learning_rate=0.1, layer_order=last",
+        "one_shot, learning_rate=0.2, layer_order=together",
+    ]
+
+
+def test_many_or_long_differences_are_named_by_the_folder(tmp_path):
+    one = dict.fromkeys("abc", 1)
+    for name, other in (("many", dict.fromkeys("abc", 2)), ("long", one | {"a": "x" * 21}), ("new", one | {"d": 1})):
+        names = rows(runs(tmp_path / name, (0, one), (0, other)))
+        assert names == ["one_shot (0/one_shot 0)", "one_shot (1/one_shot 0)"]
+    for number, arguments in enumerate((one, dict.fromkeys("abc", 2))):
+        of_a_recipe = [
+            finished_run(tmp_path / f"r{number}", accuracy={4: 0.5}, seed=seed, arguments=arguments) for seed in (0, 1)
+        ]
+        write_results(tmp_path / f"r{number}", of_a_recipe)
+    assert rows(read_results([tmp_path / "r0", tmp_path / "r1"])) == ["one_shot (r0)"] * 2 + ["one_shot (r1)"] * 2
+
+
+def test_the_same_seed_again_and_records_without_arguments_have_rows_of_their_own(tmp_path, caplog):
+    again = rows(runs(tmp_path / "again", (0, {}), (0, {}), (1, {})))
+    assert again == ["one_shot (0/one_shot 0)", "one_shot (1/one_shot 0)", "one_shot (2/one_shot 1)"]
+    assert "some of its runs have the seed of others" in caplog.text
+    assert len({*rows(runs(tmp_path / "old", (0, None), (1, None), (2, {})))}) == 3
+    olds = [finished_run(tmp_path / "one", "one_shot", {4: 0.4}, seed=seed) for seed in (0, 1)]
+    write_results(tmp_path / "one", olds)
+    assert rows(read_results([tmp_path / "one"])) == ["one_shot"] * 2  # a recipe's runs differ in the seed alone
+
+
+def test_students_teachers_and_batches_tell_runs_apart_as_arguments_do(tmp_path):
+    def write(name, config=None, **record):
+        finished_run(tmp_path / name, accuracy={4: 0.5}, seed=len(name), arguments={}, **record)
+        if config:
+            (tmp_path / name / f"one_shot {len(name)}/config.json").write_text(json.dumps(config))
+
+    write("a", {"num_hidden_layers": 2, "transformers_version": "5.17"}, teacher={"name": "x", "fingerprint": "f"})
+    write("bb", {"num_hidden_layers": 2, "transformers_version": "5.24"}, teacher={"name": "y", "fingerprint": "f"})
+    write("ccc", {"num_hidden_layers": 4}, teacher={"fingerprint": "f"})
+    write("dddd", {"num_hidden_layers": 2}, teacher={"fingerprint": "g"})
+    read = lambda *names: rows(read_results([next((tmp_path / name).iterdir()) for name in names]))  # noqa: E731
+    assert read("a", "bb") == ["one_shot"] * 2
+    assert read("a", "bb", "ccc") == [f"one_shot, num_hidden_layers={depth}" for depth in (2, 2, 4)]
+    assert read("a", "dddd") == ["one_shot, teacher=f", "one_shot, teacher=g"]
+
+
+def test_what_a_trainer_records_tells_its_runs_apart(student, teacher, examples, config):
+    def run(folder, **fields):
+        fields = {"method": "one_shot", "max_steps": 1, "eval_strategy": "steps", "eval_steps": 1} | fields
+        args = config(folder, save_strategy="steps", **fields)
+        CurriculumDistillationTrainer(
+            student, args, train_dataset=examples, eval_dataset=examples[:4], teacher_model=teacher
+        ).train()
+        return args.output_dir
+
+    folders = [run("a", seed=1), run("b", seed=2, logging_steps=5, per_device_eval_batch_size=3)]
+    results = read_results(folders)
+    assert rows(results) == ["one_shot"] * 2 and [result["seed"] for result in results] == [1, 2]
+    record = json.loads(Path(folders[0], "checkpoint-1/curriculum.json").read_text())
+    assert record["arguments"]["learning_rate"] == 1e-3 and folders[0] not in json.dumps(record["arguments"])
+    *_, other = read_results([*folders, run("c", seed=3, warmup_steps=1)])
+    assert other["method"] == "one_shot, warmup_steps=1"
+
+
+def test_a_run_that_is_not_finite_counts_with_those_beside_it(tmp_path):
+    for name, rate in (("a", 0.1), ("b", 0.2)):
+        run = partial(finished_run, tmp_path / name, arguments={"learning_rate": rate})
+        write_results(tmp_path / name, [run(accuracy={4: 0.5}, seed=0), run(seed=1)])
+    table = cells(format_summary(read_results([tmp_path / "a", tmp_path / "b"])))
+    assert [table[f"one_shot, learning_rate={rate}"][0] for rate in (0.1, 0.2)] == ["1 of 2 finite"] * 2
+
+
+# ---- files that somebody damaged ----
+
+DEEP = functools.reduce(lambda inner, _: [inner], range(300), 1)
+VALUES = [None, True, -1, 0, 2.5, "4", "", [], {}, [1], {"a": 1}, math.nan, math.inf, 10**400, 10**29, 1e300, DEEP]
+VALUES += ["\0", "..", "\ud800", "\x1b[31m", "a\nb", "x" * 5000]
+
+
+def places(value, at=()):
+    """Of everything in a JSON value: how to get there."""
+    yield at
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        yield from places(inner, (*at, key))
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_whatever_a_file_holds_it_is_read_or_refused_in_one_line(tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("out")
+    write_results(out, [finished_run(out, name, {2: 0.2, 4: 0.4}, 1, arguments={"a": 1}) for name in ("a", "b")])
+    path = data.draw(st.sampled_from(sorted(out.rglob("*.json"))))
+    content = json.loads(path.read_text())
+    *way, last = data.draw(st.sampled_from([p for p in places(content) if p]))
+    functools.reduce(lambda inner, key: inner[key], way, content)[last] = data.draw(st.sampled_from(VALUES))
+    text = json.dumps(content)
+    cut = data.draw(st.integers(0, len(text)))
+    path.write_text(text[:cut] if data.draw(st.booleans()) else text)
+    try:
+        table = format_summary(read_results([out]))
+    except (ValueError, OSError) as error:
+        table = str(error)
+        assert not isinstance(error, UnicodeError)
+    assert printable(table.replace("\n", "")) == table.replace("\n", "")
+
+
 # ---- summary ----
 
 
@@ -167,6 +325,24 @@ def test_of_a_loss_less_is_better(tmp_path, metric):
     assert "to reach 1.5 (the highest final value of one_shot)" in table
     assert cells(table)["one_shot"][4:6] == ["2/2", "32"]
     assert cells(table)["curriculum"][4:] == ["1/1", "16", "3.00e+01", "2.00", "2.00"]
+
+
+def test_a_share_of_nothing_is_no_value_to_reach(tmp_path):
+    results = [finished_run(tmp_path, "one_shot", {2: 0.0, 4: 0.0}), finished_run(tmp_path, "a", {2: 0.0, 4: 0.4})]
+    table = format_summary(results)
+    assert "nothing to reach: 0 (the lowest final value of one_shot) takes no learning; give a threshold" in table
+    assert cells(table)["one_shot"][1:] == ["0.0000", "32", "6.00e+01", "-", "-", "-"]
+    assert "nothing to reach: 0.0 takes" in format_summary(results, threshold=0.0)
+    lines = cells(format_summary(results, threshold=0.1))
+    assert (lines["one_shot"][4], lines["a"][4]) == ("0/1", "1/1")
+    # 0 is something to reach where values can be negative, and for a loss
+    values = {2: -1.0, 4: 0.0}
+    correlation = finished_run(tmp_path / "b", accuracy=values, metric="eval_correlation")
+    assert cells(format_summary([correlation], "eval_correlation"))["one_shot"][4:6] == ["1/1", "32"]
+    loss = finished_run(tmp_path / "c", accuracy={2: 1.0, 4: 0.0}, metric="eval_loss")
+    assert cells(format_summary([loss], "eval_loss"))["one_shot"][4:6] == ["1/1", "32"]
+    with pytest.raises(ValueError, match="threshold is nan; give a finite value of eval_accuracy"):
+        format_summary(results, threshold=float("nan"))
 
 
 def test_without_the_baseline_there_are_no_ratios_and_every_run_reaches(tmp_path):
@@ -262,6 +438,44 @@ def test_another_metric_and_baseline_are_drawn_as_such(tmp_path):
     figure = plot_comparison(results, str(tmp_path / "plot.png"), metric="eval_kl", baseline="curriculum")
     assert [line.get_color() for line in figure.axes[0].lines] == ["#0072b2", "0.25"]
     assert figure.axes[0].get_ylabel() == "held-out KL from the teacher (nats)"
+
+
+def test_names_are_drawn_as_they_are_written(tmp_path):
+    names = ["$x^$", "_hidden", "50 % of $3"]
+    figure = plot_comparison([finished_run(tmp_path, n, {4: 0.5}) for n in names], str(tmp_path / "plot.png"))
+    assert [text.get_text().strip().replace("\\$", "$") for text in figure.legends[0].get_texts()] == names
+
+
+@pytest.mark.parametrize("length", [30, 60, 300])
+def test_the_legend_has_room_for_long_names(tmp_path, length):
+    names = [letter + length // 6 * " rate=" for letter in "abcdef"]
+    results = [finished_run(tmp_path / name[0], "one_shot", {2: 0.2, 4: 0.5}) | {"method": name} for name in names]
+    figure = plot_comparison(results, str(tmp_path / "plot.png"))
+    (left, bottom), (right, top) = figure.legends[0].get_window_extent().get_points()
+    assert 0 <= left < right <= figure.bbox.width and 0 <= bottom < top <= figure.bbox.height
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_plot_is_not_written_through_a_link(tmp_path, suffix):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / f"plot.{suffix}").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=rf"plot\.{suffix} is a symbolic link, and what it leads to is not overwritten"):
+        plot_comparison([finished_run(tmp_path, accuracy={4: 0.5})], str(tmp_path / "plot.png"))
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"one_shot 0", "victim", f"plot.{suffix}"}
+
+
+def test_files_replace_files_but_neither_links_nor_folders(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "results.json.partial").symlink_to(tmp_path / "victim")  # of a killed run, or planted
+    write_results(tmp_path, [])
+    write_results(tmp_path, [{"method": "a"}])
+    assert json.loads((tmp_path / "results.json").read_text()) == [{"method": "a"}]
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"results\.json is a folder, but a file is to be written there"):
+        write_results(tmp_path, [])
+    assert (tmp_path / "victim").read_text() == "mine" and not (tmp_path / "results.json.partial").exists()
 
 
 def test_nothing_is_drawn_of_runs_that_are_not_finite(tmp_path):
