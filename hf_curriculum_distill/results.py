@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_curriculum_distill.files import replacing
+
 RESULTS_FILE = "results.json"
 STATE_FILE = "trainer_state.json"
 RECORD_FILE = "curriculum.json"
@@ -19,7 +21,7 @@ RECORD_FILE = "curriculum.json"
 def write_results(folder: str, results: Sequence[Mapping[str, Any]]) -> None:
     """Write `results.json`: a list with one object per trained model."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, RESULTS_FILE), "w", encoding="utf-8") as file:
+    with replacing(os.path.join(folder, RESULTS_FILE)) as path, open(path, "w", encoding="utf-8") as file:
         json.dump(list(results), file, indent=2)
         file.write("\n")
 

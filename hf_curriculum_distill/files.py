@@ -1,0 +1,28 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[str]:
+    """The path of a new empty file to write, which takes the place of `path` at the end of the block.
+
+    A link at `path` is replaced, too: what it points to stays as it is. Where the block fails, so does `path`.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    partial = f"{os.fspath(path)}.{secrets.token_hex(4)}.partial"
+    open(partial, "xb").close()  # fails, rather than follow a link, where something has this name already
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(partial)
+        raise
