@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hf_curriculum_distill.randomness import seed_host
+from hf_curriculum_distill.randomness import RandomStream, seed_host
 
 _UNSEEDED = -1
 
@@ -46,6 +47,38 @@ class SeededBatches(Dataset):
         return [self.data[index] for index in indices]
 
 
+class SeededSampler(Sampler):
+    """A sampler whose order depends on the seed and the epoch of its [`SeededBatches`] alone.
+
+    Neither how many epochs a process has run, nor with what workers, nor other random draws matter. Where the sampler
+    draws from a `torch.Generator`, as torch's and transformers' can, the order is that of accelerate's
+    `SeedableRandomSampler`, which Trainer uses.
+    """
+
+    def __init__(self, sampler: Sampler, batches: SeededBatches, seed: int):
+        self._sampler, self._batches, self._seed = sampler, batches, seed
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, stream = max(0, int(self._batches.epoch)), RandomStream()
+        if hasattr(self._sampler, "generator"):
+            self._sampler.generator = torch.Generator()
+            self._sampler.generator.manual_seed(self._seed + epoch)
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
+        stream.restart(self._seed, epoch)
+        with stream:
+            order = iter(self._sampler)
+        while True:
+            with stream:
+                indices = list(itertools.islice(order, 1024))  # to change streams takes longer than to draw one
+            if not indices:
+                return
+            yield from indices
+
+
 @contextmanager
 def seeded(dataloader: DataLoader, epoch: int) -> Iterator[None]:
     """Seed the batches of a dataloader of [`SeededBatches`]; one of anything else is left alone."""
@@ -53,6 +86,10 @@ def seeded(dataloader: DataLoader, epoch: int) -> Iterator[None]:
     if batches is not None:
         batches.epoch.fill_(epoch)
         batches.set_epoch(epoch)  # which accelerate leaves out where it skips batches
+        sampler = dataloader.batch_sampler
+        while sampler is not None:  # which it doesn't find below its own, where it skips batches for many processes
+            getattr(sampler, "set_epoch", int)(epoch)
+            sampler = getattr(sampler, "batch_sampler", None)
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hf_curriculum_distill.chunks import RowLogits
 from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.files import replacing
 from hf_curriculum_distill.losses import TopLogits, top_logits
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.stages import Stage
@@ -112,6 +113,7 @@ class TeacherCache:
             "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
         }
         self._records: dict[int | str, RecordStore] = {}
+        self._row_sizes: dict[int | str, int] = {}  # in bytes, once the teacher was asked
         self.asked = False
         self._seen = self._found = 0
 
@@ -238,7 +240,8 @@ class TeacherCache:
             described = json.dumps(self._teacher | facts, sort_keys=True, indent=2)
             folder = os.path.join(self.folder, hashlib.sha256(described.encode()).hexdigest()[:32])
             self._records[target] = RecordStore(folder)
-            with open(os.path.join(folder, "description.json"), "w", encoding="utf-8") as file:
+            description = os.path.join(folder, "description.json")
+            with replacing(description) as path, open(path, "w", encoding="utf-8") as file:
                 file.write(described)  # for who looks; nothing reads it
         return self._records[target]
 
@@ -282,6 +285,9 @@ class TeacherCache:
             pieces = (logits[rows] for rows in logits.chunks()) if isinstance(logits, RowLogits) else [logits]
             numbers = torch.cat([self._encode_logits(piece).cpu() for piece in pieces])
             values[_LOGITS] = [_bytes(own) for own in numbers.split(examples.counts)]
+        for target, own in values.items():
+            if num_rows := sum(self._lengths(target, examples)):
+                self._row_sizes[target] = sum(map(len, own)) // num_rows
         return values
 
     def _encode_logits(self, logits: Tensor) -> Tensor:
@@ -297,10 +303,16 @@ class TeacherCache:
         }
         if any(record is None for own in records.values() for record in own):
             return None
+        row_sizes = {target: self._row_size(target, examples, own) for target, own in records.items()}
+        if wrong := [target for target, size in row_sizes.items() if size is None]:
+            for target in wrong:
+                for key in set(self._keys(target, examples)):
+                    self._records_of(target).forget(key)
+            return None
         hidden, logits = {}, None
         for target, own in records.items():
             if target == _LOGITS:
-                numbers = np.frombuffer(b"".join(own), np.int32).reshape(sum(examples.counts), -1)
+                numbers = np.frombuffer(b"".join(own), np.int32).reshape(sum(examples.counts), row_sizes[target] // 4)
                 logits = self._decode_logits(torch.from_numpy(numbers.copy()).view(torch.float32).to(device))
                 continue
             width = self._bank.shapes[next(pair for pair in stage.hidden if pair[0] == target)][0]
@@ -310,6 +322,18 @@ class TeacherCache:
                 states[index, : len(array)] = array  # the rest is padding, which counts nowhere
             hidden[target] = torch.from_numpy(states).view(torch.bfloat16).to(device).float()
         return hidden, logits
+
+    def _row_size(self, target: int | str, examples: _Examples, records: Sequence[memoryview]) -> int | None:
+        """Bytes of each row of these records; None if that cannot be, or is not the same for all of them."""
+        lengths = self._lengths(target, examples)
+        # what the teacher's own rows had or, before it was asked, what these have on average
+        size = self._row_sizes.get(target, sum(map(len, records)) // max(1, sum(lengths)))
+        if target == _LOGITS:
+            whole = size % 4 == 0 and (self._k is None or size // 4 <= self._k or size // 4 == 2 * self._k + 1)
+        else:
+            state = 2 * self._bank.shapes[next(pair for pair in self._bank.layer_pairs if pair[0] == target)][0]
+            whole = size % state == 0 if examples.length is None else size == state
+        return size if whole and all(len(r) == n * size for r, n in zip(records, lengths, strict=True)) else None
 
     def _decode_logits(self, numbers: Tensor) -> Tensor | TopLogits:
         if self._k is None or numbers.shape[-1] <= self._k:

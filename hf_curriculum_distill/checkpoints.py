@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -10,6 +9,7 @@ import tempfile
 from contextlib import suppress
 from typing import Any
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
@@ -53,7 +53,8 @@ def read_whole(checkpoint: str) -> dict[str, Any]:
     if "files" not in record:
         wrong = "the run ended while it was written, or it was saved with save_only_model"
     elif lost := [name for name in record["files"] if not os.path.isfile(os.path.join(checkpoint, name))]:
-        kind, wrong = FileNotFoundError, f"{', '.join(lost)} is missing"
+        names = ", ".join(name if name.isprintable() else repr(name) for name in lost)
+        kind, wrong = FileNotFoundError, f"{names} is missing"
     else:
         for name, size in record["files"].items():
             if (there := os.path.getsize(os.path.join(checkpoint, name))) != size:
@@ -91,8 +92,7 @@ def remove_unfinished(output_dir: str, step: int) -> None:
 
 def _state_mismatch(checkpoint: str, step: int) -> str | None:
     try:
-        with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
-            written = json.load(file)["global_step"]
-    except (OSError, ValueError, KeyError) as error:
+        written = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return f"{TRAINER_STATE_NAME} is not readable ({error})"
     return None if written == step else f"{TRAINER_STATE_NAME} is of step {written}, the rest of {step}"

@@ -20,9 +20,10 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from hf_curriculum_distill.files import write_files
 from hf_curriculum_distill.plan import RECIPE_OPTIONS, PlanArguments, PlannedConfig, format_plan, make_plan
 from hf_curriculum_distill.report import format_summary, plot_comparison
-from hf_curriculum_distill.results import is_checkpoint, printable, read_results, write_files
+from hf_curriculum_distill.results import is_checkpoint, printable, read_results
 
 
 def main(argv: Sequence[str] | None = None) -> None:

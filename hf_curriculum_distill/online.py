@@ -16,8 +16,10 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.files import replacing
 from hf_curriculum_distill.schedules import schedule_factor
 from hf_curriculum_distill.teachers import FrozenTeacher
+from hf_curriculum_distill.weights import load_weights
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 _FOLDER = "_teacher"  # the underscore keeps it from the Hub
@@ -111,11 +113,12 @@ class OnlineTeacher(FrozenTeacher):
             for name, value in values.items()
             if value is not None
         }
-        save_file(tensors, os.path.join(folder, OPTIMIZER_FILE))
+        with replacing(os.path.join(folder, OPTIMIZER_FILE)) as partial:
+            save_file(tensors, partial)
 
     def load(self, folder: str, step: int) -> None:
         """Continue from what [`save`] wrote after so many optimizer steps; [`start`] comes first."""
-        self.model.load_state_dict(type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict())
+        load_weights(self.model, folder)
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in load_file(os.path.join(folder, OPTIMIZER_FILE)).items():
             index, name = key.split(".", 1)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_curriculum_distill.files import replacing
 from hf_curriculum_distill.stages import LayerPair, parse_layer_pairs
 
 FILE_NAME = "projection_bank.safetensors"
@@ -234,8 +235,8 @@ class ProjectionBank:
             "frozen": json.dumps(self.frozen),
             "fingerprint": self.fingerprint,
         }
-        save_file({n: t.cpu().contiguous() for n, t in self.tensors().items()}, f"{path}.partial", metadata=metadata)
-        os.replace(f"{path}.partial", path)
+        with replacing(path) as partial:
+            save_file({n: t.cpu().contiguous() for n, t in self.tensors().items()}, partial, metadata=metadata)
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | os.PathLike, revision: str | None = None) -> ProjectionBank:

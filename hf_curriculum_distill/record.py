@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
+import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 import transformers
+from torch.utils.data import IterableDataset
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.files import replacing
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.stages import StageScheduler
 from hf_curriculum_distill.teachers import FrozenTeacher
 
 FILE_NAME = "curriculum.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Settings that change what is learnt, beside the stages themselves.
 _SETTINGS = (
@@ -62,6 +66,19 @@ _NO_SETTING_EITHER = ("project", "teacher_cache")
 # What must be the same for a resumed run to equal one that was never interrupted.
 _FIXED = ("method", "max_steps", "stages", "settings", "teacher", "base_model", "projection_matrices", "cached_logits")
 _MAY_MOVE = ("teacher.name", "teacher.revision")  # the same weights by another name are the same teacher
+_FIXED_DATA = ("samples_per_step", "data")  # the same, where the batches that were trained on are skipped
+
+# What a record must hold, and that of a whole checkpoint beside it; `[x]` is a list of x.
+_FIELDS = {"method": str, "max_steps": int, "stages": [dict], "settings": dict, "data": dict}
+_FIELDS |= {"samples_per_step": int, "step": int}
+_CHECKPOINT_FIELDS = {"epoch": int, "batches": int, "files": dict}
+_CHECKPOINT_FIELDS |= {"unlogged": {"total_loss": float, "first_step": int, "terms": [str], "processes": [[float]]}}
+_CHECKPOINT_FIELDS |= {"student_flops": float, "teacher_flops": float, "flop_rates": dict}
+
+_KINDS = {int: "whole number", float: "number", str: "string", list: "list", dict: "dictionary"}
+
+_short = reprlib.Repr()  # of what a damaged file may hold
+_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxstring, _short.maxother = 6, 30, 30, 200, 200
 
 
 def make_record(
@@ -69,9 +86,10 @@ def make_record(
     stages: StageScheduler,
     teacher: FrozenTeacher | None,
     bank: ProjectionBank | None,
+    train_dataset: Any,
     **progress: Any,
 ) -> dict[str, Any]:
-    """What a run trains, as plain JSON values; `progress` is what changes while it does."""
+    """What a run trains and in which order, as plain JSON values; `progress` is what changes while it does."""
     return {
         "method": args.method if args.stages is None else "stages",
         "max_steps": stages.max_steps,
@@ -84,6 +102,7 @@ def make_record(
         "projection_matrices": bank and bank.matrix_fingerprint,
         "projection_bank": bank and bank.fingerprint,
         "cached_logits": None if args.teacher_cache is None else args.teacher_cache_logits or "all",
+        "data": _describe_data(args, train_dataset),
         **progress,
         "versions": {
             "hf_curriculum_distill": importlib.metadata.version("hf_curriculum_distill"),
@@ -103,13 +122,22 @@ def _plain_settings(args: CurriculumDistillationConfig) -> dict[str, Any]:
     return settings
 
 
+def _describe_data(args: CurriculumDistillationConfig, dataset: Any) -> dict[str, Any]:
+    """What decides which examples a step gets, and what is drawn for them (masks, augmentation)."""
+    facts = {
+        "num_examples": len(dataset) if hasattr(dataset, "__len__") else None,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+    }
+    if isinstance(dataset, IterableDataset):  # each worker reads a part of it, and draws from a state of its own
+        return facts | {"dataloader_num_workers": args.dataloader_num_workers}
+    return facts | {name: getattr(args, name) for name in ("train_sampling_strategy", "dataloader_drop_last")}
+
+
 def write_record(folder: str, record: Mapping[str, Any]) -> None:
     """Write `curriculum.json` into a folder, whole or not at all."""
-    path = os.path.join(folder, FILE_NAME)
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+    with replacing(os.path.join(folder, FILE_NAME)) as path, open(path, "w", encoding="utf-8") as file:
         json.dump({"format_version": FORMAT_VERSION, **record}, file, indent=2)
         file.write("\n")
-    os.replace(f"{path}.partial", path)
 
 
 def read_record(folder: str) -> dict[str, Any]:
@@ -117,7 +145,7 @@ def read_record(folder: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged or of another format.
+        ValueError: it is damaged, lacks something or is of another format.
     """
     path = os.path.join(folder, FILE_NAME)
     if not os.path.isfile(path):
@@ -127,21 +155,46 @@ def read_record(folder: str) -> dict[str, Any]:
         )
     try:
         with open(path, encoding="utf-8") as file:
-            record = json.load(file)
+            record = json.load(file, parse_float=_finite, parse_constant=_finite)
+        _check(record, {"format_version": int})
         version = record["format_version"]
         if version == FORMAT_VERSION:
-            _ = record["step"], record["stages"], record["settings"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable run record ({error}); resume from another checkpoint.") from error
+            _check(record, _FIELDS | (_CHECKPOINT_FIELDS if "files" in record else {}))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a readable run record: {error}; resume from another checkpoint.") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}, this library reads {FORMAT_VERSION}.")
     return record
 
 
-def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder: str) -> None:
-    """Raise a `ValueError` that names what changed, from what to what, since a checkpoint was written."""
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
+def _check(value: Any, kind: Any, name: str = "the whole") -> None:
+    """Raise a `ValueError` that says what is wrong with a value, unless it is of a kind: see `_FIELDS`."""
+    expected = type(kind) if isinstance(kind, dict | list) else kind
+    types = (int, float) if expected is float else expected
+    if not isinstance(value, types) or isinstance(value, bool) or (expected is int and value < 0):
+        raise ValueError(f"{name} is {_short.repr(value)}, not a {_KINDS[expected]}")
+    for key, inner in kind.items() if isinstance(kind, dict) else ():
+        if key not in value:
+            raise ValueError(f"{key!r} is missing")
+        _check(value[key], inner, key)
+    for item in value if isinstance(kind, list) else ():
+        _check(item, *kind, f"one of {name}")
+
+
+def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder: str, same_data: bool = True) -> None:
+    """Raise a `ValueError` that names what changed, from what to what, since a checkpoint was written.
+
+    Args:
+        same_data: whether the order of the data is to go on, too.
+    """
     changes = []
-    for name in _FIXED:
+    for name in _FIXED + _FIXED_DATA * same_data:
         changes += _differences(name, saved.get(name), json.loads(json.dumps(current.get(name))))
     if changes:
         raise ValueError(
@@ -152,6 +205,8 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder
 
 def _differences(name: str, saved: Any, current: Any) -> list[str]:
     if isinstance(saved, dict) and isinstance(current, dict):
-        keys = sorted(set(saved) | set(current))
-        return [d for key in keys for d in _differences(f"{name}.{key}", saved.get(key), current.get(key))]
-    return [] if saved == current or name in _MAY_MOVE else [f"{name} changed from {saved!r} to {current!r}"]
+        keys = {key: f"{name}.{key if key.isidentifier() else _short.repr(key)}" for key in sorted({*saved, *current})}
+        return [d for key, inner in keys.items() for d in _differences(inner, saved.get(key), current.get(key))]
+    if saved == current or name in _MAY_MOVE:
+        return []
+    return [f"{name} changed from {_short.repr(saved)} to {_short.repr(current)}"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_curriculum_distill.curves import average, read_curves
-from hf_curriculum_distill.results import write_files
+from hf_curriculum_distill.files import write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,13 +12,14 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+
+from hf_curriculum_distill.files import write_files
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +36,6 @@ def write_results(folder: str, results: Sequence[Mapping[str, Any]]) -> None:
     """Write `results.json`: a list with one object per trained model."""
     os.makedirs(folder, exist_ok=True)
     write_files({os.path.join(folder, RESULTS_FILE): f"{json.dumps(list(results), indent=2)}\n".encode()})
-
-
-def write_files(contents: Mapping[str, bytes]) -> None:
-    """Write files, each whole or not at all.
-
-    Raises:
-        OSError: one of them is a symbolic link, which may lead to any file, or a folder; then none is written.
-    """
-    for path in contents:
-        if os.path.islink(path):
-            raise FileExistsError(
-                f"{path} is a symbolic link, and what it leads to is not overwritten; remove the link, or write "
-                "somewhere else."
-            )
-        if os.path.isdir(path):
-            raise IsADirectoryError(f"{path} is a folder, but a file is to be written there; move it away.")
-    for path, content in contents.items():
-        partial = f"{path}.partial"
-        with suppress(FileNotFoundError):
-            os.remove(partial)
-        with open(partial, "xb") as file:  # follows no link
-            file.write(content)
-        os.replace(partial, path)
 
 
 def read_results(folders: Iterable[str]) -> list[dict[str, Any]]:

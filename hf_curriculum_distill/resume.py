@@ -11,13 +11,14 @@ from typing import Any
 import datasets
 import torch
 from safetensors import SafetensorError
-from torch.utils.data import IterableDataset
-from transformers import Trainer
+from torch.utils.data import IterableDataset, Sampler
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_curriculum_distill.adapted import transformers_model
-from hf_curriculum_distill.batches import SeededBatches, seeded
+from hf_curriculum_distill.batches import SeededBatches, SeededSampler, seeded
 from hf_curriculum_distill.checkpoints import (
     check_writable,
     find_last_checkpoint,
@@ -32,6 +33,7 @@ from hf_curriculum_distill.randomness import RandomStream
 from hf_curriculum_distill.record import check_resumable, make_record, write_record
 from hf_curriculum_distill.stages import Stage, StageScheduler
 from hf_curriculum_distill.teachers import FrozenTeacher, weights_fingerprint
+from hf_curriculum_distill.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,8 @@ class ResumableTrainer(Trainer):
         self._stage_index: int | None = None
         self._ledger = Ledger()
         self._base_fingerprint: str | None = None  # of what checkpoints leave out and whoever resumes brings again
-        self._resumed: dict[str, Any] | None = None  # the record that this run goes on from
+        self._checkpoint: str | None = None  # that this run goes on from
+        self._resumed: dict[str, Any] | None = None  # its record
         self._unrestored: dict[str, Any] | None = None  # the same, until its logs have been taken over
         self._loading = RandomStream()
         self._position = {"epoch": 0, "batches": 0}
@@ -72,8 +75,17 @@ class ResumableTrainer(Trainer):
                 self.args.dataloader_persistent_workers = persistent
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description=description)
-        sampler = sampler_fn and (lambda _: sampler_fn(dataset))
         batches = SeededBatches(dataset, self._data_seed)
+
+        def sampler(_) -> Sampler | None:
+            order = sampler_fn(dataset)
+            if order is None or isinstance(
+                order, BatchRebalanceSampler
+            ):  # which is seeded, and which Trainer looks for
+                return order
+            return SeededSampler(order, batches, self._data_seed)
+
+        sampler = sampler_fn and sampler
         return super()._get_dataloader(batches, description, batch_size, sampler, *args, **kwargs)
 
     @property
@@ -128,7 +140,8 @@ class ResumableTrainer(Trainer):
     def _restore_logs(self) -> None:
         """After a resume: go on with the averages that the next log will write."""
         if self._unrestored is not None:
-            self._tr_loss += self._ledger.restore(self._unrestored, self.accelerator)
+            with self._reading(self._checkpoint):
+                self._tr_loss += self._ledger.restore(self._unrestored, self.accelerator)
             self._total_loss_scalar = self._unrestored["unlogged"]["total_loss"]
             self._globalstep_last_logged = self._unrestored["unlogged"]["first_step"]
             self._unrestored = None
@@ -203,6 +216,7 @@ class ResumableTrainer(Trainer):
             self.stage_scheduler,
             self.teacher,
             self.projection_bank,
+            self.train_dataset,
             step=self.state.global_step,
             **self._position,
             unlogged=self._ledger.unlogged | {"total_loss": self._total_loss_scalar},
@@ -233,29 +247,52 @@ class ResumableTrainer(Trainer):
         return resume_from_checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """As `Trainer`, which leaves a weight as it is where its name in memory is another than in the file."""
         with self._reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if (student := self._plain_student) is not None:
+                load_weights(student, resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """As `Trainer`, see [`_load_from_checkpoint`]."""
+        with self._reading(self.state.best_model_checkpoint, "loaded as the best model", "load"):
+            if (student := self._plain_student) is not None:
+                load_weights(student, self.state.best_model_checkpoint)
+            else:
+                super()._load_best_model()
+
+    @property
+    def _plain_student(self) -> PreTrainedModel | None:
+        """The student that `save_pretrained` wrote whole: no shards of FSDP or DeepSpeed, no adapters alone."""
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        plain = isinstance(student, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return student if self._declared_stages and plain else None
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with self._reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_rng_state(self, checkpoint):
+        with self._reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     @contextmanager
-    def _reading(self, checkpoint: str | None) -> Iterator[None]:
+    def _reading(self, checkpoint: str | None, what="resumed from", then="resume from") -> Iterator[None]:
         try:
             yield
         except Exception as error:
             if not self._declared_stages or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise OSError(
-                f"{checkpoint} cannot be resumed from: {error!r}. Its files are damaged, or those of another model; "
-                "resume from another checkpoint."
+                f"{checkpoint} cannot be {what}: {error!r}. Its files are damaged, or those of another model; "
+                f"{then} another checkpoint."
             ) from error
 
-    def _check_resumed(self, checkpoint: str) -> None:
+    def _check_resumed(self) -> None:
         """Whether the run is the one that wrote the checkpoint; takes over its bank."""
-        record = self._resumed
-        check_resumable(record, self._record(), checkpoint)
+        checkpoint, record = self._checkpoint, self._resumed
+        check_resumable(record, self._record(), checkpoint, same_data=not self.args.ignore_data_skip)
         if self.args.should_save:
             remove_unfinished(self.args.output_dir, record["step"])
         if self.projection_bank is not None:

@@ -38,7 +38,7 @@ class RecordStore:
         """See what others have written meanwhile; of two records of a key the one in the later file counts."""
         for name in sorted(entry for entry in os.listdir(self.folder) if entry.endswith(".index")):
             path, start = os.path.join(self.folder, name), self._read.get(name, 0)
-            if os.path.getsize(path) < start + ROW_SIZE:
+            if not os.path.isfile(path) or os.path.getsize(path) < start + ROW_SIZE:
                 continue
             with open(path, "rb") as file:
                 file.seek(start)
@@ -59,9 +59,13 @@ class RecordStore:
         record = memoryview(self._maps[name])[offset : offset + size] if name in self._maps else memoryview(b"")
         if len(record) == size and zlib.crc32(record, zlib.crc32(key)) == checksum:
             return record
-        del self._rows[key]
-        logger.warning("A cached target in %s is damaged; it is asked for anew", os.path.join(self.folder, name))
+        self.forget(key)
         return None
+
+    def forget(self, key: bytes) -> None:
+        """Leave a record out that is damaged."""
+        name = self._rows.pop(key)[0]
+        logger.warning("A cached target in %s is damaged; it is asked for anew", os.path.join(self.folder, name))
 
     def write(self, records: Mapping[bytes, bytes]) -> None:
         """Append records.
@@ -87,8 +91,9 @@ class RecordStore:
         """The next free number of a file, which no other writer can get."""
         number = len(os.listdir(self.folder)) // 2
         while True:
-            try:
-                open(os.path.join(self.folder, f"{number:06}.index"), "xb").close()
+            try:  # what is there already, be it a link, is not written to
+                for kind in ("index", "data"):
+                    open(os.path.join(self.folder, f"{number:06}.{kind}"), "xb").close()
             except FileExistsError:
                 number += 1
             else:

@@ -161,7 +161,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
             self._resolve()
             self._plan(values[-1])
             if self._resumed is not None:
-                self._check_resumed(self._checkpoint)
+                self._check_resumed()
             if self.projection_bank is not None and not self.projection_bank.frozen:
                 self._calibrate()
             self._cache = self._open_cache()

@@ -1110,5 +1110,5 @@ def test_a_record_that_lacks_something_is_refused(build, finished, tmp_path, key
     checkpoint = shutil.copytree(os.path.join(finished, "checkpoint-4"), tmp_path / "checkpoint-4")
     record = json.loads((checkpoint / "curriculum.json").read_text())
     (checkpoint / "curriculum.json").write_text(json.dumps({name: v for name, v in record.items() if name != key}))
-    with pytest.raises(ValueError, match=rf"curriculum\.json is not a readable run record \('{key}'\)"):
+    with pytest.raises(ValueError, match=rf"curriculum\.json is not a readable run record: '{key}' is missing"):
         build().train(resume_from_checkpoint=str(checkpoint))

@@ -129,6 +129,27 @@ def test_a_damaged_record_is_replaced_by_the_next_one_that_is_written(tmp_path):
     assert RecordStore(tmp_path).read(key) == RECORDS[key]
 
 
+@pytest.mark.parametrize("length", ["none", "a row less", "a row more", "twice", "an odd byte"])
+@pytest.mark.parametrize("which", ["one", "all"])
+@pytest.mark.parametrize("k", [8, None])
+def test_records_of_another_length_are_asked_for_anew(config, tmp_path, length, which, k):
+    """Their checksums are right, so that nothing else is wrong with them."""
+    fields = {"max_steps": 9, "teacher_cache_logits": k}
+    expected = train(config, tmp_path / "cache", **fields)
+    for description in (tmp_path / "cache").glob("*/description.json"):
+        target = json.loads(description.read_text())["target"]
+        records = RecordStore(description.parent)
+        keys = list(records._rows) if which == "all" else list(records._rows)[::5]
+        row = 2 * 16 if target == "hidden" else 4 * (VOCAB_SIZE if k is None else 2 * k + 1)
+        for key in keys:
+            value = bytes(records.read(key))
+            changed = {"none": b"", "a row less": value[:-row], "a row more": value + value[:row], "twice": 2 * value}
+            records.write({key: (changed | {"an odd byte": value + b"x"})[length]})
+    again = train(config, tmp_path / "cache", **fields)
+    assert_same_weights(again.model.state_dict(), expected.model.state_dict())
+    assert logged(again, "loss") == logged(expected, "loss")
+
+
 def many(writer):
     """Records as large as real ones, that say what they hold."""
     for number in range(2000):

@@ -5,13 +5,16 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB_SIZE, assert_same_weights, in_fork, start_fork, tiny_bert, wait_for_fork
-from safetensors.torch import load_file
+from architectures import ARCHITECTURES, build
+from conftest import VOCAB_SIZE, assert_same_weights, in_fork, start_fork, tiny_bert, wait_for_fork, weights
+from safetensors.torch import load_file, save_file
+from test_families import examples, labelled
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, ProjectionBank
@@ -322,3 +325,100 @@ def test_a_run_killed_at_random_moments_is_one_that_was_never_interrupted(tmp_pa
         assert status == -signal.SIGKILL
         kills += 1
     assert_same_outcome(tmp_path / "run", uninterrupted(method, "plain"))
+
+
+# ---- every family, whatever names transformers saves its weights under ----
+
+
+@pytest.fixture
+def train_family(config):
+    """Train a model of a family, from a checkpoint or from the start; returns its trainer."""
+
+    def train_family(name, checkpoint=None, folder="run", callbacks=(), **fields):
+        student, _, batch = build(name, seed=1)
+        stages = [{"hidden": [[1, 2]], "until": 1}, {"kl_weight": 1.0}]
+        saved = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+        args = config(folder, **{"stages": stages, "logging_strategy": "no"} | saved | fields)
+        data = labelled(student, examples(batch, 8))
+        trainer = CurriculumDistillationTrainer(
+            student, args, train_dataset=data, eval_dataset=data, teacher_model=build(name, seed=2)[0],
+            callbacks=list(callbacks),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    return train_family
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_family_is_resumed_to_the_bit(train_family, name):
+    expected = train_family(name)
+    checkpoint = os.path.join(expected.args.output_dir, "checkpoint-1")
+    resumed = train_family(name, checkpoint, "resumed", save_strategy="no")
+    assert_same_weights(weights(resumed.model), weights(expected.model))
+
+
+class AfterEachStep(TrainerCallback):
+    def __init__(self):
+        self.weights = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights[state.global_step] = weights(model)
+
+
+BEST = {
+    "load_best_model_at_end": True,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "max_steps": 6,
+    "learning_rate": 1e-2,
+}
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "mixtral", "nomic-bert", "gpt-neox"])
+def test_the_best_model_is_the_one_of_its_step(train_family, name):
+    watch = AfterEachStep()
+    metric = {"metric_for_best_model": "eval_kl", "greater_is_better": True}  # the worst, which is not the last
+    trainer = train_family(name, callbacks=[watch], **BEST, **metric)
+    best = trainer.state.best_global_step
+    assert 1 < best < 6
+    assert_same_weights(weights(trainer.model), watch.weights[best])
+    assert trainer.evaluate()["eval_kl"] == trainer.state.best_metric
+
+
+def lose_a_weight(checkpoint):
+    path = os.path.join(checkpoint, "model.safetensors")
+    tensors = load_file(path)
+    del tensors["classifier.bias"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_weight_that_a_checkpoint_cannot_give_back_is_an_error_that_names_it(train_family):
+    checkpoint = os.path.join(train_family("vit").args.output_dir, "checkpoint-1")
+    lose_a_weight(checkpoint)
+    path = Path(checkpoint, "curriculum.json")
+    record = json.loads(path.read_text())
+    record["files"]["model.safetensors"] = os.path.getsize(os.path.join(checkpoint, "model.safetensors"))
+    path.write_text(json.dumps(record))
+    with pytest.raises(OSError, match=r"checkpoint-1 cannot be resumed from: .*no value for classifier\.bias"):
+        train_family("vit", checkpoint, "resumed")
+
+
+def test_so_is_one_of_the_best_model(train_family):
+    class DamageBeforeLoading(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == state.max_steps:
+                lose_a_weight(state.best_model_checkpoint)
+
+    with pytest.raises(OSError, match=r"cannot be loaded as the best model: .*no value for classifier\.bias"):
+        train_family("vit", callbacks=[DamageBeforeLoading()], **BEST)
+
+
+def test_progress_of_the_wrong_shape_is_refused_before_the_first_step(train_family):
+    checkpoint = os.path.join(train_family("bert").args.output_dir, "checkpoint-1")
+    path = Path(checkpoint, "curriculum.json")
+    record = json.loads(path.read_text())
+    for change in ({"flop_rates": {"first": []}}, {"unlogged": record["unlogged"] | {"terms": ["kl", "more"]}}):
+        path.write_text(json.dumps(record | change))
+        with pytest.raises(OSError, match="checkpoint-1 cannot be resumed from: ValueError"):
+            train_family("bert", checkpoint, "resumed")
