@@ -87,8 +87,9 @@ def seeded(dataloader: DataLoader, epoch: int) -> Iterator[None]:
         batches.epoch.fill_(epoch)
         batches.set_epoch(epoch)  # which accelerate leaves out where it skips batches
         sampler = dataloader.batch_sampler
-        while sampler is not None:  # which it doesn't find below its own, where it skips batches for many processes
-            getattr(sampler, "set_epoch", int)(epoch)
+        while sampler is not None:  # nor does it reach a batch sampler then, if there are several processes
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
             sampler = getattr(sampler, "batch_sampler", None)
     try:
         yield

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.files import replacing
@@ -86,10 +87,9 @@ def make_record(
     stages: StageScheduler,
     teacher: FrozenTeacher | None,
     bank: ProjectionBank | None,
-    train_dataset: Any,
     **progress: Any,
 ) -> dict[str, Any]:
-    """What a run trains and in which order, as plain JSON values; `progress` is what changes while it does."""
+    """What a run trains, as plain JSON values; `progress` is what it trains on, and what changes while it does."""
     return {
         "method": args.method if args.stages is None else "stages",
         "max_steps": stages.max_steps,
@@ -102,7 +102,6 @@ def make_record(
         "projection_matrices": bank and bank.matrix_fingerprint,
         "projection_bank": bank and bank.fingerprint,
         "cached_logits": None if args.teacher_cache is None else args.teacher_cache_logits or "all",
-        "data": _describe_data(args, train_dataset),
         **progress,
         "versions": {
             "hf_curriculum_distill": importlib.metadata.version("hf_curriculum_distill"),
@@ -122,12 +121,9 @@ def _plain_settings(args: CurriculumDistillationConfig) -> dict[str, Any]:
     return settings
 
 
-def _describe_data(args: CurriculumDistillationConfig, dataset: Any) -> dict[str, Any]:
+def describe_data(args: CurriculumDistillationConfig, dataset: Any, seed: int) -> dict[str, Any]:
     """What decides which examples a step gets, and what is drawn for them (masks, augmentation)."""
-    facts = {
-        "num_examples": len(dataset) if hasattr(dataset, "__len__") else None,
-        "seed": args.seed if args.data_seed is None else args.data_seed,
-    }
+    facts = {"num_examples": len(dataset) if has_length(dataset) else None, "seed": seed}
     if isinstance(dataset, IterableDataset):  # each worker reads a part of it, and draws from a state of its own
         return facts | {"dataloader_num_workers": args.dataloader_num_workers}
     return facts | {name: getattr(args, name) for name in ("train_sampling_strategy", "dataloader_drop_last")}

@@ -30,7 +30,7 @@ from hf_curriculum_distill.ledger import Ledger
 from hf_curriculum_distill.online import OnlineTeacher, remove_old_teachers, teacher_folder
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.randomness import RandomStream
-from hf_curriculum_distill.record import check_resumable, make_record, write_record
+from hf_curriculum_distill.record import check_resumable, describe_data, make_record, write_record
 from hf_curriculum_distill.stages import Stage, StageScheduler
 from hf_curriculum_distill.teachers import FrozenTeacher, weights_fingerprint
 from hf_curriculum_distill.weights import load_weights
@@ -77,16 +77,13 @@ class ResumableTrainer(Trainer):
             dataset = self._remove_unused_columns(dataset, description=description)
         batches = SeededBatches(dataset, self._data_seed)
 
-        def sampler(_) -> Sampler | None:
-            order = sampler_fn(dataset)
-            if order is None or isinstance(
-                order, BatchRebalanceSampler
-            ):  # which is seeded, and which Trainer looks for
-                return order
-            return SeededSampler(order, batches, self._data_seed)
+        def seeded_sampler(_) -> Sampler | None:
+            sampler = sampler_fn(dataset)
+            # Trainer asks for the class of the latter, which is seeded already
+            keeps_its_class = sampler is None or isinstance(sampler, BatchRebalanceSampler)
+            return sampler if keeps_its_class else SeededSampler(sampler, batches, self._data_seed)
 
-        sampler = sampler_fn and sampler
-        return super()._get_dataloader(batches, description, batch_size, sampler, *args, **kwargs)
+        return super()._get_dataloader(batches, description, batch_size, sampler_fn and seeded_sampler, *args, **kwargs)
 
     @property
     def _data_seed(self) -> int:
@@ -216,7 +213,7 @@ class ResumableTrainer(Trainer):
             self.stage_scheduler,
             self.teacher,
             self.projection_bank,
-            self.train_dataset,
+            data=describe_data(self.args, self.train_dataset, self._data_seed),
             step=self.state.global_step,
             **self._position,
             unlogged=self._ledger.unlogged | {"total_loss": self._total_loss_scalar},

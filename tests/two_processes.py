@@ -80,15 +80,19 @@ def main():
     run("online resumed", checkpoint=folder / "online" / "checkpoint-3", **SAVED, **ONLINE)
     run("saved", stages=STAGES, **SAVED)
     run("saved resumed", checkpoint=folder / "saved" / "checkpoint-3", stages=STAGES, **SAVED)
+    # in the middle of the second epoch; accelerate does not tell this sampler the epoch where it skips batches
+    balanced = {**EPOCHS, **SAVED, "train_sampling_strategy": "batch_rebalance"}
+    run("balanced", data, **balanced)
+    run("balanced resumed", data, checkpoint=folder / "balanced" / "checkpoint-3", **balanced)
 
 
 def train(folder, batch, accumulation, data, checkpoint, teacher, **fields):
     args = CurriculumDistillationConfig(
         output_dir=str(folder), per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation, per_device_eval_batch_size=3, report_to="none",
-        use_cpu=True, learning_rate=1e-3, weight_decay=0.1, train_sampling_strategy="sequential",
-        disable_tqdm=True, eval_steps=8,
-        **{"max_steps": 8, "save_strategy": "no", "eval_strategy": "steps", "logging_steps": 1} | fields,
+        use_cpu=True, learning_rate=1e-3, weight_decay=0.1, disable_tqdm=True, eval_steps=8,
+        **{"max_steps": 8, "save_strategy": "no", "eval_strategy": "steps", "logging_steps": 1}
+        | {"train_sampling_strategy": "sequential"} | fields,
     )  # fmt: skip
     student, teacher = bert(2, 8, seed=1), teacher or bert(4, 16, seed=2)
     trainer = CurriculumDistillationTrainer(
