@@ -16,7 +16,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ SECONDS = 20  # for one head, models and training
 MAX_PARAMETERS = 20_000_000
 
 
+UNLABELLED = "without a label term"
+
+
 @dataclass(frozen=True)
 class Head:
     """A model type and one of the classes that `AutoModelFor...` makes of it."""
@@ -44,10 +47,10 @@ class Head:
     model_type: str
     class_name: str
     tasks: tuple[str, ...] = ()
-    problem_type: str | None = None
+    variant: str | None = None  # a problem type of classifiers, or "without a label term"
 
     def __str__(self) -> str:
-        return f"{self.model_type}-{self.class_name}" + (f"-{self.problem_type}" if self.problem_type else "")
+        return "-".join(filter(None, (self.model_type, self.class_name, self.variant)))
 
     @property
     def task(self) -> str:
@@ -64,9 +67,14 @@ def all_heads() -> list[Head]:
                 for class_name in [classes] if isinstance(classes, str) else classes:
                     tasks[model_type, class_name].append(name)
     heads = [Head(*key, tuple(names)) for key, names in sorted(tasks.items())]
-    classifiers = [head for head in heads if "SequenceClassification" in head.class_name]
-    problems = ("multi_label_classification", "regression")
-    return heads + [Head(h.model_type, h.class_name, h.tasks, problem) for h in classifiers for problem in problems]
+    variants = {"SequenceClassification": ("multi_label_classification", "regression"), "CTC": (UNLABELLED,)}
+    return heads + [
+        replace(head, variant=variant)
+        for head in heads
+        for what, several in variants.items()
+        for variant in several
+        if what in head.class_name
+    ]
 
 
 # ---- tiny models ----
@@ -133,6 +141,9 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     "lilt": {"hidden_size": 48},
     "mamba2": {"num_heads": 8},
+    "mistral4": {"head_dim": 16},
+    "qwen2_5_vl": {"text_config": _ROPE, "vision_config": {"window_size": 32}},
+    "qwen2_vl": {"text_config": _ROPE},
     "markuplm": {
         "max_xpath_tag_unit_embeddings": 256,
         "max_xpath_subs_unit_embeddings": 1024,
@@ -194,7 +205,9 @@ def tiny_config(head: Head) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[head.model_type]
     small = _merge(_shrink(config_class().to_dict(), {}), _OVERRIDES.get(head.model_type, {}))
     classes = 2 if "QuestionAnswering" in head.class_name else CLASSES
-    small |= {"num_labels": 1 if head.problem_type == "regression" else classes, "problem_type": head.problem_type}
+    small |= {"num_labels": 1 if head.variant == "regression" else classes}
+    if head.variant not in (None, UNLABELLED):
+        small["problem_type"] = head.variant
     if "WithLMHead" in head.class_name or "ForCausalLM" in head.class_name:
         small |= {"is_decoder": True} if small.get("is_decoder") is False else {}
     config = config_class(**small)
@@ -278,15 +291,8 @@ def _inputs(model: PreTrainedModel, task: str) -> Iterator[Batch]:
         yield {"pixel_values": _reals(BATCH, frames, channels, size, size)}
     if "pixel_values_videos" in names:
         yield {"pixel_values_videos": _reals(BATCH, 8, channels, size, size)}
-    mels = (
-        "feature_projection_input_dim",
-        "num_mel_bins",
-        "feature_size",
-        "n_mels",
-        "input_feat_per_channel",
-        "input_dim",
-    )
-    mels = _number(config, *mels, default=80)
+    mels = ("feature_projection_input_dim", "num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel")
+    mels = _number(config, *mels, "input_dim", default=80)
     if "input_values" in names:
         mask = (torch.arange(SAMPLES) < torch.tensor([[SAMPLES], [SAMPLES - 800], [SAMPLES - 1200]])).long()
         if "attention_mask" in names:
@@ -328,9 +334,9 @@ def _labels(model: PreTrainedModel, head: Head, inputs: Batch) -> Iterator[Batch
     config, names = model.config, inspect.signature(model.forward).parameters
     what, classes = head.task + head.class_name, _integers(CLASSES, BATCH)
     size = _number(config, "image_size", default=32)
-    if head.problem_type == "regression":
+    if head.variant == "regression":
         yield {"labels": _reals(BATCH)}
-    elif head.problem_type:
+    elif head.variant == "multi_label_classification":
         yield {"labels": F.one_hot(classes, CLASSES).float()}
     if "start_positions" in names:
         yield {"start_positions": torch.tensor([1, 3, 2]), "end_positions": torch.tensor([4, 5, 3])}
@@ -470,6 +476,8 @@ def counted_rows(model: PreTrainedModel, batch: Batch, outputs: Outputs) -> Rows
             if abs(entropy + auxiliary - outputs.loss) < 1e-5 * max(1.0, abs(outputs.loss)):
                 picked = placed != -100
                 found.append(Rows(picked, placed[picked], auxiliary))
+    if not found and labels.dim() == 1:  # another loss of one answer an example
+        return Rows(torch.ones(len(labels), dtype=torch.bool), labels)
     return found[0] if len(found) == 1 else None
 
 
@@ -538,10 +546,10 @@ def judge(head: Head, folder: str | os.PathLike) -> Verdict:
 
 def _train(head: Head, student, teacher, batch: Batch, folder: str | os.PathLike) -> Verdict:
     training = expected(copy.deepcopy(student), teacher, batch)
-    last = {"kl_weight": 1.0} | ({"label_weight": 0.5} if "labels" in batch else {})
+    label_weight = 0.5 if "labels" in batch and head.variant != UNLABELLED else 0.0
     args = CurriculumDistillationConfig(
         str(folder),
-        stages=[{"hidden": [[1, 1]], "until": 1}, last],
+        stages=[{"hidden": [[1, 1]], "until": 1}, {"kl_weight": 1.0, "label_weight": label_weight}],
         max_steps=2,
         learning_rate=0.0,  # the weights stay as they are
         per_device_train_batch_size=BATCH,
@@ -571,15 +579,15 @@ def _train(head: Head, student, teacher, batch: Batch, folder: str | os.PathLike
     if training is None:
         return Verdict(head, "FAULT", "it trains, but its own loss is no cross-entropy of the labels")
     logs = [log for log in trainer.state.log_history if "loss" in log][-1]
-    evaluation = expected(student.eval(), teacher, batch)
-    separate = sum(value for name, value in logs.items() if "aux" in name)
     right = {"kl": training["kl"], "loss": training["kl"]}
+    if label_weight:
+        separate = any("aux" in name for name in logs)
+        right["label_loss"] = training["label_loss"] - separate * training["auxiliary"]
+        right["loss"] += label_weight * training["label_loss"]
     if "labels" in batch:
-        right["label_loss"] = training["label_loss"] - (training["auxiliary"] if separate else 0.0)
-        right["loss"] += 0.5 * training["label_loss"]
-        right["eval_loss"] = evaluation["label_loss"]
-    names = ("kl", "agreement", "accuracy")
-    right |= {f"eval_{name}": evaluation[name] for name in names if name in evaluation and "labels" in batch}
+        evaluation = expected(student.eval(), teacher, batch)
+        names = {"label_loss": "eval_loss"} | {name: f"eval_{name}" for name in ("kl", "agreement", "accuracy")}
+        right |= {name: evaluation[key] for key, name in names.items() if key in evaluation}
     actual = logs | {name: value for name, value in metrics.items() if name.startswith("eval_")}
     wrong = [
         f"{name} is {actual.get(name)} instead of {value:.5f}"
@@ -644,7 +652,7 @@ def table(verdicts: list[Verdict]) -> str:
         groups = defaultdict(list)
         for verdict in found:
             says = "" if verdict.outcome == "trains" else f": {_general(verdict)}"
-            kind = f" ({verdict.head.problem_type})" if verdict.head.problem_type else ""
+            kind = f" ({verdict.head.variant})" if verdict.head.variant else ""
             groups[outcomes.index(verdict.outcome), verdict.outcome + says].append(verdict.head.model_type + kind)
         lines += [f"| {outcome} | {', '.join(sorted(names))} |" for (_, outcome), names in sorted(groups.items())]
     return "\n".join(lines) + "\n"
