@@ -92,7 +92,9 @@ _SIZES = {
     r"pos_embedding_groups|num_groups$|^groups|upsample_groups": 2,
     r"codebook_size|codebook_dim|num_centroids": 64,
     r"mamba_.*heads": 2 * HEADS,
-    r"vocab|num_embeddings|codevectors_per_group|num_queries|num_query_tokens|num_latents": VOCAB_SIZE,
+    r"vocab|num_embeddings|codevectors_per_group": VOCAB_SIZE,
+    r"num_queries|num_query_tokens|num_latents|context_size": 8,
+    r"mm_tokens_per_image": 4,
     r"max_.*(position|len)|n_positions|n_ctx|context_length|max_seq|position_embedding_size|pos_size": 64,
     r"image_size|img_size|train_size|^resolution$|^input_size$": 32,
     r"patch_size|^patch_sizes$": 8,
@@ -100,7 +102,7 @@ _SIZES = {
     r"heads|n_head|kv_groups|query_groups": HEADS,
     r"^rotary_dim$": 4,
     r"qk_head_dim": 2 * HEAD_DIM,
-    r"head_dim|d_kv|d_head|dim_head|head_size|dim_per_head": HEAD_DIM,
+    r"head_?dim|d_kv|d_head|dim_head|head_size|dim_per_head": HEAD_DIM,
     r"n_group$|topk_group|shared_experts|expert_group": 1,
     r"experts_per|top_?k$|moe_k": 2,
     r"experts": 4,
@@ -124,40 +126,74 @@ _FIXED = {
     "mask_feature_prob": 0.0,
     "apply_spec_augment": False,
 }
-_MISSING = {"vocab_size": VOCAB_SIZE, "head_dim": HEAD_DIM, "num_key_value_heads": 2}  # where the default is None
+_MISSING = {  # where the default is None
+    "vocab_size": VOCAB_SIZE,
+    "head_dim": HEAD_DIM,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
 _DERIVED = ("id2label", "label2id", "per_layer_config", "out_features", "out_indices", "stage_names")
 
-_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+_ROPE_OF_A_PART = {"rope_type": "default", "rope_theta": 10000.0}
+_ROPE = {
+    "text_config": {"rope_parameters": _ROPE_OF_A_PART | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}}
+}
 _FOUR_STAGES = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
+_TWO_STAGES = {"depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+_WINDOW = {"vision_config": {"window_size": 32}}
+_RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16] * 4, "depths": [1] * 4}
+_RESNET = {"backbone_config": _RESNET | {"layer_type": "basic", "out_features": ["stage4"]}, "use_timm_backbone": False}
 # what no rule gives
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "beit": _FOUR_STAGES,
-    "data2vec-vision": _FOUR_STAGES | {"hidden_size": 32},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE_OF_A_PART}},
+    "conditional_detr": _RESNET,
+    "dab-detr": _RESNET,
+    "data2vec-vision": _FOUR_STAGES,
+    "deformable_detr": _RESNET | {"num_feature_levels": 1},
+    "detr": _RESNET,
+    "donut-swin": _TWO_STAGES,
     "falcon_h1": {"mamba_d_ssm": 64},
-    "glm4v": {"text_config": _ROPE},
-    "glm4v_moe": {"text_config": _ROPE},
-    "glm46v": {"text_config": _ROPE},
-    "glm_ocr": {"text_config": _ROPE},
+    "flint": {"mlp_only_layers": [0]},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "glm46v": _ROPE,
+    "glm4v": _ROPE,
+    "glm4v_moe": _ROPE,
+    "glm_ocr": _ROPE,
+    "glmga": _ROPE,
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lfm2_moe": {"layer_types": ["full_attention"] * DEPTH},
     "lilt": {"hidden_size": 48},
+    "llama4": {"vision_config": {"intermediate_size": 128}},
     "mamba2": {"num_heads": 8},
-    "mistral4": {"head_dim": 16},
-    "qwen2_5_vl": {"text_config": _ROPE, "vision_config": {"window_size": 32}},
-    "qwen2_vl": {"text_config": _ROPE},
     "markuplm": {
         "max_xpath_tag_unit_embeddings": 256,
         "max_xpath_subs_unit_embeddings": 1024,
         "tag_pad_id": 216,
         "subs_pad_id": 1001,
     },
+    "mistral4": {"head_dim": 16},
+    "mobilevitv2": {"image_size": 64},
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
+    "qwen2_5_omni_thinker": _ROPE | _WINDOW,
+    "qwen2_5_vl": _ROPE | _WINDOW,
+    "qwen2_vl": _ROPE,
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 4]},
+    "swin": _TWO_STAGES,
+    "swinv2": _TWO_STAGES,
+    "table-transformer": _RESNET,
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"attention_head_dim": 16},
 }
 
 
-def _size(name: str, value: int) -> int:
+def _size(name: str, value: int, depth: int) -> int:
     target = next((target for pattern, target in _SIZES.items() if re.search(pattern, name)), None)
     if target == HEADS and value == 3:
         return 2  # which divides the width
+    if target == DEPTH and re.search(_LAYERS, name):
+        target = depth
     return value if target is None else min(value, target)
 
 
@@ -186,9 +222,9 @@ def _shrink(config: Mapping[str, Any], tokens: dict[str, int], depth: int = DEPT
             token = tokens.setdefault(name, VOCAB_SIZE - 1 - len(tokens)) if token is None else token
             value = [token] if isinstance(value, list) else token
         elif kind is int and isinstance(value, list | tuple):
-            value = [_size(name, item) if type(item) is int else item for item in value]
+            value = [_size(name, item, depth) if type(item) is int else item for item in value]
         elif kind is int:
-            value = _size(name, value) + (depth - DEPTH if re.search(_LAYERS, name) and value > depth else 0)
+            value = _size(name, value, depth)
         small[name] = value
     kv, heads = "num_key_value_heads", "num_attention_heads"
     if isinstance(config.get(kv), int):
@@ -220,6 +256,7 @@ def tiny_config(head: Head) -> PreTrainedConfig:
 def build(head: Head, seed: int) -> PreTrainedModel:
     """A tiny model with opinions and without dropout."""
     model_class, config = getattr(transformers, head.class_name), tiny_config(head)
+    config = next((part for part in _parts(config) if isinstance(part, model_class.config_class)), config)
     with torch.device("meta"):
         sizes = {name: parameter.numel() for name, parameter in model_class(config).named_parameters()}
     if sum(sizes.values()) > MAX_PARAMETERS:
