@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,8 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.counting import predicts_next_token
-from hf_curriculum_distill.stages import Stage
+from hf_curriculum_distill.counting import (
+    answers_per_example,
+    answers_per_frame,
+    counted_rows,
+    predicts_next_token,
+)
+from hf_curriculum_distill.layers import PartialForward, auxiliary_loss
+from hf_curriculum_distill.losses import cross_entropy
+from hf_curriculum_distill.stages import Stage, num_frozen_layers
 
 _ONE_ANSWER_PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 _ONE_ANSWER_PER_EXAMPLE = ("SequenceClassification", "ImageClassification", "AudioClassification")
@@ -45,8 +53,12 @@ def check_launch(args: CurriculumDistillationConfig, compute_loss_func: Callable
         )
 
 
-def check_stages(stages: Sequence[Stage], args: CurriculumDistillationConfig, deepspeed: bool) -> None:
-    """Raise a `ValueError` for stages that the method or the launch cannot train."""
+def check_stages(
+    stages: Sequence[Stage], args: CurriculumDistillationConfig, student: PartialForward, deepspeed: bool
+) -> None:
+    """Raise a `ValueError` for stages that the method, the student or the launch cannot train."""
+    _check_trained(stages, args, student)
+    _check_logit_stages(stages, student.model)
     if args.method == "online" and args.standardize_targets and any(stage.hidden for stage in stages):
         raise ValueError(
             "stages match hidden states of an online teacher, and standardize_targets would measure them before it "
@@ -56,6 +68,40 @@ def check_stages(stages: Sequence[Stage], args: CurriculumDistillationConfig, de
         raise ValueError(
             f"weight_decay is {args.weight_decay}, but DeepSpeed takes missing gradients for zeros and would shrink "
             "the blocks that a layer stage leaves out; set weight_decay=0, or launch with DDP or FSDP2."
+        )
+
+
+def _check_trained(stages: Sequence[Stage], args: CurriculumDistillationConfig, student: PartialForward) -> None:
+    idle = []
+    for index, stage in enumerate(stages):
+        frozen = num_frozen_layers(stages, index, args.train_prefix, args.freeze_matched_layers)
+        layer = student.depth if stage.needs_logits else max(stage.student_layers)
+        trained = student.model.parameters() if stage.needs_logits else student.parameters_before(layer, frozen)
+        if not any(parameter.requires_grad for parameter in trained):
+            idle.append((stage, layer))
+    if not idle:
+        return
+    names, highest = ", ".join(repr(stage.name) for stage, _ in idle), max(layer for _, layer in idle)
+    kept = [list(pair) for pair in dict.fromkeys(p for s in stages for p in s.hidden) if pair[0] > highest]
+    raise ValueError(
+        f"Stages {names} would train nothing, for all parameters of the student that they reach, up to block "
+        f"{highest}, have requires_grad=False; unfreeze some of them"
+        + (f", or match higher layers only, with layer_map={kept}." if kept else ".")
+    )
+
+
+def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
+    if not answers_per_frame(model):
+        return
+    if labelled := [stage.name for stage in stages if stage.label_weight]:
+        raise ValueError(
+            f"Stage {labelled[0]!r} learns from labels, but the transcripts of {type(model).__name__} belong to no "
+            "frame; leave out label weights: the divergence is taken over all frames that are not padding."
+        )
+    if not hasattr(model, "_get_feat_extract_output_lengths") and any(stage.needs_logits for stage in stages):
+        raise ValueError(
+            f"{type(model).__name__} doesn't say how many frames it makes of a recording, so that those of padding "
+            "can't be left out of the divergence; match hidden states only, with explicit `stages`."
         )
 
 
@@ -125,10 +171,13 @@ def naming_batch(where: str) -> Iterator[None]:
         raise ValueError(f"The batch of {where} cannot be used: {error}") from error
 
 
-def check_batch(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool = True) -> None:
     """Whether the losses read a batch as it was meant.
 
     Shapes are compared always, values only where they lie in host memory: nothing waits for the device.
+
+    Args:
+        reads_labels: whether any loss does.
 
     Raises:
         ValueError: an input is missing or empty, or tokens, attention mask and labels do not fit each other or the
@@ -154,8 +203,13 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             )
     elif main.device.type == "cpu" and not main.isfinite().all():
         raise ValueError(f"{name} have values that are nan or inf; check the data and its preprocessing.")
-    if labels is None:
+    if labels is None or not reads_labels or answers_per_frame(model):
         return
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"labels are a {type(labels).__name__}; class numbers of shape [batch] or [batch, length] are needed to "
+            f"match the teacher's class probabilities. Match hidden states only, with explicit `stages`."
+        )
     if labels.is_floating_point() or labels.dim() not in (1, 2):
         raise ValueError(
             f"labels are {_describe(labels)}; class numbers of shape [batch] or [batch, length] are needed to match "
@@ -169,6 +223,39 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             f"label {'a token' if per_token else 'an example'}. Check the collator."
         )
     _check_values(labels.where(labels != -100, 0), "labels", classes, " (-100: does not count)")
+
+
+def label_loss_mismatch(
+    model: nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any], tolerance: float = 1e-4
+) -> str | None:
+    """How a model's own loss on a batch differs from the cross-entropy of the rows that count; None: it does not.
+
+    The two differ where labels belong to other rows of the logits than [`counted_rows`] says, or are no classes.
+
+    Args:
+        outputs: the model's, in evaluation mode, for a batch with labels.
+        tolerance: relative, of what the precision of the losses allows.
+    """
+    loss, logits, name = outputs.get("loss"), outputs.get("logits"), type(model).__name__
+    if not isinstance(logits, Tensor):
+        return None if logits is None else f"The logits of {name} are a {type(logits).__name__}, not a tensor."
+    try:
+        rows, labels = counted_rows(model, inputs)
+        wanted = len(inputs[model.main_input_name]) * answers_per_example(model, inputs)
+    except ValueError as error:
+        return str(error)
+    if logits.shape[:-1].numel() != wanted:
+        return f"The logits of {name} have shape {tuple(logits.shape)}, but the batch's labels belong to {wanted} rows."
+    if labels is None or loss is None or not len(labels):
+        return None
+    ours = cross_entropy(logits.flatten(0, -2)[rows], labels).item() / len(labels)
+    own = loss.item() - float(auxiliary_loss(model, outputs))
+    if not math.isfinite(ours) or math.isclose(ours, own, rel_tol=tolerance, abs_tol=tolerance):
+        return None
+    return (
+        f"The loss of {name} on a batch is {own:.6g}, but the cross-entropy of its logits with the labels that count "
+        f"is {ours:.6g}, so its labels mean something else than the classes of these rows."
+    )
 
 
 def _check_values(numbers: Tensor, name: str, end: int | None, beside: str = "") -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_curriculum_distill.projections import PROJECTIONS
 from hf_curriculum_distill.stages import (
     LAYER_ORDERS,
     Stage,
+    StageScheduler,
     check_layer_range,
     curriculum_stages,
     parse_layer_pairs,
@@ -72,6 +74,13 @@ class CurriculumDistillationConfig(TrainingArguments):
     num_layer_stages: int | None = field(
         default=None,
         metadata={"help": "How many student layers are matched; every block of the student by default."},
+    )
+    layer_stack: str = field(
+        default="encoder",
+        metadata={
+            "help": "Which blocks of an encoder-decoder are matched: the 'encoder''s, or the 'decoder''s, for which "
+            "the whole encoder runs and trains, too. Other models have one stack."
+        },
     )
     layer_order: str = field(
         default="sequential",
@@ -191,6 +200,13 @@ class CurriculumDistillationConfig(TrainingArguments):
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True
+        self.check()
+
+    def check(self) -> None:
+        """Raise a `ValueError` for a value that is unknown or out of range; lists in JSON become lists.
+
+        Runs at construction and, because values may be set later (a hyperparameter search sets them), before training.
+        """
         for name in ("stages", "layer_map", "teacher_schedule"):
             value = getattr(self, name)
             if isinstance(value, str) and value.startswith("["):
@@ -203,6 +219,7 @@ class CurriculumDistillationConfig(TrainingArguments):
         self._check_choice("divergence", tuple(DIVERGENCES))
         self._check_choice("projection", PROJECTIONS)
         self._check_choice("hidden_positions", ("tokens", "labels"))
+        self._check_choice("layer_stack", ("encoder", "decoder"))
         self._check_choice("train_prefix", ("joint", "block"))
         self._check_choice("teacher_dtype", (None, *TEACHER_DTYPES))
         if isinstance(self.layer_map, (list, tuple)):
@@ -293,6 +310,26 @@ class CurriculumDistillationConfig(TrainingArguments):
                 )
             check_layer_range(stage.hidden, student_depth, teacher_depth or 0)
         return stages
+
+    def schedule(self, stages: Sequence[Stage], max_steps: int) -> StageScheduler:
+        """The scheduler of [`resolve_stages`]' stages.
+
+        Raises:
+            ValueError: `max_steps` are too few for them.
+        """
+        num_layer_stages = sum(not stage.needs_logits for stage in stages)
+        try:
+            return StageScheduler(stages, max_steps)
+        except ValueError as error:
+            if self.stages is not None or not num_layer_stages or max_steps < 1:
+                raise
+            fraction = self.layer_stage_fraction
+            needed = max(math.ceil(num_layer_stages / fraction), math.floor(0.5 / (1 - fraction)) + 1)
+            raise ValueError(
+                f"{num_layer_stages} layer stages in {100 * fraction:g} % of {max_steps} steps, with the rest for the "
+                f"logit stage, need max_steps >= {needed}; raise it, lower num_layer_stages, or use "
+                "layer_order='last', which has one layer stage."
+            ) from error
 
     def _check_who_teaches(self) -> None:
         if not isinstance(self.teacher_schedule, (list, tuple)):

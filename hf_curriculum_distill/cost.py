@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,6 +36,8 @@ _CPU_ATTENTION = {
     ),
 }
 
+_OF_TOKENS = ("scaled_dot_product", "bmm")  # in the names of operations that multiply batches of matrices
+
 
 def flop_counter() -> FlopCounterMode:
     """torch's counter of operations in matrix products (a multiply-add is two), CPU attention included."""
@@ -55,8 +57,11 @@ class _NoModules(ModuleTracker):
 
 
 @torch.no_grad()
-def count_flops(forward: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products in one forward pass (a multiply-add counts as two).
+def count_flops(forward: Callable[[], Any]) -> np.ndarray:
+    """Floating-point operations of the matrix products in one forward pass (a multiply-add counts as two): `[2]`.
+
+    The first number are those with weights, which grow with the number of tokens; the second those of tokens with
+    tokens, attention's, which grow with the square of their number.
 
     The pass runs without gradients and leaves every random state as it was. A backward pass through the same blocks
     costs twice as much: one product for the inputs' gradient and one for the weights'.
@@ -65,19 +70,9 @@ def count_flops(forward: Callable[[], Any]) -> int:
         for output in tree_leaves(forward()):
             if isinstance(output, RowLogits):  # left to be computed
                 output.run()
-    return counter.get_total_flops()
-
-
-def num_frozen_layers(
-    stages: Sequence[Stage], index: int, train_prefix: str = "joint", freeze_matched_layers: bool = False
-) -> int:
-    """How many of the student's first layers stage `index` leaves as they are: see the config's two options."""
-    stage, matched = stages[index], [max(s.student_layers) for s in stages[:index] if s.hidden]
-    if stage.needs_logits:
-        return max(matched, default=0) if freeze_matched_layers else 0
-    if train_prefix == "joint":
-        return 0
-    return max((layer for layer in matched if layer < max(stage.student_layers)), default=0)
+    counts = counter.get_flop_counts().get("Global", {})
+    attention = sum(n for operation, n in counts.items() if any(name in str(operation) for name in _OF_TOKENS))
+    return np.array([sum(counts.values()) - attention, attention])
 
 
 def stage_flops(
@@ -87,8 +82,8 @@ def stage_flops(
     rows: Tensor | None,
     frozen: int = 0,
     online: bool = False,
-) -> tuple[int, int]:
-    """Student's (forward and backward) and teacher's operations for one batch of a stage.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Student's (forward and backward) and teacher's operations for one batch of a stage: see [`count_flops`].
 
     Args:
         run_student, run_teacher: one forward pass for a stage and rows of logits; what a stage doesn't need isn't run.
@@ -212,7 +207,7 @@ class DryRun:
         if key not in self._measured:
             with self.mode:
                 flops = stage_flops(self._run_student, self._run_teacher, stage, self._rows, frozen, online)
-            self._measured[key] = *flops, *self._try_step(stage, frozen, online)
+            self._measured[key] = *(int(n.sum()) for n in flops), *self._try_step(stage, frozen, online)
         return self._measured[key]
 
     def _try_step(self, stage: Stage, frozen: int, online: bool) -> tuple[set[str], PeakMemory]:
@@ -239,7 +234,7 @@ class DryRun:
         def losses_of(logits: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
             return logit_losses(stage, self.args, target_logits, self._rows, logits.float(), rows)
 
-        reduce = functools.partial(sum_over_chunks, losses_of) if self._chunk_size else None
+        reduce = (lambda logits, _: sum_over_chunks(losses_of, logits)) if self._chunk_size else None
         hidden, logits = self._run_student(stage, self._rows, frozen, reduce)
         logits = logits.float() if isinstance(logits, Tensor) else logits
         hidden = {layer: states.float() for layer, states in hidden.items()}  # as accelerate does in mixed precision

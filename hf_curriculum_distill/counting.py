@@ -6,34 +6,71 @@ sides of that fraction.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 LABEL_POSITIONS = "label_positions"
 _ONE_ANSWER_PER_EXAMPLE = ("SequenceClassification", "ImageClassification", "AudioClassification")
+# Causal language models whose own loss compares position `i` with label `i`, so that the data have to be shifted.
+_LABELS_IN_PLACE = {
+    "BartForCausalLM",
+    "BigBirdPegasusForCausalLM",
+    "BlenderbotForCausalLM",
+    "BlenderbotSmallForCausalLM",
+    "CpmAntForCausalLM",
+    "MBartForCausalLM",
+    "MarianForCausalLM",
+    "MusicgenForCausalLM",
+    "MusicgenMelodyForCausalLM",
+    "MvpForCausalLM",
+    "PLBartForCausalLM",
+    "PegasusForCausalLM",
+    "ProphetNetForCausalLM",
+    "TrOCRForCausalLM",
+    "WhisperForCausalLM",
+    "XLMWithLMHeadModel",
+    "XLNetLMHeadModel",
+}
 
 
 def predicts_next_token(model: nn.Module) -> bool:
-    """Whether logits at position `i` belong to the label at `i + 1` (causal language models shift inside the loss)."""
-    if getattr(model.config, "is_encoder_decoder", False):
+    """Whether logits at position `i` belong to the label at `i + 1` (the model's own loss shifts the labels).
+
+    Text, vision-language and audio-language decoders do. transformers says so in no one place; the names here are
+    compared with the model's own loss before training: see [`label_loss_mismatch`].
+    """
+    if getattr(model.config, "is_encoder_decoder", False) or _is_named(type(model), _LABELS_IN_PLACE):
         return False
-    return _is_causal(type(model)) or getattr(model, "loss_type", None) == "ForCausalLM"
+    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    return shifts or _is_named(type(model), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
-@functools.cache
-def _is_causal(model_class: type) -> bool:
+def decodes_labels(model: nn.Module) -> bool:
+    """Whether the model's labels are the tokens of its decoder, as those of classifiers are not."""
+    classifies = any("Classification" in base.__name__ for base in type(model).__mro__)
+    return getattr(model.config, "is_encoder_decoder", False) and not classifies
+
+
+def answers_per_frame(model: nn.Module) -> bool:
+    """Whether the model transcribes audio by CTC: logits are one row a frame, and no label belongs to a frame."""
+    return any(base.__name__.endswith("ForCTC") for base in type(model).__mro__)
+
+
+def _is_named(model_class: type, names: Collection[str]) -> bool:
     # by any base: FSDP2 makes a class of its own of the one that it shards
-    return any(base.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for base in model_class.__mro__)
+    return any(base.__name__ in names for base in model_class.__mro__)
 
 
 def answers_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether the model's logits have one row a token, `[batch, length, classes]`, not one an example."""
+    """Whether the model's logits have one row a token or frame, `[batch, length, classes]`, not one an example."""
+    if answers_per_frame(model):
+        return True
     if (labels := inputs.get("labels")) is not None:
         return labels.dim() > 1
     return not any(task in type(model).__name__ for task in _ONE_ANSWER_PER_EXAMPLE)
@@ -43,14 +80,16 @@ def answers_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """How many rows of logits an example has: one, or one a token (of the labels, where there are any)."""
     if not answers_per_token(model, inputs):
         return 1
+    if answers_per_frame(model):
+        return _num_frames(model, inputs)
     return inputs.get("labels", inputs[model.main_input_name]).shape[1]
 
 
 def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """Which rows of the flattened logits count, and their labels.
 
-    With `labels` (`[batch]` or `[batch, length]`) the rows whose label is not -100; without, every row that is not
-    padding.
+    With `labels` (`[batch]` or `[batch, length]`) the rows whose label is not -100; without, and for CTC, every row
+    that is not padding.
 
     Returns:
         row numbers `[rows]` into `logits.flatten(0, -2)` and labels `[rows]`; None for all rows, and for no labels.
@@ -58,6 +97,11 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
     Raises:
         ValueError: the labels are no class numbers.
     """
+    if answers_per_frame(model):
+        attention = inputs.get("attention_mask")
+        if attention is None:
+            return None, None
+        return _frame_mask(model, attention, _num_frames(model, inputs)).flatten().nonzero().squeeze(1), None
     labels = _aligned_labels(model, inputs)
     if labels is not None:
         positions = None if predicts_next_token(model) else inputs.get(LABEL_POSITIONS)
@@ -67,7 +111,7 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
             starts = torch.arange(len(labels), device=labels.device) * labels.shape[1]
             rows = (positions + starts[:, None]).flatten()
         return rows, labels.flatten()[rows]
-    if getattr(model.config, "is_encoder_decoder", False) and answers_per_token(model, inputs):
+    if decodes_labels(model):
         raise ValueError(
             f"The batch has no labels, but the logits of {type(model).__name__} answer its decoder's tokens, which "
             "labels choose; check the collator."
@@ -76,6 +120,21 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
     if mask is None or not answers_per_token(model, inputs):
         return None, None
     return mask.flatten().nonzero().squeeze(1), None
+
+
+def shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
+    """The decoder's inputs `[batch, length]` that an encoder-decoder makes of its labels: each token's predecessor."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels)
+    start, padding = (getattr(model.config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
+    if start is None or padding is None:
+        raise ValueError(
+            f"The batch has labels but no decoder_input_ids, and the configuration of {type(model).__name__} has "
+            f"decoder_start_token_id={start} and pad_token_id={padding}, so that the decoder's inputs can't be made of "
+            "the labels; set both, or give decoder_input_ids."
+        )
+    shifted = F.pad(labels[:, :-1], (1, 0), value=start)
+    return shifted.masked_fill(shifted == -100, padding)
 
 
 def with_label_positions(
@@ -97,35 +156,44 @@ def with_label_positions(
     return {**batch, LABEL_POSITIONS: counted.nonzero()[:, 1].view(len(labels), counts[0])}
 
 
-def count(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def count(model: nn.Module, inputs: Mapping[str, Any], stack: str = "encoder") -> Tensor:
     """`[number of positions, number of rows]` that count in a batch, without waiting for the device.
 
     Text: positions are the tokens that are not padding. Images and audio: one an example, shared equally by its
     hidden states (see [`position_weights`]).
+
+    Args:
+        stack: of an encoder-decoder, the one whose hidden states are matched.
     """
-    labels, mask = _aligned_labels(model, inputs), _token_mask(inputs)
+    labels, mask = _aligned_labels(model, inputs), _token_mask(inputs, stack)
     main = inputs[model.main_input_name]
-    positions = mask.sum() if mask is not None else torch.full((), _num_units(inputs, main), device=main.device)
-    if labels is not None:
+    positions = mask.sum() if mask is not None else torch.full((), _num_units(inputs, main, stack), device=main.device)
+    if answers_per_frame(model):
+        num_frames = _num_frames(model, inputs)
+        if (attention := inputs.get("attention_mask")) is not None:
+            rows = _frame_mask(model, attention, num_frames).sum()
+        else:
+            rows = torch.full((), len(main) * num_frames, device=main.device)
+    elif labels is not None:
         rows = labels.ne(-100).sum()
     else:
         rows = positions if answers_per_token(model, inputs) else torch.full((), len(main), device=main.device)
     return torch.stack([positions, rows])
 
 
-def position_weights(model: nn.Module, inputs: Mapping[str, Any], hidden: Tensor) -> Tensor:
+def position_weights(model: nn.Module, inputs: Mapping[str, Any], hidden: Tensor, stack: str = "encoder") -> Tensor:
     """How much each hidden state `[batch, length]` counts; the weights sum to the first number of [`count`]."""
-    mask = _token_mask(inputs)
+    mask = _token_mask(inputs, stack)
     if mask is None:
-        main = inputs[model.main_input_name]
+        main, attention = inputs[model.main_input_name], inputs.get("attention_mask")
         weights = torch.ones(hidden.shape[:2], device=hidden.device)
-        if (attention := inputs.get("attention_mask")) is not None and attention.dim() == 2:
-            # audio: hidden states are fewer than samples, and the model knows which of them are padding
-            weights = model._get_feature_vector_attention_mask(hidden.shape[1], attention).float()
-        return weights * (_num_units(inputs, main) / len(main) / weights.sum(1, keepdim=True))
+        if stack == "encoder" and attention is not None and attention.dim() == 2 and "input_ids" not in inputs:
+            weights = _frame_mask(model, attention, hidden.shape[1]).float()
+        return weights * (_num_units(inputs, main, stack) / len(main) / weights.sum(1, keepdim=True))
     if mask.shape != hidden.shape[:2]:
+        name = "attention_mask" if stack == "encoder" else "The decoder's mask, or its labels,"
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)} but the hidden states {tuple(hidden.shape[:2])}; they must "
+            f"{name} has shape {tuple(mask.shape)} but the hidden states {tuple(hidden.shape[:2])}; they must "
             "have one entry a token. Check the collator."
         )
     return mask
@@ -147,20 +215,52 @@ def label_weights(model: nn.Module, inputs: Mapping[str, Any], hidden: Tensor) -
     return labels.ne(-100)
 
 
-def _token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
+def _token_mask(inputs: Mapping[str, Any], stack: str = "encoder") -> Tensor | None:
+    if stack == "decoder":
+        if (mask := inputs.get("decoder_attention_mask")) is not None:
+            return mask.bool()
+        return None if (labels := inputs.get("labels")) is None or labels.dim() != 2 else labels.ne(-100)
     mask = inputs.get("attention_mask")
     return mask.bool() if mask is not None and mask.dim() == 2 and "input_ids" in inputs else None
 
 
-def _num_units(inputs: Mapping[str, Any], main: Tensor) -> int:
+def _num_units(inputs: Mapping[str, Any], main: Tensor, stack: str) -> int:
+    if stack == "decoder" and "decoder_input_ids" in inputs:
+        return inputs["decoder_input_ids"].numel()
     return main.numel() if "input_ids" in inputs else len(main)
+
+
+def _num_frames(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """How many rows of logits an example has, padding included."""
+    return int(model._get_feat_extract_output_lengths(torch.tensor(inputs[model.main_input_name].shape[1])))
+
+
+def _frame_mask(model: nn.Module, attention_mask: Tensor, num_frames: int) -> Tensor:
+    """Which of an audio model's `num_frames` hidden states are not padding: `[batch, frames]`.
+
+    They are fewer than samples, and the model knows which of them a sample reaches.
+    """
+    if hasattr(model, "_get_feature_vector_attention_mask"):
+        return model._get_feature_vector_attention_mask(num_frames, attention_mask).bool()
+    if hasattr(model, "_get_feat_extract_output_lengths"):
+        lengths = model._get_feat_extract_output_lengths(attention_mask.sum(1))
+        return torch.arange(num_frames, device=lengths.device) < lengths[:, None]
+    raise ValueError(
+        f"The batch has an attention_mask, but {type(model).__name__} doesn't say which of its {num_frames} hidden "
+        "states are padding; leave attention_mask out of the batch."
+    )
 
 
 def _aligned_labels(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
     """Labels in the place of the logits that predict them."""
     labels = inputs.get("labels")
-    if labels is None:
+    if labels is None or answers_per_frame(model):  # transcripts belong to whole recordings
         return None
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"labels are a {type(labels).__name__}; class numbers of shape [batch] or [batch, length] are needed to "
+            "match the teacher's class probabilities."
+        )
     if labels.is_floating_point() or labels.dim() > 2:
         raise ValueError(
             f"labels are {labels.dtype} of shape {tuple(labels.shape)}; class numbers of shape [batch] or [batch, "

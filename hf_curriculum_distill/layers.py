@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -17,19 +18,23 @@ from hf_curriculum_distill.chunks import RowLogits
 from hf_curriculum_distill.counting import predicts_next_token
 
 
-def find_block_stack(model: nn.Module) -> list[nn.Module]:
+def find_block_stack(model: nn.Module, stack: str = "encoder") -> list[nn.Module]:
     """The transformer blocks whose outputs are a model's hidden states, in the order in which they run.
 
     They are the one `ModuleList` that is as long as the configuration says the model is deep and, where several are,
-    the one made of blocks that transformers can checkpoint. Encoder-decoders: the encoder's. ALBERT runs each of its
+    the one made of blocks that transformers can checkpoint. ALBERT runs each of its
     few blocks for many layers, so that they are in the list as often.
+
+    Args:
+        stack: of an encoder-decoder, "encoder" or "decoder".
 
     Raises:
         ValueError: there is no such list, or more than one, or hidden states change their shape between layers.
     """
-    config = _backbone_config(model)
-    depth = getattr(config, "num_hidden_layers", None)
-    lists = [(n, m) for n, m in _backbone(model).named_modules() if isinstance(m, nn.ModuleList)]
+    config = _backbone_config(model, stack)
+    depth = getattr(config, "decoder_layers", None) if stack == "decoder" else None
+    depth = depth or getattr(config, "num_hidden_layers", None)
+    lists = [(n, m) for n, m in _backbone(model, stack).named_modules() if isinstance(m, nn.ModuleList)]
     if getattr(config, "num_hidden_groups", None):
         groups = next(m for name, m in lists if name.endswith("albert_layer_groups"))
         return [groups[layer * len(groups) // depth] for layer in range(depth)]
@@ -50,15 +55,34 @@ def find_block_stack(model: nn.Module) -> list[nn.Module]:
     return list(found[0][1])
 
 
-def _backbone(model: nn.Module) -> nn.Module:
-    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+def _backbone(model: nn.Module, stack: str = "encoder") -> nn.Module:
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model.get_decoder() if stack == "decoder" else model.get_encoder()
+    if stack == "decoder":
+        raise ValueError(
+            f"layer_stack is 'decoder', but {type(model).__name__} is no encoder-decoder and has one stack of blocks; "
+            "leave layer_stack out."
+        )
+    return model
 
 
-def _backbone_config(model: nn.Module) -> Any:
-    config = _backbone(model).config
+def _backbone_config(model: nn.Module, stack: str = "encoder") -> Any:
+    backbone = _backbone(model, stack)
+    config = getattr(backbone, "config", model.config)
     if getattr(model, "main_input_name", None) == "pixel_values":  # CLIP has a text model beside the one that sees
         return getattr(config, "vision_config", config)
     return config.get_text_config()
+
+
+def auxiliary_loss(model: nn.Module, outputs: Mapping[str, Any]) -> Tensor | float:
+    """What a mixture of experts adds to its task loss, weighted: it keeps its routers from choosing few experts.
+
+    0 for other models, and without `output_router_logits` in the configuration.
+    """
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False) or outputs.get("aux_loss") is None:
+        return 0.0
+    return config.router_aux_loss_coef * outputs["aux_loss"]
 
 
 @dataclass
@@ -71,7 +95,7 @@ class _Request:
     gather: bool
     frozen: int
     chunk_size: int | None
-    reduce: Callable[[Tensor | RowLogits], Any] | None
+    reduce: Callable[[Tensor | RowLogits, Any], Any] | None
     grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     number: int = 0  # of the block that ran last
@@ -95,11 +119,15 @@ class PartialForward:
     what was recorded. The models are called as they are wrapped (DistributedDataParallel, autocast, compile): a
     tensor that does not pass through the wrapper's `forward` gets no gradient reduction. Evaluation and activation
     recomputation pass through untouched, because the hooks act only during [`__call__`].
+
+    Args:
+        stack: of an encoder-decoder, the one whose blocks are counted; the decoder's run after the whole encoder.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, stack: str = "encoder"):
         self.model = model
-        self.blocks = find_block_stack(model)
+        self.stack = stack
+        self.blocks = find_block_stack(model, stack)
         self._inputs = frozenset(inspect.signature(model.forward).parameters)
         self._pending: _Request | None = None
         self._active: _Request | None = None
@@ -111,7 +139,7 @@ class PartialForward:
 
     @property
     def hidden_size(self) -> int:
-        return _backbone_config(self.model).hidden_size
+        return _backbone_config(self.model, self.stack).hidden_size
 
     def check_training(self, freezes: bool) -> None:
         """Whether hidden states can be matched while the model trains, with earlier layers frozen or not.
@@ -119,7 +147,7 @@ class PartialForward:
         Raises:
             ValueError: training leaves blocks out at random, or layers to freeze share their block with others.
         """
-        for name in ("layerdrop", "encoder_layerdrop"):
+        for name in ("layerdrop", f"{self.stack}_layerdrop"):
             if probability := getattr(self.model.config, name, 0.0):
                 raise ValueError(
                     f"The student's {name} is {probability}, so that training leaves out blocks whose hidden states "
@@ -130,6 +158,14 @@ class PartialForward:
                 f"{type(self.model).__name__} runs one block for many layers, so that no layer can be frozen while "
                 "others train; leave out freeze_matched_layers and train_prefix='block'."
             )
+
+    def parameters_before(self, layer: int, frozen: int = 0) -> Iterator[nn.Parameter]:
+        """The parameters that a loss on the output of block `layer` reaches, with layers up to `frozen` frozen."""
+        if not frozen:  # embeddings, and of an encoder-decoder's decoder the encoder, come before the first block
+            first = next(self.blocks[0].parameters(), None)
+            yield from itertools.takewhile(lambda parameter: parameter is not first, self.model.parameters())
+        for block in self.blocks[frozen:layer]:
+            yield from block.parameters()
 
     def accepts(self, name: str) -> bool:
         """Whether the model's forward has an input of this name."""
@@ -146,7 +182,7 @@ class PartialForward:
         frozen: int = 0,
         truncate: bool = True,
         chunk_size: int | None = None,
-        reduce: Callable[[Tensor | RowLogits], Any] | None = None,
+        reduce: Callable[[Tensor | RowLogits, Any], Any] | None = None,
     ) -> tuple[dict[int, Tensor], Any]:
         """Run `wrapped(**inputs)`, the model or whatever wraps it.
 
@@ -159,7 +195,8 @@ class PartialForward:
             truncate: stop behind the last of `layers` when no logits are asked for.
             chunk_size: stop before the head, and let it answer so many rows at a time: logits are then a [`RowLogits`];
                 a tensor all the same where rows aren't gathered before the head, or it is no language model's.
-            reduce: what to make of the logits inside the model's forward, where a wrapper sees it, and to return.
+            reduce: what to make of the logits and of the model's outputs (None where the head runs in chunks) inside
+                the model's forward, where a wrapper sees it, and to return.
 
         Returns:
             `{layer: [batch, length, hidden]}`, and `[rows, classes]` logits (what `reduce` makes of them) or None.
@@ -234,13 +271,18 @@ class PartialForward:
                 f"{type(self.model).__name__} did not call blocks {missing}, so there are no hidden states to match; a "
                 "model must call each of its blocks, as a module and every time."
             )
+        if wrong := [states.shape for states in request.hidden.values() if states.dim() != 3]:
+            raise ValueError(
+                f"The hidden states of {type(self.model).__name__} have shape {tuple(wrong[0])}; only those of shape "
+                "[batch, length, hidden size] can be matched."
+            )
         if not request.whole:
             return request.hidden, None
         if outputs is None:
             logits = self._logits_of_rows(request, functools.partial(original, *args, **kwargs))
         else:
             logits = self._read_logits(outputs, request)
-        return request.hidden, logits if request.reduce is None else request.reduce(logits)
+        return request.hidden, logits if request.reduce is None else request.reduce(logits, outputs)
 
     def _read_logits(self, outputs: Any, request: _Request) -> Tensor:
         logits = self._logits_in(outputs)

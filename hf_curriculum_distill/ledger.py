@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -19,7 +20,7 @@ class Ledger:
     Attributes:
         flops: student's and teacher's floating-point operations since the start of the run, of this process.
         total_flops: the same of all processes, as of the last log or checkpoint.
-        rates: by stage, the same for one element of the model's main input and for one row of logits: measured once.
+        rates: by stage, the same for each unit that [`add_flops`] counts: measured once.
         unlogged: what each process has added up since the last log, as of the last checkpoint: plain JSON values.
     """
 
@@ -43,14 +44,14 @@ class Ledger:
         """Take the mean of what the processes measured on their own batches. Every process must take part."""
         self.rates[stage] = accelerator.reduce(_on_device(rates, accelerator), "mean").tolist()
 
-    def add_flops(self, stage: int, num_inputs: int, num_rows: int, teacher: bool = True) -> float:
-        """Book a micro-batch of so many input elements and rows of logits; returns its floating-point operations.
+    def add_flops(self, stage: int, units: Sequence[float], teacher: bool = True) -> float:
+        """Book a micro-batch; returns its floating-point operations.
 
         Args:
-            teacher: whether the teacher was asked.
+            units: elements of the model's main input, sum of their squared number over examples, and rows of logits.
+            teacher: whether the teacher ran.
         """
-        per_input, per_row = self.rates[stage]
-        added = [num_inputs * a + num_rows * b for a, b in zip(per_input, per_row, strict=True)]
+        added = [float(np.dot(units, rates)) for rates in zip(*self.rates[stage], strict=True)]
         added[1] *= teacher
         self.flops = [total + new for total, new in zip(self.flops, added, strict=True)]
         return sum(added)

@@ -55,7 +55,7 @@ class TeacherComparison:
         accelerator: Accelerator,
         student_logits: Tensor,
         teacher_logits: Tensor | None,
-        labels: Tensor,
+        labels: Tensor | None,
         examples: Tensor,
         batch_size: int,
     ) -> None:
@@ -63,19 +63,22 @@ class TeacherComparison:
 
         Args:
             student_logits, teacher_logits: `[rows, classes]`, the counted rows.
-            labels: `[rows]`.
+            labels: `[rows]`; None where rows have none.
             examples: `[rows]`, the example of the batch that each row belongs to, so that what a distributed sampler
                 repeats to fill the last batch can be left out.
             batch_size: the number of examples.
         """
         choices = student_logits.argmax(-1)
-        columns = [torch.ones_like(labels), choices == labels]
+        columns = {"rows": torch.ones_like(choices)}
+        if labels is not None:
+            columns["accuracy"] = choices == labels
         if teacher_logits is not None:
             teacher = F.log_softmax(teacher_logits.float(), -1)
             student = F.log_softmax(student_logits.float(), -1)
             kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-            columns += [choices == teacher_logits.argmax(-1), kl]
-        rows = torch.stack([column.float() for column in columns], 1)
+            columns |= {"agreement": choices == teacher_logits.argmax(-1), "kl": kl}
+        self._names = list(columns)
+        rows = torch.stack([column.float() for column in columns.values()], 1)
         per_example = rows.new_zeros(batch_size, rows.shape[1]).index_add_(0, examples, rows)
         sums = accelerator.gather_for_metrics(per_example).cpu().double().sum(0)
         self._sums = sums if self._sums is None else self._sums + sums
@@ -84,5 +87,4 @@ class TeacherComparison:
         if self._sums is None:
             return {}
         rows, *sums = self._sums.tolist()
-        names = ("accuracy", "agreement", "kl")[: len(sums)]
-        return {name: total / max(1.0, rows) for name, total in zip(names, sums, strict=True)}
+        return {name: total / max(1.0, rows) for name, total in zip(self._names[1:], sums, strict=True)}

@@ -18,13 +18,13 @@ from transformers.initialization import no_init_weights
 
 from hf_curriculum_distill.checks import check_launch, check_stages
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.cost import DryRun, num_frozen_layers
+from hf_curriculum_distill.cost import DryRun
 from hf_curriculum_distill.counting import predicts_next_token
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.loading import check_teacher
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.report import align
-from hf_curriculum_distill.stages import Stage, StageScheduler
+from hf_curriculum_distill.stages import Stage, StageScheduler, num_frozen_layers
 
 SIZES = {"bert-large": (24, 1024), "bert-large-narrow": (24, 512), "bert-base": (12, 768)}
 TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification")
@@ -131,7 +131,7 @@ def make_plan(options: PlanArguments, args: CurriculumDistillationConfig) -> Pla
     plan.check("vocabulary", _check_vocabulary, options, run, tokenizer)
     plan.check("batch", _check_batch, options, run)
     stages = plan.check("layer map", _check_layer_map, run)
-    scheduler = stages and plan.check("steps", _check_steps, stages, args.max_steps)
+    scheduler = stages and plan.check("steps", _check_steps, stages, args)
     if plan.errors:
         return plan
     (rate, assumption), online = _find_rate(options, args), args.method == "online"
@@ -310,7 +310,7 @@ def _check_layer_map(run: DryRun) -> tuple[str, tuple[Stage, ...]]:
     stages = run.args.resolve_stages(*depths)
     if not stages:
         raise ValueError("There is no teacher and there are no stages, which is plain training; name a --teacher.")
-    check_stages(stages, run.args, deepspeed=bool(run.args.deepspeed))
+    check_stages(stages, run.args, run.student, deepspeed=bool(run.args.deepspeed))
     if pairs := _pairs(stages):
         run.student.check_training(run.args.freeze_matched_layers or run.args.train_prefix == "block")
         widths = [run.student.hidden_size], [run.teacher.hidden_size]
@@ -322,10 +322,10 @@ def _pairs(stages: Sequence[Stage]) -> list[tuple[int, int]]:
     return list(dict.fromkeys(pair for stage in stages for pair in stage.hidden))
 
 
-def _check_steps(stages: Sequence[Stage], max_steps: int) -> tuple[str, StageScheduler]:
-    if max_steps < 1:
-        raise ValueError(f"max_steps is {max_steps}; a plan has no data set to count epochs of, so set max_steps.")
-    return f"{len(stages)} stages in {max_steps:,} steps", StageScheduler(stages, max_steps)
+def _check_steps(stages: Sequence[Stage], args: CurriculumDistillationConfig) -> tuple[str, StageScheduler]:
+    if args.max_steps < 1:
+        raise ValueError(f"max_steps is {args.max_steps}; a plan has no data set to count epochs of, so set max_steps.")
+    return f"{len(stages)} stages in {args.max_steps:,} steps", args.schedule(stages, args.max_steps)
 
 
 # ---- costs ----

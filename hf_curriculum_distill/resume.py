@@ -12,7 +12,7 @@ import datasets
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -212,7 +212,7 @@ class ResumableTrainer(Trainer):
     # ---- going on ----
 
     def _start_from(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | bool | None:
-        """The checkpoint to resume from, checked and its bank read; None: there is none yet, or none was asked for."""
+        """The whole checkpoint to resume from; None: there is none yet, or none was asked for."""
         self._resumed = None
         if self.args.should_save:
             check_writable(self.args.output_dir)
@@ -223,9 +223,7 @@ class ResumableTrainer(Trainer):
             if resume_from_checkpoint is None:
                 logger.warning("%s has no whole checkpoint; training starts from the beginning", self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
-            self._resume(resume_from_checkpoint)
-            if self.args.should_save:
-                remove_unfinished(self.args.output_dir, self._resumed["step"])
+            self._resumed = read_whole(resume_from_checkpoint)
         return resume_from_checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -248,13 +246,11 @@ class ResumableTrainer(Trainer):
                 "resume from another checkpoint."
             ) from error
 
-    def _resume(self, checkpoint: str) -> None:
-        self._resumed = record = read_whole(checkpoint)
-        if self.args.auto_find_batch_size:  # the batch size that was found says how many steps there are
-            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-            self._train_batch_size = state.train_batch_size
-            self._resolve_steps()
-        check_resumable(record, self._record(), checkpoint)
+    def _check_resumed(self, checkpoint: str) -> None:
+        """Whether the run is the one that wrote the checkpoint; takes over its bank."""
+        check_resumable(self._resumed, self._record(), checkpoint)
+        if self.args.should_save:
+            remove_unfinished(self.args.output_dir, self._resumed["step"])
         if self.projection_bank is not None:
             bank = ProjectionBank.from_pretrained(checkpoint).to(self.args.device)
             if self.projection_bank.frozen and self.projection_bank.fingerprint != bank.fingerprint:

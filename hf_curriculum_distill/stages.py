@@ -240,6 +240,18 @@ def curriculum_stages(
     return [*layers, Stage(hidden=groups[-1] if logit_stage.get("hidden_weight") else (), **logit_stage)]
 
 
+def num_frozen_layers(
+    stages: Sequence[Stage], index: int, train_prefix: str = "joint", freeze_matched_layers: bool = False
+) -> int:
+    """How many of the student's first layers stage `index` leaves as they are: see the config's two options."""
+    stage, matched = stages[index], [max(s.student_layers) for s in stages[:index] if s.hidden]
+    if stage.needs_logits:
+        return max(matched, default=0) if freeze_matched_layers else 0
+    if train_prefix == "joint":
+        return 0
+    return max((layer for layer in matched if layer < max(stage.student_layers)), default=0)
+
+
 def _name_layers(layers: Sequence[int]) -> str:
     if len(layers) == 1:
         return f"layer {layers[0]}"

@@ -10,14 +10,17 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
+from transformers.utils import ModelOutput
 
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.batches import seeded
@@ -28,32 +31,47 @@ from hf_curriculum_distill.checks import (
     check_launch,
     check_stages,
     check_training_data,
+    label_loss_mismatch,
     naming_batch,
 )
 from hf_curriculum_distill.chunks import RowLogits, chunk_size, logit_losses, sum_over_chunks
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.cost import num_frozen_layers, stage_flops
+from hf_curriculum_distill.cost import stage_flops
 from hf_curriculum_distill.counting import (
     LABEL_POSITIONS,
     answers_per_example,
+    answers_per_frame,
     answers_per_token,
     count,
     counted_rows,
+    decodes_labels,
     label_weights,
     position_weights,
+    shifted_right,
     with_label_positions,
 )
-from hf_curriculum_distill.layers import PartialForward
-from hf_curriculum_distill.loading import TeacherModel, prepare_teacher
+from hf_curriculum_distill.layers import PartialForward, auxiliary_loss
+from hf_curriculum_distill.loading import TeacherModel, check_teacher, prepare_teacher
 from hf_curriculum_distill.metrics import TeacherComparison
 from hf_curriculum_distill.online import OnlineTeacher
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.randomness import preserved_random_state
 from hf_curriculum_distill.resume import ResumableTrainer
 from hf_curriculum_distill.schedules import restarted_schedule
-from hf_curriculum_distill.stages import Stage, StageScheduler, parse_layer_pairs
+from hf_curriculum_distill.stages import Stage, num_frozen_layers, parse_layer_pairs
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StageOutput(ModelOutput):
+    """What [`CurriculumDistillationTrainer.compute_loss`] returns beside the loss while it trains.
+
+    Args:
+        logits: `[rows, classes]`, the rows that count; None in a stage that matches hidden states only.
+    """
+
+    logits: Tensor | None = None
 
 
 class CurriculumDistillationTrainer(ResumableTrainer):
@@ -101,25 +119,23 @@ class CurriculumDistillationTrainer(ResumableTrainer):
             if projection_bank is not None:
                 raise ValueError("projection_bank was given without teacher_model, so nothing is projected; pass both.")
             return
-        check_launch(self.args, self.compute_loss_func)
-        if self.args.logit_chunk_size and self._shards_parameters:
-            raise ValueError(
-                f"logit_chunk_size is {self.args.logit_chunk_size}, but FSDP and DeepSpeed need all logits at once; "
-                "leave it out, or launch with DDP."
-            )
-        self._student = PartialForward(self.model)
-        if teacher_model is not None:
-            self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)
-        depths = self._student.depth, None if self.teacher is None else self.teacher.partial_forward.depth
-        self._declared_stages = self.args.resolve_stages(*depths)
-        check_stages(self._declared_stages, self.args, self.is_deepspeed_enabled)
-        check_cache(self._declared_stages, self.args, self.model)
-        self.projection_bank = self._make_bank(projection_bank)
         # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
         self._num_rows = 0  # of the micro-batch: that its logits are computed for
         self._comparison: TeacherComparison | None = None
-        self._resolve_steps()
+        self._comparable: bool | None = None  # whether evaluations know the rows of the logits; None: not seen yet
+        self._given_bank = projection_bank
+        self._bank_made_of: tuple | None = None
+        check_launch(self.args, self.compute_loss_func)  # before weights are read
+        self._student = PartialForward(self.model, self.args.layer_stack)
+        if teacher_model is not None:
+            self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)
+        self._who_teaches = self._describe_teacher()
+        self._resolve()
+        if self.train_dataset is not None:
+            check_training_data(self.train_dataset, self.args)
+            self._plan(self._forecast_steps())
+            logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
 
     # ---- which stage ----
 
@@ -137,15 +153,75 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         return self.stage_scheduler.index_at(self.state.global_step - 1)
 
     def set_initial_training_values(self, args, dataloader):
+        """As `Trainer`. All of a training that depends on arguments, which may have been set since, begins here."""
         values = super().set_initial_training_values(args, dataloader)
         if self._declared_stages:
+            self._resolve()
             self._plan(values[-1])
+            if self._resumed is not None:
+                self._check_resumed(self._checkpoint)
+            if self.projection_bank is not None and not self.projection_bank.frozen:
+                self._calibrate()
+            self._cache = self._open_cache()
         return values
 
+    def _resolve(self) -> None:
+        """Fix the stages and what they need for the arguments and the student of now.
+
+        Raises:
+            ValueError: they do not fit together, or ask for another teacher than the trainer was made with.
+        """
+        args = self.args
+        args.check()
+        check_launch(args, self.compute_loss_func)
+        if args.logit_chunk_size and self._shards_parameters:
+            raise ValueError(
+                f"logit_chunk_size is {args.logit_chunk_size}, but FSDP and DeepSpeed need all logits at once; "
+                "leave it out, or launch with DDP."
+            )
+        if (now := self._describe_teacher()) != self._who_teaches:
+            raise ValueError(
+                f"The arguments ask for {now} since the trainer was made, which was {self._who_teaches}: another "
+                "teacher. Make a new trainer."
+            )
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if student is not self._student.model or args.layer_stack != self._student.stack:
+            if self.teacher is not None:
+                check_teacher(student, self.teacher.model, self.processing_class)
+            self._student.remove()
+            self._student = PartialForward(student, args.layer_stack)
+        teacher = self.teacher and self.teacher.partial_forward
+        self._declared_stages = args.resolve_stages(self._student.depth, teacher and teacher.depth)
+        check_stages(self._declared_stages, args, self._student, self.is_deepspeed_enabled)
+        check_cache(self._declared_stages, args, student)
+        self.projection_bank = self._make_bank()
+
+    def _describe_teacher(self) -> str:
+        args = self.args
+        kind = {"progressive": f"checkpoints by teacher_schedule={args.teacher_schedule}", "online": "online"}
+        kind = kind.get(args.method, "one frozen teacher")
+        return f"{kind}, with teacher_dtype={args.teacher_dtype} and layer_stack={args.layer_stack!r}"
+
+    def _forecast_steps(self) -> int:
+        """The number of optimizer steps, as far as it is known before there is a data loader."""
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps
+        samples = len(self.train_dataset) / (self._train_batch_size * args.world_size)
+        batches = max(1, math.floor(samples) if args.dataloader_drop_last else math.ceil(samples))
+        return max(1, math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps)))
+
     def _plan(self, max_steps: int) -> None:
-        self.stage_scheduler = StageScheduler(self._declared_stages, max_steps)
+        self.stage_scheduler = self.args.schedule(self._declared_stages, max_steps)
         if self.teacher is not None:
             self.teacher.plan(max_steps)
+
+    @property
+    def _reads_labels(self) -> bool:
+        """Whether any loss of the run needs the labels, if only to know which rows count."""
+        args = self.args
+        needs = any(stage.needs_logits for stage in self._declared_stages) or args.method == "online"
+        return needs or args.hidden_positions == "labels" or args.layer_stack == "decoder"
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As `Trainer`; with `restart_schedule_per_stage`, one warm-up and decay in each stage."""
@@ -185,11 +261,16 @@ class CurriculumDistillationTrainer(ResumableTrainer):
                 return [], None
             self._position["batches"] += len(batches)
             for batch in batches:
-                check_batch(self.model, batch)
-        counts = torch.stack([count(self.model, batch).to(device) for batch in batches]).sum(0)
+                check_batch(self.model, batch, self._reads_labels)
+        counts = torch.stack([self._count(batch).to(device) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return batches, counts
+
+    def _count(self, inputs) -> Tensor:
+        if not self._reads_labels:  # they may be of any kind
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        return count(self.model, inputs, self.args.layer_stack)
 
     def _describe_step(self) -> str:
         index = self.stage_scheduler.index_at(self.state.global_step)
@@ -207,7 +288,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
             # which Trainer adds with use_liger_kernel; the logits are compared with the teacher's
             inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
             with naming_batch("the evaluation"):
-                check_batch(self.model, inputs)
+                check_batch(self.model, inputs, self._reads_labels)
             loss, outputs = super().compute_loss(model, self._for_student(inputs), return_outputs=True)
             self._compare_with_teacher(outputs, inputs)
             return (loss, outputs) if return_outputs else loss
@@ -221,14 +302,19 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         ask = self._run_teacher if self._cache is None else self._ask_cache
         target_hidden, target_logits = ask(inputs, stage, rows, chunk_size)
 
-        def sum_logit_losses(logits: Tensor | RowLogits) -> tuple[Tensor, dict[str, Tensor]]:
+        def sum_logit_losses(logits: Tensor | RowLogits, outputs: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
             losses_of = functools.partial(logit_losses, stage, self.args, target_logits, labels)
             return sum_over_chunks(losses_of, logits)
 
         reduce = sum_logit_losses if chunk_size else None  # its gradients are taken where wrappers see the head run
+        if stage.label_weight and self._balances_experts:
+
+            def reduce(logits, outputs):
+                return logits, auxiliary_loss(self._student.model, outputs)
+
         hidden, logits = self._run_student(model, inputs, stage, rows, chunk_size, reduce)
 
-        counts = count(self.model, inputs) if num_items_in_batch is None else num_items_in_batch
+        counts = self._count(inputs) if num_items_in_batch is None else num_items_in_batch
         num_positions, num_rows = counts.clamp(min=1)
         terms, loss = {}, 0.0
         if stage.hidden:
@@ -239,11 +325,15 @@ class CurriculumDistillationTrainer(ResumableTrainer):
                     target = self.projection_bank.project(student_layer, target_hidden[teacher_layer])
                 else:  # which keeps them projected
                     target = target_hidden[student_layer]
-                weights = self._weigh(self.model, inputs, target)
+                weights = self._weigh(inputs, target)
                 errors.append(losses.hidden_state_mse(hidden[student_layer], target, weights))
             terms["hidden_mse"] = torch.stack(errors).mean() / num_matched
             loss += stage.hidden_weight * terms["hidden_mse"]
         if stage.needs_logits:
+            if stage.label_weight and self._balances_experts:
+                logits, balance = logits
+                terms["aux_loss"] = len(rows) * balance / num_rows  # a mean over tokens, weighted as these rows are
+                loss += stage.label_weight * terms["aux_loss"]
             total, sums = logits if chunk_size else sum_logit_losses(logits)
             terms |= {name: value / num_rows for name, value in sums.items()}
             loss += total / num_rows
@@ -252,11 +342,17 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         self._ledger.add_terms(terms)
         if self.args.average_tokens_across_devices:
             loss *= self.accelerator.num_processes  # gradients are averaged over processes; the counts are global
-        return (loss, {"logits": logits}) if return_outputs else loss
+        self._computed_loss = True
+        return (loss, StageOutput(logits)) if return_outputs else loss
+
+    def _weigh(self, inputs, hidden: Tensor) -> Tensor:
+        if self.args.hidden_positions == "labels":
+            return label_weights(self.model, inputs, hidden)
+        return position_weights(self.model, inputs, hidden, self.args.layer_stack)
 
     @property
-    def _weigh(self):
-        return label_weights if self.args.hidden_positions == "labels" else position_weights
+    def _balances_experts(self) -> bool:
+        return bool(getattr(self.model.config.get_text_config(), "output_router_logits", False))
 
     @property
     def _shards_parameters(self) -> bool:
@@ -265,9 +361,9 @@ class CurriculumDistillationTrainer(ResumableTrainer):
 
     def _chunk_size(self, rows: Tensor | None) -> int | None:
         """How many rows of logits to have at a time; None for all."""
-        if rows is None or self._shards_parameters:
+        if rows is None or self._shards_parameters or self._balances_experts:
             return None
-        return chunk_size(self.args, len(rows), getattr(self.model.config.get_text_config(), "vocab_size", 0))
+        return chunk_size(self.args, len(rows), getattr(self.model.config.get_text_config(), "vocab_size", None) or 0)
 
     def _run_student(self, model, inputs, stage: Stage, rows: Tensor | None, chunk_size=None, reduce=None):
         """Hidden states and logits of the stage, or what `reduce` makes of these. `model` is what wraps the student."""
@@ -348,8 +444,9 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         """The inputs without labels: no model computes a loss of its own here."""
         answers = {*self.label_names, LABEL_POSITIONS}
         questions = {name: value for name, value in inputs.items() if name not in answers}
-        if self.model.config.is_encoder_decoder and "decoder_input_ids" not in questions and "labels" in inputs:
-            questions["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        given = {"decoder_input_ids", "decoder_inputs_embeds"} & questions.keys()
+        if decodes_labels(self.model) and not given and "labels" in inputs:
+            questions["decoder_input_ids"] = shifted_right(self.model, inputs["labels"])
         return questions
 
     @property
@@ -364,37 +461,100 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         stage = self.stage_scheduler.stages[index]
         if index == self._stage_index:
             return stage
-        self._stage_index = index
+        begins, self._stage_index = self._stage_index is None, index
+        if begins:
+            self._try_out(inputs)
         if self.args.device.type != "cpu":  # values are checked once a stage: that waits for the device
             with naming_batch(self._describe_step()):
-                check_batch(self.model, {n: v.cpu() if isinstance(v, Tensor) else v for n, v in inputs.items()})
+                on_host = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+                check_batch(self.model, on_host, self._reads_labels)
         first, end = self.stage_scheduler.span(index)
         logger.info("Stage %d of %d: %s (steps %d to %d)", index + 1, len(self.stages), stage.name, first + 1, end)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_description(stage.name)
-        core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if self._student.model is not core:  # model_init made a new one
-            self._student = PartialForward(core)
         if self.args.torch_compile:
             torch._dynamo.reset()  # another stage is another graph; past its limit dynamo would silently run eagerly
         if index not in self._ledger.rates:
             self._ledger.set_rates(index, self._measure_flops(inputs, stage), self.accelerator)
         return stage
 
+    @torch.no_grad()
+    def _try_out(self, inputs) -> None:
+        """Before the first step: whether two examples give every output that a later stage needs.
+
+        Raises:
+            ValueError: they do not, or the model's own loss says that its labels are no classes of the rows that this
+                library compares.
+        """
+        core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._student.model is not core:  # accelerate has wrapped or replaced it
+            self._student = PartialForward(core, self.args.layer_stack)
+        pairs = dict.fromkeys(pair for stage in self.stages for pair in stage.hidden)
+        weights = {f"{n}_weight": float(any(getattr(s, f"{n}_weight") for s in self.stages)) for n in ("kl", "label")}
+        every = Stage(hidden=pairs, **weights)
+        inputs = _few_examples(inputs, self.model.main_input_name, every.needs_logits)
+        core.eval()
+        try:
+            with preserved_random_state(), naming_batch(self._describe_step()):
+                rows, whole = None, None
+                if every.needs_logits and "labels" in inputs and self._student.accepts("labels"):
+                    outputs = core(**self._for_student({n: v for n, v in inputs.items() if n != LABEL_POSITIONS}))
+                    whole = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
+                    if mismatch := self._label_loss_mismatch(inputs, outputs):
+                        raise ValueError(f"{mismatch} Match hidden states only, with explicit `stages`.")
+                if every.needs_logits:
+                    rows, _ = counted_rows(self.model, inputs)
+                hidden, logits = self._run_student(core, inputs, every, rows)
+                whole = whole if whole is None else whole.flatten(0, -2)[... if rows is None else rows].float()
+                if whole is not None and not torch.allclose(logits.float(), whole, 0, 10 * self._tolerance):
+                    raise ValueError(
+                        f"The logits of {type(core).__name__} for the rows that count alone are others than those of "
+                        "all rows, so its head can't be run for a part. Match hidden states only, with explicit "
+                        "`stages`."
+                    )
+                target_hidden, target_logits = self._run_teacher(inputs, every, rows)
+                for student_layer, teacher_layer in every.hidden:
+                    target = self.projection_bank.project(student_layer, target_hidden[teacher_layer])
+                    losses.hidden_state_mse(hidden[student_layer], target, self._weigh(inputs, target))
+                if target_logits is not None and target_logits.shape != logits.shape:
+                    raise ValueError(
+                        f"The student's logits have shape {tuple(logits.shape)} and the teacher's "
+                        f"{tuple(target_logits.shape)} (rows, classes); use two models of one task."
+                    )
+        finally:
+            core.train()
+
+    def _label_loss_mismatch(self, inputs, outputs) -> str | None:
+        if not isinstance(outputs, Mapping):
+            outputs = dict(zip(("loss", "logits"), outputs, strict=False))
+        return label_loss_mismatch(self.model, inputs, outputs, self._tolerance)
+
+    @property
+    def _tolerance(self) -> float:
+        """The relative error that the precision of the computation allows."""
+        half = self.args.bf16 or self.args.fp16 or self.model.dtype.itemsize < 4
+        return 2**-6 if half else 1e-4
+
     def _measure_flops(self, inputs, stage: Stage) -> list[list[float]]:
-        """Student's and teacher's operations for one element of the main input, and for one row, from one batch."""
+        """Student's and teacher's operations for each of the units of [`_units`], from one batch."""
         online = isinstance(self.teacher, OnlineTeacher)
         counts = stage.needs_logits or self._asked(stage).needs_logits or online
         rows, _ = counted_rows(self.model, inputs) if counts else (None, None)
-        whole, num_rows, per_row = self._count_flops(inputs, stage, rows), 0, [0.0, 0.0]
+        whole, num_rows, per_row = np.array(self._count_flops(inputs, stage, rows)), 0, np.zeros(2)
         if rows is not None and len(rows) > 1:
-            num_rows, with_one = len(rows), self._count_flops(inputs, stage, rows[:1])
-            per_row = [(flops - less) / (num_rows - 1) for flops, less in zip(whole, with_one, strict=True)]
-        num_inputs = inputs[self.model.main_input_name].numel()
-        return [[(f - num_rows * r) / num_inputs for f, r in zip(whole, per_row, strict=True)], per_row]
+            num_rows, with_one = len(rows), np.array(self._count_flops(inputs, stage, rows[:1]))
+            per_row = (whole - with_one).sum(1) / (num_rows - 1)
+        num_inputs, num_squares, _ = self._units(inputs)
+        per_input, per_square = (whole[:, 0] - num_rows * per_row) / num_inputs, whole[:, 1] / num_squares
+        return [per_input.tolist(), per_square.tolist(), per_row.tolist()]
 
-    def _count_flops(self, inputs, stage: Stage, rows: Tensor | None) -> tuple[float, float]:
+    def _units(self, inputs) -> tuple[int, float, int]:
+        """What a batch's operations grow with: elements of its main input, their square an example, rows of logits."""
+        main = inputs[self.model.main_input_name]
+        return main.numel(), main.numel() ** 2 / len(main), self._num_rows
+
+    def _count_flops(self, inputs, stage: Stage, rows: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
         chunk_size = self._chunk_size(rows)
 
         def run_teacher(taught: Stage, _):
@@ -414,9 +574,15 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         """Operations of student (forward and backward) and teacher (forward; online also its own training)."""
         if not self._declared_stages:
             return super().floating_point_ops(inputs)
+        if not self._computed_loss:
+            raise ValueError(
+                f"{type(self).__name__}.compute_loss doesn't call CurriculumDistillationTrainer.compute_loss, so that "
+                "no stage is trained. Call super().compute_loss(...) and change what it returns, or train without "
+                "teacher_model."
+            )
+        self._computed_loss = False
         asked = self._cache is None or self._cache.asked
-        num_inputs = inputs[self.model.main_input_name].numel()
-        return self._ledger.add_flops(self._stage_index, num_inputs, self._num_rows, asked)
+        return self._ledger.add_flops(self._stage_index, self._units(inputs), asked)
 
     # ---- the whole run ----
 
@@ -428,17 +594,15 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         """
         if not self._declared_stages:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        checkpoint = self._start_from(resume_from_checkpoint)
-        if self._resumed is None and self.projection_bank is not None and not self.projection_bank.frozen:
-            self._calibrate()
+        self._checkpoint = self._start_from(resume_from_checkpoint)
         if getattr(self.data_collator, "seed", None) is not None:
             logger.warning(
                 "The data collator has a seed and so a random state of its own, which no checkpoint holds: a resumed "
                 "run draws other masks. Leave its seed out; batches are drawn from args.seed."
             )
-        self._cache = self._open_cache()
+        self._computed_loss = False
         try:
-            output = super().train(checkpoint, *args, **kwargs)
+            output = super().train(self._checkpoint, *args, **kwargs)
         finally:
             self._release_models()
             self._cache = None
@@ -466,7 +630,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
             batch = self._prepare_inputs(batch)
             with self.accelerator.autocast():
                 hidden, _ = self.teacher.at(None)(self._questions(batch), layers)
-            return hidden, self._weigh(self.model, batch, hidden[layers[0]])
+            return hidden, self._weigh(batch, hidden[layers[0]])
 
         with preserved_random_state(self.args.projection_seed):
             if hasattr(data, "__len__"):
@@ -513,8 +677,9 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         labelled = []
         with naming_batch("the calibration sample"):
             for batch in loader:
-                check_batch(self.model, batch)
-                labelled += [bool((batch["labels"] != -100).any())] if "labels" in batch else []
+                check_batch(self.model, batch, self._reads_labels)
+                if self._reads_labels and "labels" in batch:
+                    labelled.append(bool((batch["labels"] != -100).any()))
                 yield batch
         if labelled and not any(labelled) and any(stage.needs_logits for stage in self.stages):
             raise ValueError(
@@ -563,14 +728,21 @@ class CurriculumDistillationTrainer(ResumableTrainer):
 
     # ---- evaluation ----
 
-    def evaluation_loop(self, dataloader, description, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ):
         """As `Trainer`, with accuracy on the labels that count and, given a teacher, agreement and divergence."""
         self._comparison = TeacherComparison()
         # every evaluation draws the same, and training draws what it would without evaluations
         own_randomness = preserved_random_state(self._data_seed) if self._declared_stages else nullcontext()
         with own_randomness, seeded(dataloader, epoch=0):
             output = super().evaluation_loop(
-                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         # accelerate would keep every evaluation's loader, and its shared memory's open file, until the run ends
         self.accelerator._dataloaders[:] = [kept for kept in self.accelerator._dataloaders if kept is not dataloader]
@@ -584,14 +756,20 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         return output
 
     def _compare_with_teacher(self, outputs, inputs) -> None:
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
-        rows, labels = counted_rows(self.model, inputs)
-        if labels is None or logits is None:
+        if self._comparable is None:
+            mismatch = self._label_loss_mismatch(inputs, outputs)
+            self._comparable = mismatch is None
+            if mismatch:
+                logger.warning("%s Evaluations have no accuracy, agreement and divergence.", mismatch)
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
+        if logits is None or not self._comparable or not ("labels" in inputs or answers_per_frame(self.model)):
             return
-        batch_size = len(inputs["labels"])
-        examples = rows // (logits.shape[:-1].numel() // batch_size)
+        rows, labels = counted_rows(self.model, inputs)
+        batch_size, student_logits = len(inputs[self.model.main_input_name]), logits.flatten(0, -2)
+        rows = torch.arange(len(student_logits), device=logits.device) if rows is None else rows
+        examples = rows // (len(student_logits) // batch_size)
         _, teacher_logits = self._run_teacher(inputs, Stage(kl_weight=1.0), rows) if self.teacher else ({}, None)
-        student_logits = logits.flatten(0, -2)[rows]
+        student_logits = student_logits[rows]
         self._comparison.update(self.accelerator, student_logits, teacher_logits, labels, examples, batch_size)
 
     def _determine_best_metric(self, metrics, trial) -> bool:
@@ -602,7 +780,9 @@ class CurriculumDistillationTrainer(ResumableTrainer):
 
     # ---- set-up ----
 
-    def _make_bank(self, given: ProjectionBank | None) -> ProjectionBank | None:
+    def _make_bank(self) -> ProjectionBank | None:
+        """The given bank, the one of a training before where it is still the right one, or a new one."""
+        args, given = self.args, self._given_bank
         pairs = parse_layer_pairs(dict.fromkeys(pair for stage in self._declared_stages for pair in stage.hidden))
         if not pairs:
             if given is not None:
@@ -613,33 +793,33 @@ class CurriculumDistillationTrainer(ResumableTrainer):
                 f"projection_bank is a {type(given).__name__}; pass a ProjectionBank, which "
                 "ProjectionBank.from_pretrained reads from a folder."
             )
-        self._student.check_training(self.args.freeze_matched_layers or self.args.train_prefix == "block")
+        self._student.check_training(args.freeze_matched_layers or args.train_prefix == "block")
         dims = self._student.hidden_size, self.teacher.partial_forward.hidden_size
+        made_of = pairs, dims, args.projection, args.projection_seed, args.shared_projection
+        made_of += args.standardize_targets, args.calibration_samples, args.hidden_positions, args.layer_stack
+        if given is None and made_of == self._bank_made_of:
+            return self.projection_bank
         if given is None:
             each = [[dim] * len(pairs) for dim in dims]
-            given = ProjectionBank.create(
-                pairs,
-                *each,
-                kind=self.args.projection,
-                seed=self.args.projection_seed,
-                shared=self.args.shared_projection,
-            )
+            kind, seed, shared = args.projection, args.projection_seed, args.shared_projection
+            given = ProjectionBank.create(pairs, *each, kind=kind, seed=seed, shared=shared)
         given.check_fits(pairs, *dims)
-        return given.to(self.args.device)
-
-    def _resolve_steps(self) -> None:
-        """Fix every stage's first step, if there is something to train on."""
-        if self.train_dataset is None:
-            return
-        check_training_data(self.train_dataset, self.args)
-        if self.args.max_steps > 0:
-            self._plan(self.args.max_steps)
-        else:
-            self.set_initial_training_values(self.args, self.get_train_dataloader())
-        logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
+        self._bank_made_of = made_of
+        return given.to(args.device)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.teacher is not None:
             teacher_inputs = inspect.signature(self.teacher.model.forward).parameters
             self._signature_columns += [name for name in teacher_inputs if name not in self._signature_columns]
+
+
+def _few_examples(inputs: Mapping[str, Any], main_input: str, labelled: bool, number: int = 2) -> dict[str, Any]:
+    """The `number` examples of a batch with the most labels; the batch itself where it cannot be cut."""
+    size, tensors = len(inputs[main_input]), [value for value in inputs.values() if isinstance(value, Tensor)]
+    if len(tensors) < len(inputs) or any(not tensor.dim() or len(tensor) != size for tensor in tensors):
+        return dict(inputs)
+    chosen = torch.arange(min(number, size), device=tensors[0].device)
+    if labelled and "labels" in inputs:
+        chosen = inputs["labels"].ne(-100).view(size, -1).sum(1).topk(len(chosen)).indices
+    return {name: value[chosen] for name, value in inputs.items()}

@@ -17,6 +17,9 @@ from transformers import BertConfig, BertForMaskedLM
 
 from hf_curriculum_distill import CurriculumDistillationConfig
 
+if find_spec("deepspeed"):
+    import deepspeed  # noqa: F401  accelerate imports it where it is installed: once here, not in every fork
+
 torch.set_num_threads(1)
 gc.freeze()  # every train() collects garbage, and what is imported never is
 datasets.disable_progress_bars()

@@ -173,7 +173,7 @@ def test_every_head_answers_chunks_as_it_answers_all_rows(name, size):
     expected = {n: parameter.grad for n, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    def reduce(chunked):
+    def reduce(chunked, outputs):
         kinds.append(type(chunked))
         return sum_over_chunks(losses, chunked)
 

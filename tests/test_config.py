@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArg
 from hf_curriculum_distill import CurriculumDistillationConfig, Stage
 
 OTHER_VALUES = {
+    "layer_stack": ["decoder"],
     "logging_nan_inf_filter": [True],
     "method": ["one_shot", "progressive", "online", "labels"],
     "stages": [[{"hidden": [[1, 2]], "until": 0.5}, {"kl_weight": 1.0}]],
@@ -45,6 +46,7 @@ OTHER_VALUES = {
 }
 
 WRONG_VALUES = {
+    "layer_stack": ["both", None],
     "method": ["progressive_", None, ""],
     "stages": [5, "kl", ["kl"], [{"kl_weigth": 1.0}], [{}], [{"kl_weight": -1.0}], '[{"kl_weight": 1.0'],
     "layer_map": ["first", 3, None, [[1]], [[1, 2], [1, 3]], [1, 2], '[[1, 2], "x"]'],

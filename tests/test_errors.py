@@ -69,7 +69,7 @@ TRAINER_ARGUMENTS = (
         ({"stages": []}, r"list of stages is empty"),
         (
             {"max_steps": 2},
-            r"stages\[0\].until is 0.25 \(step 0 of 2\) but training starts at 0; boundaries must increase",
+            r"2 layer stages in 50 % of 2 steps.* need max_steps >= 4; raise it, .*or use layer_order='last'",
         ),
         ({"stages": [{"hidden": [[3, 1]]}]}, r"student layer 3, but the student has 2 blocks"),
         ({"stages": [{"hidden": [[1, 5]]}]}, r"teacher layer 5, but the teacher has 4 blocks"),
