@@ -66,7 +66,7 @@ class Options:
     steps: int = field(
         default=2, metadata={"help": "Steps of a layer stage in each turn, of which the first isn't timed."}
     )
-    repeats: int = field(default=5, metadata={"help": "Timed turns each contender gets; ratios are medians over them."})
+    repeats: int = field(default=5, metadata={"help": "Timed turns each contender gets; times are medians over them."})
     bf16: bool = field(default=False, metadata={"help": "Whether to run the models under bfloat16 autocast."})
     processor_time: bool = field(
         default=False,
@@ -481,10 +481,13 @@ def add_averages(contender: Contender) -> None:
 
 
 def ratio(contenders: list[Contender], phase: str, one: str, other: str) -> float:
-    """Median over turns of the time of `one` over that of `other`."""
-    turns = {c.name: c.milliseconds for c in contenders if phase in c.flops}
-    times = ([turn[phase] for turn in turns[name]] for name in (one, other))
-    return statistics.median(a / b for a, b in zip(*times, strict=True))
+    """The time of `one` over that of `other`, both medians over turns."""
+    medians = {c.name: median_time(c, phase) for c in contenders if phase in c.flops}
+    return medians[one] / medians[other]
+
+
+def median_time(contender: Contender, phase: str) -> float:
+    return statistics.median(turn[phase] for turn in contender.milliseconds)
 
 
 def report(contenders: list[Contender], ceiling: float, tokens: int) -> None:
@@ -496,7 +499,7 @@ def report(contenders: list[Contender], ceiling: float, tokens: int) -> None:
     print_row(*["---"] * 10)
     for phase in shown:
         for contender in (c for c in contenders if phase in c.flops):
-            ms = statistics.median(turn[phase] for turn in contender.milliseconds)
+            ms = median_time(contender, phase)
             print_row(
                 phase,
                 contender.name,

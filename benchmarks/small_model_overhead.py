@@ -44,7 +44,7 @@ class Options:
     student_width: int = field(default=100, metadata={"help": "The student's hidden size."})
     batch_size: int = field(default=64, metadata={"help": "Examples a step."})
     steps: int = field(default=1000, metadata={"help": "Timed steps a turn."})
-    repeats: int = field(default=5, metadata={"help": "Turns each way gets; ratios are medians over turns."})
+    repeats: int = field(default=5, metadata={"help": "Turns each way gets; times are medians over turns."})
     processor_time: bool = field(
         default=False, metadata={"help": "Time by what was computed; for machines that others use meanwhile."}
     )
@@ -155,12 +155,12 @@ def measure(stage: Stage, student, teacher, bank, dataset, args, repeats: int, c
         if max(losses) - min(losses) > 1e-3 * max(losses):
             raise RuntimeError(f"{stage.name}: the losses of library, floor and Trainer differ: {losses}")
         turns.append(times)
-    library, floor, plain = np.array(turns).T
+    library, floor, plain = np.median(turns, axis=0).tolist()
     return Row(
         stage=stage.name,
-        microseconds=np.median(turns, axis=0).tolist(),
-        over_floor=float(np.median(library / floor)),
-        trainer_over_floor=float(np.median(plain / floor)),
+        microseconds=[library, floor, plain],
+        over_floor=library / floor,
+        trainer_over_floor=plain / floor,
     )
 
 

@@ -61,7 +61,7 @@ class Options:
     sequence_length: int = field(default=128, metadata={"help": "Tokens a sequence; none is padding."})
     masked_share: float = field(default=0.15, metadata={"help": "Share of the tokens that have a label."})
     steps: int = field(default=2, metadata={"help": "Timed steps a repeat."})
-    repeats: int = field(default=3, metadata={"help": "Turns each way gets; ratios are medians over turns."})
+    repeats: int = field(default=3, metadata={"help": "Turns each way gets; times are medians over turns."})
     bf16: bool = field(default=False, metadata={"help": "Whether to run the models under bfloat16 autocast."})
     processor_time: bool = field(
         default=False,
@@ -256,14 +256,14 @@ def measure(stage: Stage, name: str, student, teacher, bank, dataset, args, repe
     for _ in range(repeats):
         take_turns("time")
         turns.append([probe.milliseconds() for probe in probes])
-    library, floor, whole = np.array(turns).T
+    library, floor, whole = np.median(turns, axis=0).tolist()
     return Row(
         stage=name,
-        milliseconds=np.median(turns, axis=0).tolist(),
+        milliseconds=[library, floor, whole],
         flops=[counter.get_total_flops() for counter in counters],
         bytes=[memory.bytes for memory in memories],
-        over_floor=float(np.median(library / floor)),
-        over_library=float(np.median(whole / library)),
+        over_floor=library / floor,
+        over_library=whole / library,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.counting import (
@@ -84,13 +85,19 @@ def _check_trained(stages: Sequence[Stage], args: CurriculumDistillationConfig, 
     names, highest = ", ".join(repr(stage.name) for stage, _ in idle), max(layer for _, layer in idle)
     kept = [list(pair) for pair in dict.fromkeys(p for s in stages for p in s.hidden) if pair[0] > highest]
     raise ValueError(
-        f"Stages {names} would train nothing, for all parameters of the student that they reach, up to block "
-        f"{highest}, have requires_grad=False; unfreeze some of them"
+        f"{names} would train nothing: all parameters of the student that the loss reaches, up to block {highest}, "
+        "have requires_grad=False; unfreeze some of them"
         + (f", or match higher layers only, with layer_map={kept}." if kept else ".")
     )
 
 
 def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
+    logit_stages = [stage.name for stage in stages if stage.needs_logits]
+    if logit_stages and type(model).__name__ in MODEL_MAPPING_NAMES.values():
+        raise ValueError(
+            f"{type(model).__name__} has no head, but stage {logit_stages[0]!r} needs logits; load the student with "
+            "the AutoModelFor class of its task, or match hidden states only, with explicit `stages`."
+        )
     if not answers_per_frame(model):
         return
     if labelled := [stage.name for stage in stages if stage.label_weight]:
@@ -98,7 +105,7 @@ def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
             f"Stage {labelled[0]!r} learns from labels, but the transcripts of {type(model).__name__} belong to no "
             "frame; leave out label weights: the divergence is taken over all frames that are not padding."
         )
-    if not hasattr(model, "_get_feat_extract_output_lengths") and any(stage.needs_logits for stage in stages):
+    if not hasattr(model, "_get_feat_extract_output_lengths") and logit_stages:
         raise ValueError(
             f"{type(model).__name__} doesn't say how many frames it makes of a recording, so that those of padding "
             "can't be left out of the divergence; match hidden states only, with explicit `stages`."

@@ -32,8 +32,8 @@ def find_block_stack(model: nn.Module, stack: str = "encoder") -> list[nn.Module
         ValueError: there is no such list, or more than one, or hidden states change their shape between layers.
     """
     config = _backbone_config(model, stack)
-    depth = getattr(config, "decoder_layers", None) if stack == "decoder" else None
-    depth = depth or getattr(config, "num_hidden_layers", None)
+    decodes = stack == "decoder" or getattr(config, "is_decoder", False)  # a configuration may be of both stacks
+    depth = getattr(config, "decoder_layers" if decodes else "", None) or getattr(config, "num_hidden_layers", None)
     lists = [(n, m) for n, m in _backbone(model, stack).named_modules() if isinstance(m, nn.ModuleList)]
     if getattr(config, "num_hidden_groups", None):
         groups = next(m for name, m in lists if name.endswith("albert_layer_groups"))

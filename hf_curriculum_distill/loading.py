@@ -70,13 +70,13 @@ def prepare_teacher(
     check_finite_weights(student, "student")
     if isinstance(teacher_model, PreTrainedModel):
         kind = OnlineTeacher if args.method == "online" else FrozenTeacher
-        return kind(place(teacher_model))
+        return kind(place(teacher_model), stack=args.layer_stack)
     if isinstance(teacher_model, (str, os.PathLike)):
         name = os.fspath(teacher_model)
         if args.method == "progressive":
-            return CheckpointTeacher(find_checkpoints(name), load, args.teacher_schedule)
+            return CheckpointTeacher(find_checkpoints(name), load, args.teacher_schedule, args.layer_stack)
         kind = OnlineTeacher if args.method == "online" else FrozenTeacher
-        return kind(load(name), name)
+        return kind(load(name), name, args.layer_stack)
     folders = list(teacher_model) if isinstance(teacher_model, Sequence) else []
     if not folders or not all(isinstance(folder, (str, os.PathLike)) for folder in folders):
         raise ValueError(
@@ -88,7 +88,8 @@ def prepare_teacher(
             f"teacher_model is a list of {len(folders)} checkpoints, but method is {args.method!r}; one teacher is "
             "needed, or method='progressive'."
         )
-    return CheckpointTeacher([os.fspath(folder) for folder in folders], load, args.teacher_schedule)
+    folders = [os.fspath(folder) for folder in folders]
+    return CheckpointTeacher(folders, load, args.teacher_schedule, args.layer_stack)
 
 
 def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) -> PreTrainedModel:

@@ -30,9 +30,9 @@ class OnlineTeacher(FrozenTeacher):
     processes here, because nothing wraps it.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str | None = None):
+    def __init__(self, model: PreTrainedModel, name: str | None = None, stack: str = "encoder"):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        super().__init__(model.float(), name)
+        super().__init__(model.float(), name, stack)
         for parameter in trained:
             parameter.requires_grad_(True)
         self._step = 0

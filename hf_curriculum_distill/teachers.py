@@ -23,11 +23,12 @@ class FrozenTeacher:
     Args:
         model: the teacher. It is put into eval mode and its parameters stop requiring gradients.
         name: where it came from, for the records of a run.
+        stack: of an encoder-decoder, the one whose blocks are matched.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str | None = None):
+    def __init__(self, model: PreTrainedModel, name: str | None = None, stack: str = "encoder"):
         self.model = model.eval().requires_grad_(False)
-        self.partial_forward = PartialForward(model)
+        self.partial_forward = PartialForward(model, stack)
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.revision = getattr(model.config, "_commit_hash", None)
         self.fingerprint = weights_fingerprint(model)
@@ -76,7 +77,11 @@ class CheckpointTeacher(FrozenTeacher):
     """
 
     def __init__(
-        self, folders: Sequence[str], load: Callable[[str], PreTrainedModel], schedule: str | list[int | float]
+        self,
+        folders: Sequence[str],
+        load: Callable[[str], PreTrainedModel],
+        schedule: str | list[int | float],
+        stack: str = "encoder",
     ):
         self._folders, self._load, self._schedule = list(folders), load, schedule
         self._steps = [_steps_of(folder) for folder in self._folders] if isinstance(schedule, str) else []
@@ -93,7 +98,7 @@ class CheckpointTeacher(FrozenTeacher):
                     "weights of each checkpoint in turn, so pass checkpoints of one training run."
                 )
             digest.update(weights_fingerprint(model).encode())
-        super().__init__(model, ", ".join(self._folders))
+        super().__init__(model, ", ".join(self._folders), stack)
         self.fingerprint = digest.hexdigest()
         self._index = len(self._folders) - 1
         self._ends: list[int] | None = None

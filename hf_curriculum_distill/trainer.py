@@ -375,7 +375,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
             stage.student_layers,
             logits=stage.needs_logits,
             rows=rows,
-            gather=answers_per_token(self.model, inputs),
+            gather=rows is not None and answers_per_token(self.model, inputs),
             frozen=self._num_frozen_layers,
             truncate=self.args.truncate,
             chunk_size=chunk_size,
@@ -392,7 +392,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
                 stage.teacher_layers,
                 logits=bool(stage.kl_weight),
                 rows=rows,
-                gather=answers_per_token(self.model, inputs),
+                gather=rows is not None and answers_per_token(self.model, inputs),
                 truncate=self.args.truncate,
                 chunk_size=chunk_size,
             )
@@ -787,6 +787,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         if not pairs:
             if given is not None:
                 raise ValueError("projection_bank was given, but no stage matches hidden states; leave it out.")
+            self._bank_made_of = None
             return None
         if not isinstance(given, ProjectionBank | None):
             raise ValueError(

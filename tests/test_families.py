@@ -1,5 +1,7 @@
 """Every architecture through the trainer, and teachers and students of different families."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -7,6 +9,7 @@ from architectures import ARCHITECTURES, VOCAB_SIZE, build
 from conftest import assert_same_weights, weights
 from test_layers import blocks_of, same_randomness
 from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 
@@ -215,3 +218,227 @@ def test_another_number_of_positions_is_an_error_that_names_both(config, teacher
         train(CurriculumDistillationTrainer, student, teacher, config(), data)
     trainer, _ = train(CurriculumDistillationTrainer, student, teacher, config(method="one_shot"), data)
     assert len(losses(trainer)) == 8  # logits need no positions
+
+
+# ---- heads with rules of their own ----
+
+
+def llama_like(model_class, config_class, depth, seed, **config):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return model_class(config_class(num_hidden_layers=depth, intermediate_size=32, **sizes | config))
+
+
+def mixtral(depth, seed, **config):
+    experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    return llama_like(hf.MixtralForCausalLM, hf.MixtralConfig, depth, seed, **experts | config)
+
+
+def causal_text(count=8):
+    data = text(count, token_types=False)
+    for example in data:
+        example["labels"] = example["input_ids"].where(example["attention_mask"].bool(), -100)
+    return data
+
+
+@pytest.mark.parametrize("fields", [{}, {"label_loss_weight": 0.5, "method": "one_shot"}], ids=str)
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_mixture_of_experts_learns_its_labels_with_its_routers_auxiliary_loss(config, fields, wide):
+    student, teacher = mixtral(2, 1), llama_like(hf.LlamaForCausalLM, hf.LlamaConfig, 4, 2)
+    data = causal_text()
+    with torch.no_grad():
+        own = student(**hf.default_data_collator(data))
+    args = config(
+        **{"method": "labels"} | fields,
+        max_steps=1,
+        learning_rate=0.0,
+        per_device_train_batch_size=8 if wide else 4,
+        gradient_accumulation_steps=1 if wide else 2,
+    )
+    trainer = CurriculumDistillationTrainer(student, args, train_dataset=data, eval_dataset=data, teacher_model=teacher)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    labels = log["label_loss"] + log["aux_loss"]
+    weight = fields.get("label_loss_weight", 1.0)
+    assert log["loss"] == pytest.approx(weight * labels + log.get("kl", 0.0), rel=1e-5)
+    assert log["label_loss"] == pytest.approx((own.loss - 0.5 * own.aux_loss).item(), rel=1e-5)
+    if wide:  # how evenly experts are chosen is no sum over examples
+        assert log["aux_loss"] == pytest.approx(0.5 * own.aux_loss.item(), rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(own.loss.item(), rel=1e-5)
+
+
+def test_without_router_logits_there_is_no_auxiliary_loss(config):
+    student, teacher = mixtral(2, 1, output_router_logits=False), mixtral(4, 2)
+    args = config(method="labels", max_steps=1)
+    trainer, _ = train(CurriculumDistillationTrainer, student, teacher, args, causal_text())
+    assert "aux_loss" not in trainer.state.log_history[0]
+
+
+def ctc(depth, seed):
+    torch.manual_seed(seed)
+    _, made, _, _ = ARCHITECTURES["wav2vec2"]
+    still = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout")
+    changes = dict.fromkeys(still, 0.0) | {"num_hidden_layers": depth, "pad_token_id": 0}
+    return hf.Wav2Vec2ForCTC(type(made)(**made.to_dict() | changes))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_ctc_is_matched_on_every_frame_that_is_not_padding(config, padded):
+    student, teacher = ctc(3, 1), ctc(4, 2)
+    data = []
+    for index in range(4):
+        generator = torch.Generator().manual_seed(index)
+        transcript = torch.randint(1, 40, (5,), generator=generator)
+        data.append({"input_values": torch.randn(800, generator=generator), "labels": transcript})
+        if padded:
+            data[-1]["attention_mask"] = (torch.arange(800) < 800 - 150 * index).long()
+    batch, kls = hf.default_data_collator(data), []
+    with torch.no_grad():
+        loss, ours, theirs = student.eval()(**batch).loss, student(**batch).logits, teacher.eval()(**batch).logits
+    for index in range(4):
+        samples = 800 - 150 * index if padded else 800
+        frames = ((samples - 10) // 5 + 1 - 8) // 4 + 1  # of two convolutions
+        ours_, theirs_ = ours[index, :frames].log_softmax(-1), theirs[index, :frames].log_softmax(-1)
+        kls.append((theirs_.exp() * (theirs_ - ours_)).sum(-1))
+    expected = torch.cat(kls).mean().item()
+    stages = [{"hidden": [[1, 1]], "until": 1}, {"kl_weight": 1.0}]
+    args = config(stages=stages, max_steps=2, learning_rate=0.0)
+    trainer = CurriculumDistillationTrainer(student, args, train_dataset=data, eval_dataset=data, teacher_model=teacher)
+    trainer.train()
+    assert losses(trainer, "kl") == pytest.approx([expected], rel=1e-4)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["eval_kl"] == pytest.approx(expected, rel=1e-4)
+    assert 0 <= metrics["eval_agreement"] <= 1
+    assert "eval_accuracy" not in metrics  # no label belongs to a frame
+
+
+def test_ctc_learns_from_no_labels_of_frames(config):
+    with pytest.raises(ValueError, match="'kl \\+ labels' learns from labels, but the transcripts of Wav2Vec2ForCTC"):
+        CurriculumDistillationTrainer(ctc(3, 1), config(label_loss_weight=1.0), teacher_model=ctc(4, 2))
+
+
+@pytest.mark.parametrize("name, shifts", [("internvl", True), ("bart", False), ("trocr", False), ("llama", True)])
+def test_a_decoders_labels_are_where_its_own_loss_has_them(config, name, shifts):
+    tiny = {"vocab_size": VOCAB_SIZE, "d_model": 32, "decoder_attention_heads": 2, "decoder_ffn_dim": 36}
+    text_config = {"model_type": "qwen2", "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 36}
+    text_config |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision |= {"image_size": [16, 16], "patch_size": [8, 8]}
+    make = {
+        "internvl": lambda depth: hf.InternVLForConditionalGeneration(
+            hf.InternVLConfig(
+                vision_config=vision, text_config=text_config | {"num_hidden_layers": depth}, image_token_id=98
+            )
+        ),
+        "bart": lambda depth: hf.BartForCausalLM(hf.BartConfig(decoder_layers=depth, dropout=0.0, **tiny)),
+        "trocr": lambda depth: hf.TrOCRForCausalLM(hf.TrOCRConfig(decoder_layers=depth, dropout=0.0, **tiny)),
+        "llama": lambda depth: llama_like(hf.LlamaForCausalLM, hf.LlamaConfig, depth, depth),
+    }[name]
+    student, teacher, data = make(2), make(3), causal_text()
+    batch = hf.default_data_collator(data)
+    with torch.no_grad():
+        own = student.eval()(**batch)
+    counted = (batch["labels"][:, 1:] if shifts else batch["labels"]) != -100
+    rows = own.logits[:, :-1][counted] if shifts else own.logits[counted]
+    labels = batch["labels"][:, 1:][counted] if shifts else batch["labels"][counted]
+    args = config(method="one_shot", label_loss_weight=1.0, max_steps=1, learning_rate=0.0)
+    args.per_device_train_batch_size = 8
+    trainer = CurriculumDistillationTrainer(student, args, train_dataset=data, eval_dataset=data, teacher_model=teacher)
+    trainer.train()
+    assert losses(trainer, "label_loss") == pytest.approx([own.loss.item()], rel=1e-4)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(own.loss.item(), rel=1e-4)
+    assert metrics["eval_accuracy"] == pytest.approx((rows.argmax(-1) == labels).float().mean().item())
+
+
+# ---- encoder-decoders whose collators give labels alone ----
+
+IDS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+
+
+def pairs(name, depth, seed=0):
+    torch.manual_seed(seed)
+    bart = {name: ARCHITECTURES["bart"][1].to_dict()[name] for name in ("vocab_size", "d_model", "encoder_ffn_dim")}
+    bart |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 36, **IDS, "dropout": 0.0}
+    bart |= {"encoder_layers": depth, "decoder_layers": depth, "max_position_embeddings": 40}
+    drops = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    speech = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 40}
+    t5 = {"vocab_size": VOCAB_SIZE, "d_model": 32, "num_layers": depth, "num_heads": 2, "d_kv": 16, "d_ff": 36, **IDS}
+    return {
+        "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**bart)),
+        "m2m100": lambda: hf.M2M100ForConditionalGeneration(hf.M2M100Config(**bart, **drops)),
+        "whisper": lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**bart | speech)),
+        "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**t5, dropout_rate=0.0)),
+        "bart-classifier": lambda: hf.BartForSequenceClassification(hf.BartConfig(**bart, num_labels=3)),
+        "t5-classifier": lambda: hf.T5ForSequenceClassification(hf.T5Config(**t5, num_labels=3, dropout_rate=0.0)),
+        "t5-tagger": lambda: hf.T5ForTokenClassification(hf.T5Config(**t5, num_labels=3, dropout_rate=0.0)),
+    }[name]()
+
+
+def labels_alone(name, count=8):
+    data = []
+    for index in range(count):
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(3, VOCAB_SIZE, (6,), generator=generator)
+        ids[-1] = 2
+        example = {"input_ids": ids, "attention_mask": (torch.arange(6) < 6 - index % 2).long()}
+        if name == "whisper":
+            example = {"input_features": torch.randn(8, 40, generator=generator)}
+            example["attention_mask"] = (torch.arange(40) < 40 - 10 * (index % 2)).long()
+        labels = ids.where(torch.arange(6) < 6 - index % 3, -100)
+        if name.endswith("classifier"):
+            labels = torch.tensor(index % 3)
+        elif name.endswith("tagger"):
+            labels = (labels % 3).where(labels != -100, -100)
+        data.append(example | {"labels": labels})
+    return data
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", ["bart", "m2m100", "whisper", "t5", "bart-classifier", "t5-classifier", "t5-tagger"])
+def test_an_encoder_decoder_is_given_labels_alone_and_learns_by_its_own_loss(config, name, stack):
+    student, teacher, data = pairs(name, 1, seed=1), pairs(name, 2, seed=2), labels_alone(name)
+    if name == "t5-tagger" and stack == "decoder":
+        return  # it has an encoder only
+    with torch.no_grad():
+        own = student.eval()(**hf.default_data_collator(data)).loss.item()
+    stages = [{"hidden": [[1, 2]], "until": 1}, {"kl_weight": 1.0, "label_weight": 1.0}]
+    if stack == "decoder" and "classifier" in name:
+        stages[0]["hidden"] = [[0, 0]]  # its positions are those of the input
+    args = config(stages=stages, max_steps=2, layer_stack=stack, learning_rate=0.0, per_device_train_batch_size=8)
+    trainer = CurriculumDistillationTrainer(student, args, train_dataset=data, eval_dataset=data, teacher_model=teacher)
+    trainer.train()
+    assert losses(trainer, "label_loss") == pytest.approx([own], rel=1e-4)
+    assert len(losses(trainer, "hidden_mse")) == 1
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(own, rel=1e-4)
+    assert {"eval_accuracy", "eval_agreement", "eval_kl"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("name", ["bart", "whisper", "t5"])
+def test_a_decoders_states_are_matched_where_its_labels_count(config, name):
+    student, teacher, data = pairs(name, 2, seed=1), pairs(name, 3, seed=2), labels_alone(name)
+    reference, batch = copy.deepcopy(student), hf.default_data_collator(data)
+    args = config(stages=[{"hidden": [[1, 2]]}], max_steps=1, layer_stack="decoder", learning_rate=0.1, optim="sgd")
+    args.per_device_train_batch_size, args.max_grad_norm = 8, 0.0
+    trainer = CurriculumDistillationTrainer(student, args, train_dataset=data, teacher_model=teacher)
+    before = weights(student)
+    trainer.train()
+    shifted = batch["labels"].roll(1, 1)
+    shifted[:, 0] = 2
+    inputs = {n: v for n, v in batch.items() if n != "labels"} | {"decoder_input_ids": shifted.where(shifted >= 0, 1)}
+    states = []
+    for model, layer in ((reference, 1), (teacher, 2)):
+        blocks = [b for b in model.get_decoder().modules() if isinstance(b, GradientCheckpointingLayer)]
+        hook = blocks[layer - 1].register_forward_hook(lambda _, args, out: states.append(out))
+        model(**inputs)
+        hook.remove()
+    ours, theirs = (out if isinstance(out, torch.Tensor) else out[0] for out in states)
+    errors = (ours - trainer.projection_bank.project(1, theirs.detach())).square().mean(-1)
+    loss = errors[batch["labels"] != -100].mean()
+    assert losses(trainer, "hidden_mse") == pytest.approx([loss.item()], rel=1e-4)
+    loss.backward()
+    for name_, parameter in reference.named_parameters():
+        step = 0.0 if parameter.grad is None else 0.1 * parameter.grad
+        torch.testing.assert_close(student.state_dict()[name_], before[name_] - step, rtol=1e-4, atol=1e-5)

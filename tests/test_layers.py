@@ -431,3 +431,59 @@ def test_a_model_without_one_head_says_which_outputs_it_has():
         PartialForward(model)(model, inputs, logits=True)
     hidden, _ = PartialForward(model)(model, inputs, layers=(1,))  # layer stages need no head
     assert hidden[1].shape == (2, 8, 16)
+
+
+# ---- the decoder's stack ----
+
+
+DECODER_BLOCKS = {"t5": "T5Block", "bart": "BartDecoderLayer", "whisper": "WhisperDecoderLayer"}
+
+
+@pytest.mark.parametrize("name, block", [*DECODER_BLOCKS.items(), ("bert-to-bert", "BertLayer")])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_decoders_blocks_are_run_after_the_whole_encoder_and_give_the_models_own_states(name, block, layer):
+    model, _, batch = build(name)
+    blocks = [module for module in model.get_decoder().modules() if type(module).__name__ == block]
+    assert find_block_stack(model, "decoder") == blocks
+    hidden, logits = full_forward(model, blocks, batch)
+    expected = gradients(model, hidden[layer])
+    partial = PartialForward(model, "decoder")
+    assert (partial.depth, partial.hidden_size) == (2, 32)
+    same_randomness()
+    called, (truncated, _) = called_blocks(blocks, lambda: partial(model, batch, [layer]))
+    assert called == list(range(1, layer + 1))
+    assert torch.equal(truncated[layer], hidden[layer])
+    assert_equal_gradients(gradients(model, truncated[layer]), expected)
+    same_randomness()
+    every, own_logits = partial(model, batch, [layer], logits=True)
+    assert torch.equal(every[layer], hidden[layer])
+    assert torch.equal(own_logits, logits.flatten(0, -2))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_frozen_blocks_of_a_decoder_freeze_the_encoder_before_them(name):
+    model, _, batch = build(name)
+    partial = PartialForward(model, "decoder")
+    hidden, _ = partial(model, batch, [2], frozen=1)
+    parameters = dict(model.named_parameters())
+    trained = {id(parameters[n]) for n, gradient in gradients(model, hidden[2]).items() if gradient is not None}
+    assert trained == {id(p) for p in partial.blocks[1].parameters()}
+    assert trained <= {id(p) for p in partial.parameters_before(2, frozen=1)}
+
+
+def test_a_decoder_is_asked_of_encoder_decoders_only():
+    with pytest.raises(ValueError, match="layer_stack is 'decoder', but BertForMaskedLM is no encoder-decoder"):
+        find_block_stack(build("bert")[0], "decoder")
+
+
+@every_architecture
+def test_the_parameters_before_a_layer_are_those_that_get_a_gradient_from_it(name):
+    model, _, batch = build(name)
+    partial = PartialForward(model)
+    before = {id(parameter) for parameter in partial.parameters_before(1)}
+    hidden, _ = partial(model, batch, [1])
+    parameters = dict(model.named_parameters())
+    reached = {id(parameters[n]) for n, gradient in gradients(model, hidden[1]).items() if gradient is not None}
+    # a few families register what comes before their blocks, or belongs to all of them, after them
+    shared = ("rel_embeddings", "relative_attention_bias", "encoder.LayerNorm", "layernorm_embedding")
+    assert reached <= before | {id(p) for n, p in parameters.items() if any(name in n for name in shared)}
