@@ -215,7 +215,7 @@ def _shrink(config: Mapping[str, Any], tokens: dict[str, int], depth: int = DEPT
             value = _shrink(value, tokens, DEPTH + bool(re.search("vision|audio|encoder|image|speech", name)))
         elif isinstance(value, list | tuple) and len(value) == blocks and blocks > depth:
             value = [*value[: depth - 1], value[-1]]
-        elif kind is float and "drop" in name:
+        elif kind is float and ("drop" in name or "jitter" in name):
             value = [0.0] * len(value) if isinstance(value, list | tuple) else 0.0
         elif kind is int and _SPECIAL.search(name):
             token = _FIRST_TOKENS.get(name)
@@ -465,7 +465,8 @@ class Outputs:
         outputs = model(**clone(batch))
         outputs = outputs if isinstance(outputs, Mapping) else {}
         loss, logits, auxiliary = (outputs.get(name) for name in ("loss", "logits", "aux_loss"))
-        coefs = [getattr(part, "router_aux_loss_coef", None) for part in _parts(model.config)]
+        names = ("router_aux_loss_coef", "aux_loss_coef")
+        coefs = [getattr(part, name, None) for part in _parts(model.config) for name in names]
         coef = next((coef for coef in coefs if coef is not None), 0.0)
         return cls(
             loss.mean().item() if isinstance(loss, Tensor) else None,
