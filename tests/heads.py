@@ -13,10 +13,11 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,6 @@ from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistil
 
 SECONDS = 20  # for one head, models and training
 MAX_PARAMETERS = 20_000_000
-
-
 UNLABELLED = "without a label term"
 
 
@@ -544,12 +543,14 @@ def expected(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -
 # ---- trying a head ----
 
 
+OUTCOMES = ("trains", "refused", "not tried", "FAULT")
+
+
 @dataclass
 class Verdict:
     head: Head
-    outcome: str  # trains, refused, not tried, FAULT
+    outcome: str
     reason: str = ""
-    values: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -632,7 +633,8 @@ def _train(head: Head, student, teacher, batch: Batch, folder: str | os.PathLike
         for name, value in right.items()
         if name not in actual or not abs(actual[name] - value) < 2e-4 * max(1.0, abs(value))
     ]
-    return Verdict(head, "FAULT" if wrong else "trains", "; ".join(wrong), right)
+    alone = "" if "labels" in batch else "KL alone, for the stock model computes no loss from such a batch"
+    return Verdict(head, "FAULT" if wrong else "trains", "; ".join(wrong) or alone)
 
 
 def _sentence(error: BaseException) -> tuple[str, bool]:
@@ -654,8 +656,6 @@ def _try(head: Head) -> Verdict:
 
 
 def _start() -> None:
-    import warnings
-
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(60)
@@ -679,19 +679,18 @@ def table(verdicts: list[Verdict]) -> str:
         "| task | trains | refused | not tried | fault |",
         "|---|---|---|---|---|",
     ]
-    outcomes = ("trains", "refused", "not tried", "FAULT")
     for task, found in sorted(tasks.items()):
         counts = Counter(verdict.outcome for verdict in found)
-        lines.append(f"| {task} | " + " | ".join(str(counts[outcome]) for outcome in outcomes) + " |")
+        lines.append(f"| {task} | " + " | ".join(str(counts[outcome]) for outcome in OUTCOMES) + " |")
     counts = Counter(verdict.outcome for verdict in verdicts)
-    lines.append("| all, each class once | " + " | ".join(str(counts[outcome]) for outcome in outcomes) + " |")
+    lines.append("| all, each class once | " + " | ".join(str(counts[outcome]) for outcome in OUTCOMES) + " |")
     for task, found in sorted(tasks.items()):
         lines += ["", f"## {task}", "", "| outcome | model types |", "|---|---|"]
         groups = defaultdict(list)
         for verdict in found:
-            says = "" if verdict.outcome == "trains" else f": {_general(verdict)}"
+            says = f": {_general(verdict)}" if verdict.reason else ""
             kind = f" ({verdict.head.variant})" if verdict.head.variant else ""
-            groups[outcomes.index(verdict.outcome), verdict.outcome + says].append(verdict.head.model_type + kind)
+            groups[OUTCOMES.index(verdict.outcome), verdict.outcome + says].append(verdict.head.model_type + kind)
         lines += [f"| {outcome} | {', '.join(sorted(names))} |" for (_, outcome), names in sorted(groups.items())]
     return "\n".join(lines) + "\n"
 
