@@ -574,17 +574,24 @@ def judge(head: Head, folder: str | os.PathLike) -> Verdict:
             try:
                 student, teacher = build(head, seed=1).train(), build(head, seed=2).eval()
                 batch = batch_of(student, head)
+                values = expected(copy.deepcopy(student), teacher, batch)
             except TimeoutError:
                 raise
             except Exception as error:
                 return Verdict(head, "not tried", f"{type(error).__name__}: {' '.join(str(error).split())}")
-            return _train(head, student, teacher, batch, folder)
+            return _train(head, student, teacher, batch, values, folder)
     except TimeoutError as error:
         return Verdict(head, "not tried", str(error))
 
 
-def _train(head: Head, student, teacher, batch: Batch, folder: str | os.PathLike) -> Verdict:
-    training = expected(copy.deepcopy(student), teacher, batch)
+def _train(
+    head: Head,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: Batch,
+    training: dict[str, float] | None,
+    folder: str | os.PathLike,
+) -> Verdict:
     label_weight = 0.5 if "labels" in batch and head.variant != UNLABELLED else 0.0
     args = CurriculumDistillationConfig(
         str(folder),
