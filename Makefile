@@ -1,17 +1,23 @@
 # make distill   the whole pipeline on real text, in minutes on two CPU cores
 # make test      lint and tests
-# Both make their own environment in .venv first; nothing else is needed than Python 3.10 or newer and a package index.
+# make test-all  these, then the tests of packages that make every import slower, which are installed for them
+# All make their own environment in .venv first; nothing else is needed than Python 3.10 or newer and a package index.
 
 PYTHON ?= python3
 BIN := .venv/bin
+QUANTISED := tests/test_quantised.py
 QUICKSTART := recipes/configs/bert_large/quickstart.yaml
 
-.PHONY: test distill lint format clean
+.PHONY: test test-all distill lint format clean
 
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore $(QUANTISED)
+
+test-all: test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quantised]"
+	$(BIN)/python -m pytest $(QUANTISED)
 
 distill: .venv/installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 recipes/bert_large.py --config $(QUICKSTART)

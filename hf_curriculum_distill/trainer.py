@@ -213,11 +213,11 @@ class CurriculumDistillationTrainer(ResumableTrainer):
     def _forecast_steps(self) -> int:
         """The number of optimizer steps, as far as it is known before there is a data loader."""
         args = self.args
-        if args.max_steps > 0:
+        if args.max_steps >= 0:
             return args.max_steps
         samples = len(self.train_dataset) / (self._train_batch_size * args.world_size)
         batches = max(1, math.floor(samples) if args.dataloader_drop_last else math.ceil(samples))
-        return max(1, math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps)))
+        return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
     def _plan(self, max_steps: int) -> None:
         self.stage_scheduler = self.args.schedule(self._declared_stages, max_steps)
@@ -603,6 +603,10 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         if not self._declared_stages:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         self._checkpoint = self._start_from(resume_from_checkpoint)
+        if self._resumed is not None and not self.args.auto_find_batch_size:  # else it is known later how many steps
+            self._resolve()
+            self._plan(self._forecast_steps())
+            self._check_resumed()  # before weights of another model are read
         if getattr(self.data_collator, "seed", None) is not None:
             logger.warning(
                 "The data collator has a seed and so a random state of its own, which no checkpoint holds: a resumed "
