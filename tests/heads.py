@@ -681,7 +681,8 @@ def table(verdicts: list[Verdict]) -> str:
         "a teacher of the same class: one step of hidden states, one of KL and labels, one evaluation. It *trains* if",
         "KL, label term and evaluation equal a computation by hand from the loss and the logits that the model itself",
         "returns, or it is *refused* before the first step. *Not tried*: a tiny model or a batch for it needs more",
-        "than the rules of `tests/heads.py`, or a package that is not installed.",
+        "than the rules of `tests/heads.py`, or a package that is not installed. Classifiers of sequences are tried",
+        "three times, with one label, many labels and a number, and CTC heads with and without a label term.",
         "",
         "| task | trains | refused | not tried | fault |",
         "|---|---|---|---|---|",
@@ -690,7 +691,7 @@ def table(verdicts: list[Verdict]) -> str:
         counts = Counter(verdict.outcome for verdict in found)
         lines.append(f"| {task} | " + " | ".join(str(counts[outcome]) for outcome in OUTCOMES) + " |")
     counts = Counter(verdict.outcome for verdict in verdicts)
-    lines.append("| all, each class once | " + " | ".join(str(counts[outcome]) for outcome in OUTCOMES) + " |")
+    lines.append("| all, each head once | " + " | ".join(str(counts[outcome]) for outcome in OUTCOMES) + " |")
     for task, found in sorted(tasks.items()):
         lines += ["", f"## {task}", "", "| outcome | model types |", "|---|---|"]
         groups = defaultdict(list)
@@ -704,10 +705,10 @@ def table(verdicts: list[Verdict]) -> str:
 
 def _general(verdict: Verdict) -> str:
     """A sentence without what differs from model to model."""
-    said = re.sub(r"^(ValueError|OSError): ", "", verdict.reason)
-    said = re.sub(r"\b[A-Z]\w*(For[A-Z]|Model\b|LMHead)\w*", "...", said.replace("|", "/"))
+    said = re.sub(r"^(ValueError|OSError): ", "", verdict.reason).replace("|", "/")
+    said = re.sub(rf"\b({verdict.head.class_name}|(?!AutoModel)[A-Z]\w*(For[A-Z]|Model\b|LMHead)\w*)", "...", said)
     said = re.sub(r"(but has: ).*?(\. Models)", r"\1...\2", said)
-    said = re.sub(r"-?\d+(\.\d+)?(e-\d+)?", "n", said)
+    said = re.sub(r"(?<![\w.])-?\d+(\.\d+)?(e-\d+)?", "n", said)
     return said if len(said) < 320 else said[:300] + " ..."
 
 
