@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from hf_curriculum_distill.adapted import stored_tensors, transformers_model
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.counting import (
+    ONE_ANSWER_PER_EXAMPLE,
     answers_per_example,
     answers_per_frame,
     counted_rows,
@@ -27,7 +28,6 @@ from hf_curriculum_distill.losses import cross_entropy
 from hf_curriculum_distill.stages import Stage, num_frozen_layers
 
 _ONE_ANSWER_PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
-_ONE_ANSWER_PER_EXAMPLE = ("SequenceClassification", "ImageClassification", "AudioClassification")
 
 
 def check_launch(args: CurriculumDistillationConfig, compute_loss_func: Callable | None) -> None:
@@ -231,7 +231,7 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
             "the teacher's class probabilities."
         )
     per_token = predicts_next_token(model) or _is_for(type(model), _ONE_ANSWER_PER_TOKEN)
-    wanted = main.shape if per_token else main.shape[: 1 if _is_for(type(model), _ONE_ANSWER_PER_EXAMPLE) else 0]
+    wanted = main.shape if per_token else main.shape[: 1 if _is_for(type(model), ONE_ANSWER_PER_EXAMPLE) else 0]
     if len(labels) != len(main) or (wanted and labels.shape != wanted):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} but {name} {tuple(main.shape)}; {type(model).__name__} needs one "

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_curriculum_distill.adapted import transformers_model
 
 LABEL_POSITIONS = "label_positions"
-_ONE_ANSWER_PER_EXAMPLE = ("SequenceClassification", "ImageClassification", "AudioClassification")
+ONE_ANSWER_PER_EXAMPLE = tuple(f"{kind}Classification" for kind in ("Sequence", "Image", "Audio", "Video"))
 # Causal language models whose own loss compares position `i` with label `i`, so that the data have to be shifted.
 _LABELS_IN_PLACE = {
     "BartForCausalLM",
@@ -79,7 +79,7 @@ def answers_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         return True
     if (labels := inputs.get("labels")) is not None:
         return labels.dim() > 1
-    return not any(task in type(transformers_model(model)).__name__ for task in _ONE_ANSWER_PER_EXAMPLE)
+    return not any(task in type(transformers_model(model)).__name__ for task in ONE_ANSWER_PER_EXAMPLE)
 
 
 def answers_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:
@@ -124,6 +124,11 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
         )
     mask = _token_mask(inputs)
     if mask is None or not answers_per_token(model, inputs):
+        if "input_ids" not in inputs and answers_per_token(model, inputs):
+            raise ValueError(
+                f"The batch has no labels, which say how many rows of logits {type(model).__name__} has for an "
+                "example; check the collator, or match hidden states only, with explicit `stages`."
+            )
         return None, None
     return mask.flatten().nonzero().squeeze(1), None
 
@@ -249,8 +254,15 @@ def _frame_mask(model: nn.Module, attention_mask: Tensor, num_frames: int) -> Te
     if hasattr(model, "_get_feature_vector_attention_mask"):
         return model._get_feature_vector_attention_mask(num_frames, attention_mask).bool()
     if hasattr(model, "_get_feat_extract_output_lengths"):
-        lengths = model._get_feat_extract_output_lengths(attention_mask.sum(1))
-        return torch.arange(num_frames, device=lengths.device) < lengths[:, None]
+        # of one recording at a time, for some models compute with Python's numbers
+        lengths = [int(model._get_feat_extract_output_lengths(n)) for n in attention_mask.sum(1).tolist()]
+        if min(lengths) < 1:
+            raise ValueError(
+                f"{type(model).__name__} says that no hidden state of {num_frames} belongs to one of the batch's "
+                "examples, by its attention_mask; leave attention_mask out of the batch."
+            )
+        frames = torch.arange(num_frames, device=attention_mask.device)
+        return frames < torch.tensor(lengths, device=attention_mask.device)[:, None]
     raise ValueError(
         f"The batch has an attention_mask, but {type(model).__name__} doesn't say which of its {num_frames} hidden "
         "states are padding; leave attention_mask out of the batch."

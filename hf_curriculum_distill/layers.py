@@ -81,9 +81,10 @@ def auxiliary_loss(model: nn.Module, outputs: Mapping[str, Any]) -> Tensor | flo
     0 for other models, and without `output_router_logits` in the configuration.
     """
     config = model.config.get_text_config()
+    weight = getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", 0.0)
     if not getattr(config, "output_router_logits", False) or outputs.get("aux_loss") is None:
         return 0.0
-    return config.router_aux_loss_coef * outputs["aux_loss"]
+    return weight * outputs["aux_loss"]
 
 
 @dataclass
@@ -154,6 +155,11 @@ class PartialForward:
                     f"The student's {name} is {probability}, so that training leaves out blocks whose hidden states "
                     f"are to be matched; load it with {name}=0.0."
                 )
+        if self.model.config.model_type == "reformer":
+            raise ValueError(
+                f"{type(self.model).__name__} runs its blocks outside of autograd, which gives their hidden states no "
+                "gradient; match logits only, with method='one_shot'."
+            )
         if freezes and len(set(self.blocks)) < self.depth:
             raise ValueError(
                 f"{type(self.model).__name__} runs one block for many layers, so that no layer can be frozen while "
@@ -286,19 +292,24 @@ class PartialForward:
         return request.hidden, logits if request.reduce is None else request.reduce(logits, outputs)
 
     def _read_logits(self, outputs: Any, request: _Request) -> Tensor:
-        logits = self._logits_in(outputs)
+        logits = self.logits_in(outputs)
         if request.gathered and logits.shape[:-1] == (1, len(request.rows)):
             return logits.squeeze(0)
         logits = logits.flatten(0, -2)  # a head of whole sequences, or one that reads them from elsewhere
         return logits if request.rows is None else logits[request.rows]
 
-    def _logits_in(self, outputs: Any) -> Tensor:
+    def logits_in(self, outputs: Any, has_loss: bool = False) -> Tensor:
+        """The logits of the model's outputs, where a loss may come first.
+
+        Raises:
+            ValueError: there are none.
+        """
         if isinstance(outputs, Mapping) and "logits" not in outputs:
             raise ValueError(
                 f"{type(self.model).__name__} returns no logits, only {', '.join(outputs)}; use a model with one "
                 "head, like those of AutoModelForMaskedLM or AutoModelForSequenceClassification."
             )
-        return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        return outputs["logits"] if isinstance(outputs, Mapping) else outputs[int(has_loss)]
 
     def _logits_of_rows(self, request: _Request, original: Callable[[], Any]) -> RowLogits:
         """Logits by running the model's own forward around what it recorded, which leaves its head to run."""
@@ -311,7 +322,7 @@ class PartialForward:
             try:
                 for module, recorded in kept.items():
                     module.forward = functools.partial(_return, recorded)
-                logits = self._logits_in(original())
+                logits = self.logits_in(original())
             finally:
                 for module, forward in own.items():
                     module.__dict__.pop("forward")
@@ -356,6 +367,11 @@ class PartialForward:
         request = self._active
         if request is None or not request.gather or request.gathered:
             return output
+        if output[0].dim() != 3:
+            raise ValueError(
+                f"{type(module).__name__} returns {tuple(output[0].shape)} first, no hidden states of shape [batch, "
+                f"length, hidden size], so that {type(self.model).__name__} has no head to run for a part of them."
+            )
         request.gathered = True
         chosen = output[0].flatten(0, 1).index_select(0, request.rows).unsqueeze(0)
         output = _with_last_hidden_state(output, chosen)

@@ -123,6 +123,8 @@ class CurriculumDistillationTrainer(ResumableTrainer):
             return
         # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
+        if self.args.label_names is None and "labels" in self.label_names:
+            self.label_names = ["labels"]  # evaluations need those, whatever other labels a forward may take
         self._num_rows = 0  # of the micro-batch: that its logits are computed for
         self._comparison: TeacherComparison | None = None
         self._comparable: bool | None = None  # whether evaluations know the rows of the logits; None: not seen yet
@@ -506,12 +508,13 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         try:
             with preserved_random_state(), naming_batch(self._describe_step()):
                 rows, whole = None, None
-                if every.needs_logits and "labels" in inputs and self._student.accepts("labels"):
-                    outputs = core(**self._for_student({n: v for n, v in inputs.items() if n != LABEL_POSITIONS}))
-                    whole = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
+                if every.needs_logits:
+                    own = {n: v for n, v in inputs.items() if n != LABEL_POSITIONS}
+                    own = own if self._student.accepts("labels") else self._questions(own)
+                    outputs = core(**self._for_student(own))
+                    whole = self._student.logits_in(outputs, has_loss="labels" in own)
                     if mismatch := self._label_loss_mismatch(inputs, outputs):
                         raise ValueError(f"{mismatch} Match hidden states only, with explicit `stages`.")
-                if every.needs_logits:
                     rows, _ = counted_rows(self.model, inputs)
                 hidden, logits = self._run_student(core, inputs, every, rows)
                 whole = whole if whole is None else whole.flatten(0, -2)[... if rows is None else rows].float()

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # their lock, held by a fork that is killed, would stay locked
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and prints what it finds among results
 os.environ["TRITON_INTERPRET"] = "1"  # runs Triton's kernels, which test_liger.py needs, on a CPU; read on import
 
