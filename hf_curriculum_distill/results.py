@@ -91,7 +91,8 @@ def _find_run(path: str, folder: Path) -> Path:
     for run in (Path(path), *(base / end for end in ends for base in (folder, folder.resolve().parent))):
         if (files := _find_files(run, STATE_FILE)) is not None:
             return files
-    raise FileNotFoundError(f"{folder / RESULTS_FILE} names the run {path}, but there is no {STATE_FILE} in it.")
+    named = f"{folder / RESULTS_FILE} names the run {printable(path)}"
+    raise FileNotFoundError(f"{named}, but there is no {STATE_FILE} in it.")
 
 
 def _find_files(run: Path, *names: str) -> Path | None:

@@ -87,7 +87,9 @@ def train(
     history = []
     for stage in (Stage(**fields) for fields in STAGES):
         first = default_collate(micro_batches[0])
-        flops = count_flops(lambda s=stage, b=first: stage_loss(forward, teacher, bank, s, b, counts, frozen))
+        flops = int(
+            count_flops(lambda s=stage, b=first: stage_loss(forward, teacher, bank, s, b, counts, frozen)).sum()
+        )
         before = {name: whole(tensor).clone() for name, tensor in student.named_parameters()}
         for _ in range(STEPS_A_STAGE):
             total = 0.0

@@ -1,6 +1,5 @@
 """What the library writes is there whole or not at all, and nothing that a link points to is written over."""
 
-import json
 import os
 import resource
 import signal
@@ -14,7 +13,6 @@ from test_record import RECORD
 from hf_curriculum_distill import CurriculumDistillationTrainer, ProjectionBank
 from hf_curriculum_distill.files import replacing
 from hf_curriculum_distill.record import read_record, write_record
-from hf_curriculum_distill.results import write_results
 from hf_curriculum_distill.store import RecordStore
 
 
@@ -52,7 +50,6 @@ def write_bank(folder):
 WRITERS = {
     "curriculum.json": lambda folder: write_record(folder, RECORD),
     "projection_bank.safetensors": write_bank,
-    "results.json": lambda folder: write_results(folder, [{"method": "one_shot"}]),
 }
 
 
@@ -70,7 +67,6 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(name, tmp_path):
     readers = {
         "curriculum.json": lambda: read_record(folder)["step"] == RECORD["step"],
         "projection_bank.safetensors": lambda: ProjectionBank.from_pretrained(folder).layer_pairs == ((1, 2),),
-        "results.json": lambda: json.loads((folder / name).read_text()) == [{"method": "one_shot"}],
     }
     assert readers[name]()
 

@@ -124,9 +124,9 @@ def test_a_teacher_drops_out_while_it_learns_and_not_while_it_answers(run, stude
     teacher.register_forward_pre_hook(lambda *_: modes.append((teacher.training, torch.is_grad_enabled())))
     run(student, teacher, max_steps=3, gradient_accumulation_steps=2)
     answer, lesson = (False, False), (True, True)
-    # the first batch is measured first, with all its rows and with one: as a student's teacher, then as a learner
-    assert modes[:4] == [answer] * 4
-    assert modes[4:] == [answer, lesson] * 6
+    # the first batch is tried, then measured, with all its rows and with one: as a student's teacher, then as a learner
+    assert modes[:5] == [answer] * 5
+    assert modes[5:] == [answer, lesson] * 6
     assert not teacher.training
 
 
