@@ -87,9 +87,7 @@ def train(
     history = []
     for stage in (Stage(**fields) for fields in STAGES):
         first = default_collate(micro_batches[0])
-        flops = int(
-            count_flops(lambda s=stage, b=first: stage_loss(forward, teacher, bank, s, b, counts, frozen)).sum()
-        )
+        flops = count_flops(lambda s=stage, b=first: stage_loss(forward, teacher, bank, s, b, counts, frozen)).sum()
         before = {name: whole(tensor).clone() for name, tensor in student.named_parameters()}
         for _ in range(STEPS_A_STAGE):
             total = 0.0
@@ -106,7 +104,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             history.append({"stage": stage.name, "loss": total.item(), "norm": norm.item(), "untouched": untouched})
-            history[-1]["flops"] = flops
+            history[-1]["flops"] = int(flops)
         after = {name: whole(tensor) for name, tensor in student.named_parameters()}
         history[-1]["unmoved"] = sorted(name for name in before if torch.equal(before[name], after[name]))
     weights = {name: tensor.detach().clone() for name, tensor in after.items()}
