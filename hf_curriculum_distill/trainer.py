@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
 from transformers.utils import ModelOutput
 
 from hf_curriculum_distill import losses
-from hf_curriculum_distill.adapted import transformers_model
+from hf_curriculum_distill.adapted import is_quantised, transformers_model
 from hf_curriculum_distill.batches import seeded
 from hf_curriculum_distill.cache import Question, TeacherCache
 from hf_curriculum_distill.checks import (
@@ -504,17 +504,19 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         weights = {f"{n}_weight": float(any(getattr(s, f"{n}_weight") for s in self.stages)) for n in ("kl", "label")}
         every = Stage(hidden=pairs, **weights)
         inputs = _few_examples(inputs, self.model.main_input_name, every.needs_logits)
-        core.eval()
+        packed = is_quantised(core)  # on some CPUs bitsandbytes packs anew what evaluates, and it gets no gradient then
+        core.train(packed)
         try:
             with preserved_random_state(), naming_batch(self._describe_step()):
                 rows, whole = None, None
-                if every.needs_logits:
+                if every.needs_logits and not packed:
                     own = {n: v for n, v in inputs.items() if n != LABEL_POSITIONS}
                     own = own if self._student.accepts("labels") else self._questions(own)
                     outputs = core(**self._for_student(own))
                     whole = self._student.logits_in(outputs, has_loss="labels" in own)
                     if mismatch := self._label_loss_mismatch(inputs, outputs):
                         raise ValueError(f"{mismatch} Match hidden states only, with explicit `stages`.")
+                if every.needs_logits:
                     rows, _ = counted_rows(self.model, inputs)
                 hidden, logits = self._run_student(core, inputs, every, rows)
                 whole = whole if whole is None else whole.flatten(0, -2)[... if rows is None else rows].float()
