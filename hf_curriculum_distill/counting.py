@@ -6,7 +6,8 @@ sides of that fraction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from hf_curriculum_distill.adapted import transformers_model
 
 LABEL_POSITIONS = "label_positions"
 ONE_ANSWER_PER_EXAMPLE = tuple(f"{kind}Classification" for kind in ("Sequence", "Image", "Audio", "Video"))
+_CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 # Causal language models whose own loss compares position `i` with label `i`, so that the data have to be shifted.
 _LABELS_IN_PLACE = {
     "BartForCausalLM",
@@ -47,10 +49,11 @@ def predicts_next_token(model: nn.Module) -> bool:
     Text, vision-language and audio-language decoders do. transformers says so in no one place; the names here are
     compared with the model's own loss before training: see [`label_loss_mismatch`].
     """
-    if getattr(model.config, "is_encoder_decoder", False) or _is_named(model, _LABELS_IN_PLACE):
+    names = _class_names(model)
+    if getattr(model.config, "is_encoder_decoder", False) or not names.isdisjoint(_LABELS_IN_PLACE):
         return False
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
-    return shifts or _is_named(model, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return shifts or not names.isdisjoint(_CAUSAL)
 
 
 def decodes_labels(model: nn.Module) -> bool:
@@ -64,13 +67,14 @@ def answers_per_frame(model: nn.Module) -> bool:
     return any(name.endswith("ForCTC") for name in _class_names(model))
 
 
-def _is_named(model: nn.Module, names: Collection[str]) -> bool:
-    return any(name in names for name in _class_names(model))
+def _class_names(model: nn.Module) -> frozenset[str]:
+    """Of the model and all bases: FSDP2 makes a class of its own of the one that it shards."""
+    return _names_of(type(transformers_model(model)))
 
 
-def _class_names(model: nn.Module) -> list[str]:
-    # of all bases: FSDP2 makes a class of its own of the one that it shards
-    return [base.__name__ for base in type(transformers_model(model)).__mro__]
+@functools.cache
+def _names_of(model_class: type) -> frozenset[str]:
+    return frozenset(base.__name__ for base in model_class.__mro__)
 
 
 def answers_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:

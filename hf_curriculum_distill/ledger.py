@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -51,7 +51,8 @@ class Ledger:
             units: elements of the model's main input, sum of their squared number over examples, and rows of logits.
             teacher: whether the teacher ran.
         """
-        added = [float(np.dot(units, rates)) for rates in zip(*self.rates[stage], strict=True)]
+        per_student, per_teacher = zip(*self.rates[stage], strict=True)
+        added = [sum(map(operator.mul, units, rates)) for rates in (per_student, per_teacher)]
         added[1] *= teacher
         self.flops = [total + new for total, new in zip(self.flops, added, strict=True)]
         return sum(added)

@@ -200,6 +200,10 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         check_cache(self._declared_stages, args, student)
         make_cache_folder(args)
         self.projection_bank = self._make_bank()
+        # whether any loss needs the labels, if only to know which rows count
+        self._reads_labels = any(stage.needs_logits for stage in self._declared_stages) or args.method == "online"
+        self._reads_labels |= args.hidden_positions == "labels" or args.layer_stack == "decoder"
+        self._balances_experts = bool(getattr(student.config.get_text_config(), "output_router_logits", False))
 
     @property
     def _core(self) -> PreTrainedModel:
@@ -225,13 +229,6 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         self.stage_scheduler = self.args.schedule(self._declared_stages, max_steps)
         if self.teacher is not None:
             self.teacher.plan(max_steps)
-
-    @property
-    def _reads_labels(self) -> bool:
-        """Whether any loss of the run needs the labels, if only to know which rows count."""
-        args = self.args
-        needs = any(stage.needs_logits for stage in self._declared_stages) or args.method == "online"
-        return needs or args.hidden_positions == "labels" or args.layer_stack == "decoder"
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As `Trainer`; with `restart_schedule_per_stage`, one warm-up and decay in each stage."""
@@ -359,10 +356,6 @@ class CurriculumDistillationTrainer(ResumableTrainer):
         if self.args.hidden_positions == "labels":
             return label_weights(self.model, inputs, hidden)
         return position_weights(self.model, inputs, hidden, self.args.layer_stack)
-
-    @property
-    def _balances_experts(self) -> bool:
-        return bool(getattr(self.model.config.get_text_config(), "output_router_logits", False))
 
     @property
     def _shards_parameters(self) -> bool:
