@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.files import replacing
+from hf_curriculum_distill.layers import auxiliary_loss
 from hf_curriculum_distill.schedules import schedule_factor
 from hf_curriculum_distill.teachers import FrozenTeacher
 from hf_curriculum_distill.weights import load_weights
@@ -83,8 +84,16 @@ class OnlineTeacher(FrozenTeacher):
         """Train on a micro-batch, with an optimizer step on the last one; returns its share of the mean loss."""
         self.model.train()
         with accelerator.autocast():
-            _, logits = self.partial_forward(self.model, self._known(inputs), logits=True, rows=rows, gather=gather)
-        loss = losses.cross_entropy(logits, labels, args.label_smoothing_factor) / num_rows
+            _, (logits, balance) = self.partial_forward(
+                self.model,
+                self._known(inputs),
+                logits=True,
+                rows=rows,
+                gather=gather,
+                reduce=lambda logits, outputs: (logits, auxiliary_loss(self.model, outputs)),
+            )
+        # the routers' loss is a mean over tokens, weighted as these rows are
+        loss = (losses.cross_entropy(logits, labels, args.label_smoothing_factor) + len(rows) * balance) / num_rows
         loss.backward()
         self.model.eval()
         if accelerator.sync_gradients:

@@ -267,6 +267,15 @@ def test_a_mixture_of_experts_learns_its_labels_with_its_routers_auxiliary_loss(
     assert trainer.evaluate()["eval_loss"] == pytest.approx(own.loss.item(), rel=1e-5)
 
 
+def test_an_online_mixture_of_experts_learns_with_it_too(config):
+    student, teacher, data = llama_like(hf.LlamaForCausalLM, hf.LlamaConfig, 2, 1), mixtral(4, 2), causal_text()
+    with torch.no_grad():
+        own = teacher(**hf.default_data_collator(data)).loss.item()
+    args = config(method="online", max_steps=1, per_device_train_batch_size=8)
+    trainer, _ = train(CurriculumDistillationTrainer, student, teacher, args, data)
+    assert trainer.state.log_history[0]["teacher_loss"] == pytest.approx(own, rel=1e-5)
+
+
 def test_without_router_logits_there_is_no_auxiliary_loss(config):
     student, teacher = mixtral(2, 1, output_router_logits=False), mixtral(4, 2)
     args = config(method="labels", max_steps=1)
