@@ -6,6 +6,7 @@ Without Trainer, because accelerate shards nothing on a CPU; the loop does what 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,8 +147,10 @@ def main():
     train(folder / "sharded, frozen", 2, mesh, frozen=1)
     train(folder / "whole GPT-2", 1, student=gpt2())
     train(folder / "GPT-2 sharded by accelerate", 2, mesh, gpt2(), shard=shard_as_accelerate)
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # threads of torch's have aborted, now and then, an interpreter that was shutting down
