@@ -223,7 +223,7 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
     if not isinstance(labels, Tensor):
         raise ValueError(
             f"labels are a {type(labels).__name__}; class numbers of shape [batch] or [batch, length] are needed to "
-            f"match the teacher's class probabilities. Match hidden states only, with explicit `stages`."
+            "match the teacher's class probabilities. Match hidden states only, with explicit `stages`."
         )
     if labels.is_floating_point() or labels.dim() not in (1, 2):
         raise ValueError(

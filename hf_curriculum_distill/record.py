@@ -44,24 +44,13 @@ _SETTINGS = (
 # How the names of arguments begin that say where, when and by what means a run reads, writes and evaluates, not what it
 # learns; and these themselves.
 _NO_SETTINGS = (
-    *(
-        "output_dir",
-        "log_",
-        "logging_",
-        "run_name",
-        "report_to",
-        "disable_tqdm",
-        "trackio_",
-        "save_",
-        "push_to_hub",
-        "hub_",
-        "debug",
-    ),
-    *("eval_", "do_", "per_device_eval_", "prediction_loss_", "batch_eval_", "include_", "bf16_full_", "fp16_full_"),
-    *("dataloader_num_", "dataloader_pin_", "dataloader_persistent_", "dataloader_prefetch_", "dataloader_multi"),
-    *("dataloader_in_", "ddp_", "local_rank", "use_cpu", "full_determinism", "skip_memory_", "torch_empty_cache_"),
-    *("logit_chunk_", "resume_from_", "restore_callback_", "ignore_data_", "enable_jit_", "seed", "data_seed"),
-)
+    "output_dir", "log_", "logging_", "run_name", "report_to", "disable_tqdm", "trackio_", "save_", "push_to_hub",
+    "hub_", "debug", "eval_", "do_", "per_device_eval_", "prediction_loss_", "batch_eval_", "include_",
+    "bf16_full_", "fp16_full_", "dataloader_num_", "dataloader_pin_", "dataloader_persistent_",
+    "dataloader_prefetch_", "dataloader_multi", "dataloader_in_", "ddp_", "local_rank", "use_cpu",
+    "full_determinism", "skip_memory_", "torch_empty_cache_", "logit_chunk_", "resume_from_", "restore_callback_",
+    "ignore_data_", "enable_jit_", "seed", "data_seed",
+)  # fmt: skip
 _NO_SETTING_EITHER = ("project", "teacher_cache")
 
 # What must be the same for a resumed run to equal one that was never interrupted.
