@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_curriculum_distill.adapted import stored_tensors, transformers_model
+from hf_curriculum_distill.batch import Batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.counting import (
     ONE_ANSWER_PER_EXAMPLE,
-    answers_per_example,
     answers_per_frame,
-    counted_rows,
+    num_classes,
     predicts_next_token,
 )
 from hf_curriculum_distill.layers import PartialForward, auxiliary_loss
@@ -119,7 +119,7 @@ def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, mod
         return
     if not any(stage.needs_teacher for stage in stages):
         raise ValueError("teacher_cache was given, but no stage asks the teacher; leave it out.")
-    k, classes = args.teacher_cache_logits, _num_classes(model)
+    k, classes = args.teacher_cache_logits, num_classes(model)
     whole = k is None or (classes is not None and k >= classes)
     if args.divergence != "forward_kl" and not whole and any(stage.kl_weight for stage in stages):
         raise ValueError(
@@ -198,7 +198,7 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
             model.
     """
     model = transformers_model(model)
-    name, classes = model.main_input_name, _num_classes(model)
+    name, classes = model.main_input_name, num_classes(model)
     main = inputs.get(name) if isinstance(inputs, Mapping) else None
     if not isinstance(main, Tensor) or not main.numel():
         held = ", ".join(inputs) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
@@ -240,23 +240,22 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
     _check_values(labels.where(labels != -100, 0), "labels", classes, " (-100: does not count)")
 
 
-def label_loss_mismatch(
-    model: nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any], tolerance: float = 1e-4
-) -> str | None:
+def label_loss_mismatch(batch: Batch, outputs: Mapping[str, Any] | Sequence[Any], tolerance: float) -> str | None:
     """How a model's own loss on a batch differs from the cross-entropy of the rows that count; None: it does not.
 
     The two differ where labels belong to other rows of the logits than [`counted_rows`] says, or are no classes.
 
     Args:
-        outputs: the model's, in evaluation mode, for a batch with labels.
+        outputs: the student's, in evaluation mode, for a batch with labels.
         tolerance: relative, of what the precision of the losses allows.
     """
-    loss, logits, name = outputs.get("loss"), outputs.get("logits"), type(model).__name__
+    if not isinstance(outputs, Mapping):
+        outputs = dict(zip(("loss", "logits"), outputs, strict=False))
+    loss, logits, name = outputs.get("loss"), outputs.get("logits"), type(batch.model).__name__
     if not isinstance(logits, Tensor):
         return None if logits is None else f"The logits of {name} are a {type(logits).__name__}, not a tensor."
     try:
-        rows, labels = counted_rows(model, inputs)
-        wanted = len(inputs[model.main_input_name]) * answers_per_example(model, inputs)
+        rows, labels, wanted = batch.rows, batch.labels, len(batch) * batch.rows_per_example
     except ValueError as error:
         return str(error)
     if logits.shape[:-1].numel() != wanted:
@@ -264,7 +263,7 @@ def label_loss_mismatch(
     if labels is None or loss is None or not len(labels):
         return None
     ours = cross_entropy(logits.flatten(0, -2)[rows], labels).item() / len(labels)
-    own = loss.item() - float(auxiliary_loss(model, outputs))
+    own = loss.item() - float(auxiliary_loss(batch.model, outputs))
     if not math.isfinite(ours) or math.isclose(ours, own, rel_tol=tolerance, abs_tol=tolerance):
         return None
     return (
@@ -282,13 +281,6 @@ def _check_values(numbers: Tensor, name: str, end: int | None, beside: str = "")
             f"{name} hold {low if low < 0 else high}, but the model knows 0 to {end - 1}{beside}. Check that data, "
             "tokenizer and model belong together."
         )
-
-
-def _num_classes(model: nn.Module) -> int | None:
-    model = transformers_model(model)
-    if _is_for(type(model), ("Classification",)):
-        return model.config.num_labels
-    return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
 @functools.cache

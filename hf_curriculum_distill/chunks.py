@@ -9,7 +9,6 @@ gradients are known, so nothing is computed twice.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_curriculum_distill import losses
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.stages import Stage
 
 # of float32 logits: an accelerator needs more rows to spend its time on products rather than on adding to a gradient
 _CHUNK_BYTES = {"cpu": 2**22}
@@ -36,35 +33,6 @@ def chunk_size(args: CurriculumDistillationConfig, num_rows: int, num_classes: i
     num_bytes = _CHUNK_BYTES.get(args.device.type, _CHUNK_BYTES_OF_ACCELERATOR)
     size = args.logit_chunk_size or max(_LEAST_ROWS, num_bytes // (4 * max(1, num_classes)))
     return size if size < num_rows else None
-
-
-def logit_losses(
-    stage: Stage,
-    args: CurriculumDistillationConfig,
-    target_logits: Tensor | RowLogits | losses.TopLogits | None,
-    labels: Tensor | None,
-    logits: Tensor,
-    rows: slice,
-) -> Losses:
-    """A stage's weighted sum over rows of the student's logits, and its terms; `rows` are these of the others'."""
-    terms, total = {}, 0.0
-    if stage.kl_weight:
-        if isinstance(target_logits, losses.TopLogits):
-            divergence = losses.top_kl_divergence
-        elif args.use_liger_kernel and _runs_triton(logits):
-            divergence = losses.fused_divergence(args.divergence)
-        else:
-            divergence = losses.DIVERGENCES[args.divergence]
-        terms["kl"] = divergence(logits, target_logits[rows], args.temperature)
-        total += stage.kl_weight * terms["kl"]
-    if stage.label_weight:
-        terms["label_loss"] = losses.cross_entropy(logits, labels[rows], args.label_smoothing_factor)
-        total += stage.label_weight * terms["label_loss"]
-    return total, terms
-
-
-def _runs_triton(tensor: Tensor) -> bool:
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class RowLogits:

@@ -77,6 +77,14 @@ def _names_of(model_class: type) -> frozenset[str]:
     return frozenset(base.__name__ for base in model_class.__mro__)
 
 
+def num_classes(model: nn.Module) -> int | None:
+    """How many classes a row of the model's logits has; None where its configuration does not say."""
+    model = transformers_model(model)
+    if any("Classification" in name for name in _class_names(model)):
+        return model.config.num_labels
+    return getattr(model.config.get_text_config(), "vocab_size", None)
+
+
 def answers_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Whether the model's logits have one row a token or frame, `[batch, length, classes]`, not one an example."""
     if answers_per_frame(model):

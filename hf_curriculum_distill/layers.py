@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -75,6 +75,11 @@ def _backbone_config(model: nn.Module, stack: str = "encoder") -> Any:
     return config.get_text_config()
 
 
+def balances_experts(model: nn.Module) -> bool:
+    """Whether the model is a mixture of experts whose routers have a loss of their own."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
 def auxiliary_loss(model: nn.Module, outputs: Mapping[str, Any]) -> Tensor | float:
     """What a mixture of experts adds to its task loss, weighted: it keeps its routers from choosing few experts.
 
@@ -82,35 +87,62 @@ def auxiliary_loss(model: nn.Module, outputs: Mapping[str, Any]) -> Tensor | flo
     """
     config = model.config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", 0.0)
-    if not getattr(config, "output_router_logits", False) or outputs.get("aux_loss") is None:
+    if not balances_experts(model) or outputs.get("aux_loss") is None:
         return 0.0
     return weight * outputs["aux_loss"]
 
 
 @dataclass
-class _Request:
-    """What the next forward pass shall return."""
+class Wanted:
+    """What a forward pass returns of a model.
 
-    layers: tuple[int, ...]
-    whole: bool  # run to the end, head included
-    rows: Tensor | None
-    gather: bool
-    frozen: int
-    chunk_size: int | None
-    reduce: Callable[[Tensor | RowLogits, Any], Any] | None
+    Args:
+        layers: the layers whose hidden states to return.
+        logits: whether to run the blocks beyond them and the head.
+        rows: row numbers into the flattened logits to return; None for all rows.
+        gather: pick the rows before the head (logits have one row a token) rather than after it.
+        frozen: layers up to this one run without gradients.
+        truncate: stop after the last of `layers` when no logits are wanted.
+        chunk_size: stop before the head, and run it for so many rows at a time: logits are then a [`RowLogits`]; a
+            tensor all the same where rows aren't gathered before the head, or it is no language model's.
+        reduce: what to make of the logits and of the model's outputs (None where the head runs in chunks) inside the
+            model's forward, where a wrapper sees it, and to return.
+    """
+
+    layers: Sequence[int] = ()
+    logits: bool = False
+    rows: Tensor | None = None
+    gather: bool = True
+    frozen: int = 0
+    truncate: bool = True
+    chunk_size: int | None = None
+    reduce: Callable[[Tensor | RowLogits, Any], Any] | None = None
+
+    def __post_init__(self):
+        self.gather = self.gather and self.rows is not None
+        if not self.logits:
+            self.chunk_size = self.reduce = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model runs to its end, head included."""
+        return self.logits or not self.truncate
+
+
+@dataclass
+class _Pass:
+    """A forward pass on its way."""
+
+    wanted: Wanted
     grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     number: int = 0  # of the block that ran last
     gathered: bool = False
-    before_head: dict[nn.Module, Any] = field(default_factory=dict)  # outputs that the head alone is run behind
-
-    @property
-    def last(self) -> int:
-        return max(self.layers, default=0)
+    before_head: dict[nn.Module, Any] = field(default_factory=dict)  # outputs that the head alone runs on
 
 
 class _Stop(Exception):
-    """Raised behind the last block that is needed, or before the head; caught inside the same model's forward."""
+    """Raised after the last block that is needed, or before the head; caught inside the same model's forward."""
 
 
 class PartialForward:
@@ -131,8 +163,8 @@ class PartialForward:
         self.stack = stack
         self.blocks = find_block_stack(model, stack)
         self._inputs = frozenset(inspect.signature(model.forward).parameters)
-        self._pending: _Request | None = None
-        self._active: _Request | None = None
+        self._pending: _Pass | None = None
+        self._active: _Pass | None = None
         self._handles: list[Any] = []
 
     @property
@@ -179,45 +211,24 @@ class PartialForward:
         return name in self._inputs
 
     def __call__(
-        self,
-        wrapped: nn.Module,
-        inputs: Mapping[str, Any],
-        layers: Iterable[int] = (),
-        logits: bool = False,
-        rows: Tensor | None = None,
-        gather: bool = True,
-        frozen: int = 0,
-        truncate: bool = True,
-        chunk_size: int | None = None,
-        reduce: Callable[[Tensor | RowLogits, Any], Any] | None = None,
+        self, wrapped: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int] = (), **wanted: Any
     ) -> tuple[dict[int, Tensor], Any]:
         """Run `wrapped(**inputs)`, the model or whatever wraps it.
 
         Args:
-            layers: the layers whose hidden states to return.
-            logits: whether to run the blocks beyond them and the head.
-            rows: row numbers into the flattened logits to return; None for all rows.
-            gather: pick the rows before the head (logits have one row a token) rather than after it.
-            frozen: layers up to this one run without gradients.
-            truncate: stop behind the last of `layers` when no logits are asked for.
-            chunk_size: stop before the head, and let it answer so many rows at a time: logits are then a [`RowLogits`];
-                a tensor all the same where rows aren't gathered before the head, or it is no language model's.
-            reduce: what to make of the logits and of the model's outputs (None where the head runs in chunks) inside
-                the model's forward, where a wrapper sees it, and to return.
+            layers, wanted: see [`Wanted`].
 
         Returns:
             `{layer: [batch, length, hidden]}`, and `[rows, classes]` logits (what `reduce` makes of them) or None.
         """
         if not self._handles:
             self.install()
-        whole, gather = logits or not truncate, gather and rows is not None
-        chunk_size, reduce = (chunk_size, reduce) if logits else (None, None)
-        self._pending = _Request(tuple(layers), whole, rows, gather, frozen, chunk_size, reduce)
+        self._pending = _Pass(Wanted(layers, **wanted))
         try:
-            hidden, scores = wrapped(**inputs)
+            hidden, logits = wrapped(**inputs)
         finally:
             self._pending = None
-        return hidden, scores if logits else None
+        return hidden, logits
 
     def install(self) -> None:
         """Hook the model. Later than any wrapping that moves or shards parameters."""
@@ -263,40 +274,41 @@ class PartialForward:
         return [m for m in dict.fromkeys(modules) if m is not None and m is not self.model]
 
     def _run(self, original, args, kwargs) -> tuple[dict[int, Tensor], Any]:
-        request = self._active = self._pending
+        active = self._active = self._pending
+        wanted = active.wanted
         try:
-            if request.frozen:
+            if wanted.frozen:
                 torch.set_grad_enabled(False)
             outputs = original(*args, **kwargs)
         except _Stop:
             outputs = None
         finally:
             self._active = None
-            torch.set_grad_enabled(request.grad_enabled)
-        if missing := [layer for layer in request.layers if layer not in request.hidden]:
+            torch.set_grad_enabled(active.grad_enabled)
+        if missing := [layer for layer in wanted.layers if layer not in active.hidden]:
             raise ValueError(
                 f"{type(self.model).__name__} did not call blocks {missing}, so there are no hidden states to match; a "
                 "model must call each of its blocks, as a module and every time."
             )
-        if wrong := [states.shape for states in request.hidden.values() if states.dim() != 3]:
+        if wrong := [states.shape for states in active.hidden.values() if states.dim() != 3]:
             raise ValueError(
                 f"The hidden states of {type(self.model).__name__} have shape {tuple(wrong[0])}; only those of shape "
                 "[batch, length, hidden size] can be matched."
             )
-        if not request.whole:
-            return request.hidden, None
+        if not wanted.logits:
+            return active.hidden, None
         if outputs is None:
-            logits = self._logits_of_rows(request, functools.partial(original, *args, **kwargs))
+            logits = self._logits_of_rows(active, functools.partial(original, *args, **kwargs))
         else:
-            logits = self._read_logits(outputs, request)
-        return request.hidden, logits if request.reduce is None else request.reduce(logits, outputs)
+            logits = self._read_logits(outputs, active)
+        return active.hidden, logits if wanted.reduce is None else wanted.reduce(logits, outputs)
 
-    def _read_logits(self, outputs: Any, request: _Request) -> Tensor:
-        logits = self.logits_in(outputs)
-        if request.gathered and logits.shape[:-1] == (1, len(request.rows)):
+    def _read_logits(self, outputs: Any, active: _Pass) -> Tensor:
+        logits, rows = self.logits_in(outputs), active.wanted.rows
+        if active.gathered and logits.shape[:-1] == (1, len(rows)):
             return logits.squeeze(0)
         logits = logits.flatten(0, -2)  # a head of whole sequences, or one that reads them from elsewhere
-        return logits if request.rows is None else logits[request.rows]
+        return logits if rows is None else logits[rows]
 
     def logits_in(self, outputs: Any, has_loss: bool = False) -> Tensor:
         """The logits of the model's outputs, where a loss may come first.
@@ -311,13 +323,13 @@ class PartialForward:
             )
         return outputs["logits"] if isinstance(outputs, Mapping) else outputs[int(has_loss)]
 
-    def _logits_of_rows(self, request: _Request, original: Callable[[], Any]) -> RowLogits:
+    def _logits_of_rows(self, active: _Pass, original: Callable[[], Any]) -> RowLogits:
         """Logits by running the model's own forward around what it recorded, which leaves its head to run."""
-        *_, (base, output) = request.before_head.items()
+        *_, (base, output) = active.before_head.items()
         hidden = output[0].squeeze(0)
 
         def run_head(rows: Tensor) -> Tensor:
-            kept = request.before_head | {base: _with_last_hidden_state(output, rows[None])}
+            kept = active.before_head | {base: _with_last_hidden_state(output, rows[None])}
             own = {module: module.__dict__.get("forward") for module in kept}
             try:
                 for module, recorded in kept.items():
@@ -335,49 +347,50 @@ class PartialForward:
                 )
             return logits.squeeze(0)
 
-        return RowLogits(hidden, run_head, self.model.get_output_embeddings(), request.chunk_size)
+        return RowLogits(hidden, run_head, self.model.get_output_embeddings(), active.wanted.chunk_size)
 
     def _record_input(self, block, args, kwargs) -> None:
-        request = self._active
-        if request is not None and 0 in request.layers and 0 not in request.hidden:
-            request.hidden[0] = args[0] if args else kwargs["hidden_states"]
-            self._maybe_stop(request, 0)
+        active = self._active
+        if active is not None and 0 in active.wanted.layers and 0 not in active.hidden:
+            active.hidden[0] = args[0] if args else kwargs["hidden_states"]
+            self._maybe_stop(active, 0)
 
     def _record_output(self, first: int, block, args, output) -> None:
-        request = self._active
-        if request is None:
+        active = self._active
+        if active is None:
             return
-        number = request.number = max(first, request.number + 1)  # a shared block runs again for the layers behind
-        if request.frozen and number == request.frozen:
-            torch.set_grad_enabled(request.grad_enabled)
-        if number in request.layers:
-            request.hidden[number] = output if isinstance(output, Tensor) else output[0]
-            self._maybe_stop(request, number)
+        number = active.number = max(first, active.number + 1)  # a shared block runs again for later layers
+        if active.wanted.frozen and number == active.wanted.frozen:
+            torch.set_grad_enabled(active.grad_enabled)
+        if number in active.wanted.layers:
+            active.hidden[number] = output if isinstance(output, Tensor) else output[0]
+            self._maybe_stop(active, number)
 
     @staticmethod
-    def _maybe_stop(request: _Request, layer: int) -> None:
-        if layer == request.last and not request.whole:
+    def _maybe_stop(active: _Pass, layer: int) -> None:
+        wanted = active.wanted
+        if layer == max(wanted.layers, default=0) and not wanted.whole:
             raise _Stop
 
     def _keep_for_head(self, module, args, output) -> None:
-        if self._active is not None and self._active.chunk_size:
+        if self._active is not None and self._active.wanted.chunk_size:
             self._active.before_head[module] = output
 
     def _gather_rows(self, module, args, output):
-        request = self._active
-        if request is None or not request.gather or request.gathered:
+        active = self._active
+        if active is None or not active.wanted.gather or active.gathered:
             return output
         if output[0].dim() != 3:
             raise ValueError(
                 f"{type(module).__name__} returns {tuple(output[0].shape)} first, no hidden states of shape [batch, "
                 f"length, hidden size], so that {type(self.model).__name__} has no head to run for a part of them."
             )
-        request.gathered = True
-        chosen = output[0].flatten(0, 1).index_select(0, request.rows).unsqueeze(0)
+        active.gathered = True
+        chosen = output[0].flatten(0, 1).index_select(0, active.wanted.rows).unsqueeze(0)
         output = _with_last_hidden_state(output, chosen)
-        head = self.model.get_output_embeddings() if request.chunk_size else None
+        head = self.model.get_output_embeddings() if active.wanted.chunk_size else None
         if head is not None and head not in module.modules():  # else a classifier, or rows are picked behind the head
-            request.before_head[module] = output
+            active.before_head[module] = output
             raise _Stop
         return output
 

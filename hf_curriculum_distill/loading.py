@@ -22,7 +22,7 @@ from hf_curriculum_distill.adapted import is_quantised, transformers_model
 from hf_curriculum_distill.checks import check_finite_weights
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.online import OnlineTeacher
-from hf_curriculum_distill.teachers import CheckpointTeacher, FrozenTeacher, find_checkpoints
+from hf_curriculum_distill.teachers import CheckpointTeacher, Teacher, find_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +53,30 @@ def prepare_teacher(
     student: PreTrainedModel,
     args: CurriculumDistillationConfig,
     processing_class: Any = None,
-) -> FrozenTeacher:
+) -> Teacher:
     """The teacher for `args.method`, loaded, checked against the student and placed on `args.device`.
 
     Raises:
         ValueError: it doesn't fit the student or the method, or a folder holds no checkpoints.
         OSError: there is no such model.
     """
-    given, dtype = teacher_model, None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
+    given = teacher_model
+    check_finite_weights(student, "student")
+    student = transformers_model(student)
+    if (teacher_model := transformers_model(teacher_model)) is not given and args.method == "online":
+        raise ValueError(
+            f"teacher_model is a {type(given).__name__}, but an online teacher is saved and read again as a model "
+            "without adapters; pass its merge_and_unload()."
+        )
+    teacher = _make_teacher(teacher_model, student, args, processing_class)
+    teacher.fingerprint  # noqa: B018  of the weights before anything trains them
+    return teacher
+
+
+def _make_teacher(
+    teacher_model: TeacherModel, student: PreTrainedModel, args: CurriculumDistillationConfig, processing_class: Any
+) -> Teacher:
+    dtype = None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
 
     def place(teacher: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
         check_teacher(student, teacher, processing_class, name)
@@ -78,21 +94,14 @@ def prepare_teacher(
     def load(name: str) -> PreTrainedModel:
         return place(load_teacher(name, student, args.teacher_dtype), name)
 
-    check_finite_weights(student, "student")
-    student = transformers_model(student)
-    if (teacher_model := transformers_model(teacher_model)) is not given and args.method == "online":
-        raise ValueError(
-            f"teacher_model is a {type(given).__name__}, but an online teacher is saved and read again as a model "
-            "without adapters; pass its merge_and_unload()."
-        )
     if isinstance(teacher_model, PreTrainedModel):
-        kind = OnlineTeacher if args.method == "online" else FrozenTeacher
+        kind = OnlineTeacher if args.method == "online" else Teacher
         return kind(place(teacher_model), stack=args.layer_stack)
     if isinstance(teacher_model, (str, os.PathLike)):
         name = os.fspath(teacher_model)
         if args.method == "progressive":
             return CheckpointTeacher(find_checkpoints(name), load, args.teacher_schedule, args.layer_stack)
-        kind = OnlineTeacher if args.method == "online" else FrozenTeacher
+        kind = OnlineTeacher if args.method == "online" else Teacher
         return kind(load(name), name, args.layer_stack)
     folders = list(teacher_model) if isinstance(teacher_model, Sequence) else []
     if not folders or not all(isinstance(folder, (str, os.PathLike)) for folder in folders):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from accelerate import Accelerator
@@ -15,23 +14,26 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from hf_curriculum_distill import losses
+from hf_curriculum_distill.batch import Batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.files import replacing
 from hf_curriculum_distill.layers import auxiliary_loss
 from hf_curriculum_distill.schedules import schedule_factor
-from hf_curriculum_distill.teachers import FrozenTeacher
+from hf_curriculum_distill.teachers import Teacher
 from hf_curriculum_distill.weights import load_weights
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 _FOLDER = "_teacher"  # the underscore keeps it from the Hub
 
 
-class OnlineTeacher(FrozenTeacher):
+class OnlineTeacher(Teacher):
     """A teacher that learns the task from the labels while it teaches, with an optimizer of its own.
 
-    It answers in eval mode and without gradients, then trains on the same micro-batch; its gradients are summed over
+    It teaches in eval mode and without gradients, then trains on the same micro-batch; its gradients are summed over
     processes here, because nothing wraps it.
     """
+
+    learns = True
 
     def __init__(self, model: PreTrainedModel, name: str | None = None, stack: str = "encoder"):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -40,8 +42,8 @@ class OnlineTeacher(FrozenTeacher):
                 "No parameter of the online teacher requires gradients, so it would learn nothing; call its "
                 "requires_grad_(True), or take one of the methods for a trained teacher."
             )
-        super().__init__(model.float(), name, stack)
-        self.identity["fingerprint"] = None
+        is_float32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        super().__init__(model if is_float32 else model.float(), name, stack)
         for parameter in trained:
             parameter.requires_grad_(True)
         self._step = 0
@@ -52,7 +54,7 @@ class OnlineTeacher(FrozenTeacher):
         Args:
             decayed: names of the parameters that weight decay applies to.
         """
-        args = copy.copy(args)
+        self._args, args = args, copy.copy(args)
         args.learning_rate = args.teacher_learning_rate or args.learning_rate
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, self.model)
         trained = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -71,29 +73,31 @@ class OnlineTeacher(FrozenTeacher):
         )
         self._step = 0
 
-    def learn(
-        self,
-        inputs: Mapping[str, Any],
-        rows: Tensor,
-        labels: Tensor,
-        num_rows: Tensor,
-        gather: bool,
-        accelerator: Accelerator,
-        args: CurriculumDistillationConfig,
-    ) -> Tensor:
-        """Train on a micro-batch, with an optimizer step on the last one; returns its share of the mean loss."""
+    def task_loss(self, batch: Batch, num_rows: Tensor | int, label_smoothing: float = 0.0) -> Tensor:
+        """The model's own loss on a micro-batch, in training mode: its share of the mean over `num_rows`.
+
+        Raises:
+            ValueError: the batch has no labels.
+        """
+        if batch.labels is None:
+            raise ValueError("An online teacher learns from labels, but the batch has none; check the collator.")
         self.model.train()
-        with accelerator.autocast():
+        with self._autocast():
             _, (logits, balance) = self.partial_forward(
                 self.model,
-                self._known(inputs),
+                self.known(batch.model_inputs),
                 logits=True,
-                rows=rows,
-                gather=gather,
+                rows=batch.rows,
+                gather=batch.row_per_token,
                 reduce=lambda logits, outputs: (logits, auxiliary_loss(self.model, outputs)),
             )
         # the routers' loss is a mean over tokens, weighted as these rows are
-        loss = (losses.cross_entropy(logits, labels, args.label_smoothing_factor) + len(rows) * balance) / num_rows
+        return (losses.cross_entropy(logits, batch.labels, label_smoothing) + batch.num_rows * balance) / num_rows
+
+    def learn(self, batch: Batch, num_rows: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:
+        """Train on a micro-batch, with an optimizer step on the last one; returns its share of the mean loss."""
+        args = self._args
+        loss = self.task_loss(batch, num_rows, args.label_smoothing_factor)
         loss.backward()
         self.model.eval()
         if accelerator.sync_gradients:
@@ -110,10 +114,11 @@ class OnlineTeacher(FrozenTeacher):
             self._optimizer.step()
             self._optimizer.zero_grad()
             self._step += 1
-        return loss.detach()
+        return {"teacher_loss": loss.detach()}
 
-    def save(self, folder: str) -> None:
+    def save(self, checkpoint: str) -> None:
         """Write the model and the optimizer's state, as safetensors both."""
+        folder = _teacher_folder(checkpoint)
         self.model.save_pretrained(folder)
         state = self._optimizer.state_dict()["state"]
         tensors = {
@@ -125,8 +130,8 @@ class OnlineTeacher(FrozenTeacher):
         with replacing(os.path.join(folder, OPTIMIZER_FILE)) as partial:
             save_file(tensors, partial)
 
-    def load(self, folder: str, step: int) -> None:
-        """Continue from what [`save`] wrote after so many optimizer steps; [`start`] comes first."""
+    def load(self, checkpoint: str, step: int) -> None:
+        folder = _teacher_folder(checkpoint)
         load_weights(self.model, folder)
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in load_file(os.path.join(folder, OPTIMIZER_FILE)).items():
@@ -136,16 +141,17 @@ class OnlineTeacher(FrozenTeacher):
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         self._step = step
 
+    def files(self, checkpoint: str) -> list[str]:
+        return [_teacher_folder(checkpoint)]
 
-def teacher_folder(checkpoint: str) -> str:
+    def remove_old_files(self, output_dir: str) -> None:
+        teachers = os.path.join(output_dir, _FOLDER)
+        old = set(os.listdir(teachers)) - set(os.listdir(output_dir)) if os.path.isdir(teachers) else ()
+        for name in old:
+            shutil.rmtree(os.path.join(teachers, name), ignore_errors=True)
+
+
+def _teacher_folder(checkpoint: str) -> str:
     """Where an online teacher's state lies beside a student's checkpoint folder."""
     output_dir, name = os.path.split(os.path.normpath(checkpoint))
     return os.path.join(output_dir, _FOLDER, name)
-
-
-def remove_old_teachers(output_dir: str) -> None:
-    """Remove the states whose student's checkpoint is gone."""
-    teachers = os.path.join(output_dir, _FOLDER)
-    old = set(os.listdir(teachers)) - set(os.listdir(output_dir)) if os.path.isdir(teachers) else ()
-    for name in old:
-        shutil.rmtree(os.path.join(teachers, name), ignore_errors=True)

@@ -29,15 +29,17 @@ from transformers.utils import logging as hf_logging
 
 from hf_curriculum_distill.checks import check_cache, check_launch, check_stages
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.cost import DryRun, PeakMemory
 from hf_curriculum_distill.counting import predicts_next_token
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.loading import check_teacher, load_teacher
+from hf_curriculum_distill.online import OnlineTeacher
+from hf_curriculum_distill.planning.dry_run import DryRun
+from hf_curriculum_distill.planning.memory import PeakMemory
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.report import align
 from hf_curriculum_distill.results import printable
 from hf_curriculum_distill.stages import Stage, StageScheduler, num_frozen_layers, parse_layer_pairs
-from hf_curriculum_distill.teachers import check_schedule, find_checkpoints, schedule_ends
+from hf_curriculum_distill.teachers import Teacher, check_schedule, find_checkpoints, schedule_ends
 
 SIZES = {"bert-large": (24, 1024), "bert-large-narrow": (24, 512), "bert-base": (12, 768)}
 TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification")
@@ -286,8 +288,8 @@ def _build(options: PlanArguments, args: CurriculumDistillationConfig, tokenizer
                 break
         if teacher_config:
             dtype = "float32" if online else args.teacher_dtype
-            teacher = PartialForward(_make_model(auto, teacher_config, dtype).eval().requires_grad_(online))
-    models = {"student": student, "teacher": teacher} if teacher else {"student": student}
+            teacher = (OnlineTeacher if online else Teacher)(_make_model(auto, teacher_config, dtype))
+    models = {"student": student, "teacher": teacher.partial_forward} if teacher else {"student": student}
     detail = "; ".join(
         f"{who} {type(one.model).__name__}, {one.depth} blocks, hidden size {one.hidden_size}, "
         f"{one.model.num_parameters():,} parameters"
@@ -407,7 +409,7 @@ def _longest(model: PreTrainedModel) -> int | None:
 
 
 def _check_layer_map(run: DryRun) -> tuple[str, tuple[Stage, ...]]:
-    depths = run.student.depth, run.teacher and run.teacher.depth
+    depths = run.student.depth, run.teacher and run.teacher.partial_forward.depth
     stages = run.args.resolve_stages(*depths)
     if not stages:
         raise ValueError("There is no teacher and there are no stages, which is plain training; name a --teacher.")
@@ -415,7 +417,7 @@ def _check_layer_map(run: DryRun) -> tuple[str, tuple[Stage, ...]]:
     check_cache(stages, run.args, run.student.model)
     if pairs := parse_layer_pairs(_pairs(stages)):
         run.student.check_training(run.args.freeze_matched_layers or run.args.train_prefix == "block")
-        widths = [run.student.hidden_size], [run.teacher.hidden_size]
+        widths = [run.student.hidden_size], [run.teacher.partial_forward.hidden_size]
         ProjectionBank.create(pairs[:1], *widths, kind=run.args.projection)
     return f"{len(pairs)} layers of {depths[0]} learn from the teacher's {depths[1] or 0}", stages
 
@@ -493,7 +495,7 @@ def _run_dry(
     states = {name: optimizer.measure(p, embeds=id(p) in embeddings) for name, p in parameters.items()}
     student = _model_bytes(run.student.model)
     teacher = _model_bytes(run.teacher.model) if run.teacher else 0
-    projections = len(_pairs(stages)) and run.student.hidden_size * (run.teacher.hidden_size + 2) * 4
+    projections = len(_pairs(stages)) and run.student.hidden_size * (run.teacher.partial_forward.hidden_size + 2) * 4
     teacher += len(_pairs(stages)) * projections
     learning = list(run.teacher.model.parameters()) if online else []
     teacher += sum(optimizer.measure(parameter)[0] for parameter in learning)

@@ -166,7 +166,7 @@ class ProjectionBank:
             teacher: `teacher(batch, layers)` returns `{layer: [batch, length, teacher_dim]}` and a mask
                 `[batch, length]`, non-zero where a position counts.
             dataloader: the calibration sample's batches.
-            identity: who is measured, as [`~teachers.FrozenTeacher`]'s `identity` says it: `fingerprint` (of the
+            identity: who is measured, as [`~teachers.Teacher`]'s `identity` says it: `fingerprint` (of the
                 weights: [`~teachers.weights_fingerprint`]) and, for the reader, the `name` and `revision` of a model on
                 the Hub. A bank that wasn't told is of no use to a trainer, which cannot know whether it fits.
 

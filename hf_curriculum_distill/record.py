@@ -21,7 +21,7 @@ from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.files import replacing
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.stages import StageScheduler
-from hf_curriculum_distill.teachers import FrozenTeacher
+from hf_curriculum_distill.teachers import Teacher
 
 FILE_NAME = "curriculum.json"
 FORMAT_VERSION = 2
@@ -74,7 +74,7 @@ _short.maxlevel, _short.maxdict, _short.maxlist, _short.maxstring, _short.maxoth
 def make_record(
     args: CurriculumDistillationConfig,
     stages: StageScheduler,
-    teacher: FrozenTeacher | None,
+    teacher: Teacher | None,
     bank: ProjectionBank | None,
     **progress: Any,
 ) -> dict[str, Any]:

@@ -27,12 +27,11 @@ from hf_curriculum_distill.checkpoints import (
     remove_unfinished,
 )
 from hf_curriculum_distill.ledger import Ledger
-from hf_curriculum_distill.online import OnlineTeacher, remove_old_teachers, teacher_folder
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.randomness import RandomStream
 from hf_curriculum_distill.record import check_resumable, describe_data, make_record, write_record
 from hf_curriculum_distill.stages import Stage, StageScheduler
-from hf_curriculum_distill.teachers import FrozenTeacher, weights_fingerprint
+from hf_curriculum_distill.teachers import Teacher, weights_fingerprint
 from hf_curriculum_distill.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self._declared_stages: tuple[Stage, ...] = ()
         self.stage_scheduler: StageScheduler | None = None
-        self.teacher: FrozenTeacher | None = None
+        self.teacher: Teacher | None = None
         self.projection_bank: ProjectionBank | None = None
         self._stage_index: int | None = None
         self._ledger = Ledger()
@@ -96,14 +95,14 @@ class ResumableTrainer(Trainer):
             return trained
         self._ledger, self._stage_index, self._unrestored = Ledger(), None, self._resumed
         self._ended_step = self.state.global_step
-        if isinstance(self.teacher, OnlineTeacher):
+        if self.teacher is not None:
             decayed = self.get_decay_parameter_names(self.teacher.model)
             self.teacher.start(self.args, self.stage_scheduler.max_steps, decayed)
         if self._resumed is None:
             return trained
         *_, checkpoint, trial = args
-        if isinstance(self.teacher, OnlineTeacher):
-            self.teacher.load(teacher_folder(checkpoint), self._resumed["step"])
+        if self.teacher is not None:
+            self.teacher.load(checkpoint, self._resumed["step"])
         best = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
         if os.path.isdir(best):  # the run's folder may have been moved
             self.state.best_model_checkpoint = best
@@ -184,14 +183,14 @@ class ResumableTrainer(Trainer):
                 f"The checkpoint of step {self.state.global_step} could not be written to {self.args.output_dir} "
                 f"({error}); the last whole one is {last}. Make room, or check the disk, and resume from there."
             ) from error
-        if isinstance(self.teacher, OnlineTeacher) and self.args.should_save:
-            remove_old_teachers(self._get_output_dir(trial=trial))
+        if self.teacher is not None and self.args.should_save:
+            self.teacher.remove_old_files(self._get_output_dir(trial=trial))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As `Trainer`; an online teacher is part of what the next step needs."""
         super()._save_optimizer_and_scheduler(output_dir)
-        if isinstance(self.teacher, OnlineTeacher) and self.args.should_save:
-            self.teacher.save(teacher_folder(output_dir))
+        if self.teacher is not None and self.args.should_save:
+            self.teacher.save(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As `Trainer`, whose last files but one these are: then the record lists them, which makes them a whole."""
@@ -204,7 +203,7 @@ class ResumableTrainer(Trainer):
             if self.args.should_save:
                 with suppress(FileNotFoundError):  # of a run that was here before; it would make this one look whole
                     os.remove(os.path.join(output_dir, TRAINER_STATE_NAME))
-                beside = [teacher_folder(output_dir)] if isinstance(self.teacher, OnlineTeacher) else []
+                beside = self.teacher.files(output_dir) if self.teacher is not None else []
                 write_record(output_dir, self._record() | {"files": list_files(output_dir, *beside)})
 
     def _record(self) -> dict[str, Any]:

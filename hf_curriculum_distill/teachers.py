@@ -6,20 +6,48 @@ import hashlib
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_curriculum_distill.adapted import stored_tensors
+from hf_curriculum_distill.batch import Batch
+from hf_curriculum_distill.chunks import RowLogits
+from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers import PartialForward
+from hf_curriculum_distill.losses import TopLogits
+from hf_curriculum_distill.projections import ProjectionBank
+from hf_curriculum_distill.stages import Stage
 
 
-class FrozenTeacher:
-    """A trained model that only answers: in eval mode, without gradients, never part of the student.
+@dataclass
+class Targets:
+    """What a teacher says about a batch in a stage.
+
+    Args:
+        hidden: `{student_layer: [batch, length, student_dim]}`, projected, float32.
+        logits: `[rows, classes]` of the rows that count, whole, in chunks, or their likeliest classes; None where the
+            stage needs none.
+        computed: whether the teacher ran for them.
+    """
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    logits: Tensor | RowLogits | TopLogits | None = None
+    computed: bool = True
+
+
+class Teacher:
+    """A trained model to learn from: in eval mode, without gradients, never part of the student.
+
+    Teachers whose weights change override what does nothing here.
 
     Args:
         model: the teacher. It is put into eval mode and its parameters stop requiring gradients.
@@ -27,28 +55,84 @@ class FrozenTeacher:
         stack: of an encoder-decoder, the one whose blocks are matched.
 
     Attributes:
-        fingerprint: of all weights that it teaches with.
-        identity: what a projection bank notes of the model that it is measured on, `at(None)`. Its name is that of a
-            model on the Hub, where the bank may go too, never a folder of this machine. The fingerprint is None where
-            weights change while they teach.
+        learns: whether it trains alongside the student.
     """
+
+    learns = False
 
     def __init__(self, model: PreTrainedModel, name: str | None = None, stack: str = "encoder"):
         self.model = model.eval().requires_grad_(False)
         self.partial_forward = PartialForward(model, stack)
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.revision = getattr(model.config, "_commit_hash", None)
-        self.fingerprint = weights_fingerprint(model)
-        origin = getattr(model.config, "_name_or_path", "")
+        self.prepare(None)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all weights that it teaches with."""
+        return weights_fingerprint(self.model)
+
+    @cached_property
+    def identity(self) -> dict[str, str | None]:
+        """What a projection bank notes of the model that it is measured on.
+
+        Its name is that of a model on the Hub, where the bank may go too, never a folder of this machine. The
+        fingerprint is None where weights change while they teach.
+        """
+        origin = getattr(self.model.config, "_name_or_path", "")
         on_hub = self.revision is not None and not os.path.exists(origin)
-        named = {"name": origin, "revision": self.revision} if on_hub else {}
-        self.identity = {"fingerprint": self.fingerprint, "name": None, "revision": None} | named
+        named = {"name": origin, "revision": self.revision} if on_hub else {"name": None, "revision": None}
+        return {"fingerprint": None if self.learns else self.fingerprint} | named
+
+    def prepare(
+        self,
+        projection_bank: ProjectionBank | None,
+        truncate: bool = True,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        """Take what [`targets`] needs beside the batch.
+
+        Args:
+            projection_bank: projects the hidden states; None where no stage matches any.
+            truncate: whether to run no more blocks than a stage needs.
+            autocast: makes the context in which the model runs.
+        """
+        self._bank, self._truncate, self._autocast = projection_bank, truncate, autocast
+
+    def targets(self, batch: Batch, stage: Stage) -> Targets:
+        """The projected hidden states and the logits that a stage matches."""
+        hidden, logits = self.forward(batch, stage)
+        return Targets({s: self._bank.project(s, hidden[t]) for s, t in stage.hidden}, logits)
+
+    def forward(self, batch: Batch, stage: Stage) -> tuple[dict[int, Tensor], Tensor | RowLogits | None]:
+        """The hidden states that a stage matches, by the teacher's layers, and its logits of the rows that count."""
+        rows = batch.rows if stage.needs_logits else None
+        with self._autocast():
+            return self(
+                batch.model_inputs,
+                stage.teacher_layers,
+                logits=bool(stage.kl_weight),
+                rows=rows,
+                gather=rows is not None and batch.row_per_token,
+                truncate=self._truncate,
+                chunk_size=batch.chunk_size if stage.kl_weight else None,
+            )
+
+    def fit(self, bank: ProjectionBank, batches: Iterable[Batch]) -> None:
+        """Measure a bank on the hidden states of some batches, and freeze it: see [`ProjectionBank.fit`]."""
+
+        def states(batch: Batch, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
+            with self._autocast():
+                hidden, _ = self(batch.model_inputs, layers)
+            return hidden, batch.weights(hidden[layers[0]])
+
+        bank.fit(states, batches, self.identity)
 
     @torch.inference_mode()
     def __call__(
-        self, inputs: Mapping[str, Any], layers: Sequence[int] = (), **partial_forward: Any
-    ) -> tuple[dict[int, Tensor], Tensor | None]:
-        """Hidden states at `layers` and, if asked for, logits: see [`PartialForward`]. Inputs it lacks are dropped.
+        self, inputs: Mapping[str, Any], layers: Sequence[int] = (), **wanted: Any
+    ) -> tuple[dict[int, Tensor], Tensor | RowLogits | None]:
+        """Hidden states at `layers` and what else is wanted: see [`PartialForward`]. Inputs it lacks are dropped.
 
         Raises:
             RuntimeError: someone has put the model into training mode meanwhile.
@@ -58,22 +142,49 @@ class FrozenTeacher:
                 f"The teacher {self.name} was put into training mode after the trainer had got it, so that dropout "
                 "would change its answers; call its eval(), and if it was trained meanwhile make a new trainer."
             )
-        return self.partial_forward(self.model, self._known(inputs), layers, **partial_forward)
+        return self.partial_forward(self.model, self.known(inputs), layers, **wanted)
 
-    def at(self, step: int | None) -> FrozenTeacher:
-        """The teacher of this optimizer step; None: the one that evaluations compare with."""
-        return self
+    def wanted(self, stage: Stage) -> Stage:
+        """What it computes where a stage needs its targets."""
+        return stage
+
+    def known(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs that its forward has, without a cache of keys and values."""
+        accepts = self.partial_forward.accepts
+        inputs = {name: value for name, value in inputs.items() if accepts(name)}
+        return inputs | {"use_cache": False} if accepts("use_cache") else inputs
 
     def plan(self, max_steps: int) -> None:
-        """Learn how long the student's training is; a frozen teacher needs no plan."""
+        """Learn how long the student's training is."""
 
-    def _known(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        accepts = self.partial_forward.accepts
-        known = {name: value for name, value in inputs.items() if accepts(name)}
-        return known | {"use_cache": False} if accepts("use_cache") else known
+    def start(self, args: CurriculumDistillationConfig, max_steps: int, decayed: Collection[str]) -> None:
+        """Begin a training of the student."""
+
+    def advance(self, step: int | None) -> None:
+        """Become the teacher of this optimizer step; None: the one that evaluations compare with."""
+
+    def learn(self, batch: Batch, num_rows: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:
+        """Train on a micro-batch after teaching it; returns what to log."""
+        return {}
+
+    def save(self, checkpoint: str) -> None:
+        """Write what the next step needs beside a student's checkpoint."""
+
+    def load(self, checkpoint: str, step: int) -> None:
+        """Continue from what [`save`] wrote after so many optimizer steps; [`start`] comes first."""
+
+    def files(self, checkpoint: str) -> list[str]:
+        """The folders that [`save`] wrote."""
+        return []
+
+    def remove_old_files(self, output_dir: str) -> None:
+        """Remove what [`save`] wrote beside checkpoints that are gone."""
 
 
-class CheckpointTeacher(FrozenTeacher):
+FrozenTeacher = Teacher  # its name before 0.2
+
+
+class CheckpointTeacher(Teacher):
     """Checkpoints of a teacher's own training, one after another (Panigrahi et al., 2025).
 
     One model in memory, whose weights are exchanged. Evaluations compare with the last checkpoint.
@@ -108,16 +219,16 @@ class CheckpointTeacher(FrozenTeacher):
                 )
             digest.update(weights_fingerprint(model).encode())
         super().__init__(model, ", ".join(self._folders), stack)
+        self.identity  # noqa: B018  the last checkpoint's
         self.fingerprint = digest.hexdigest()
         self._index = len(self._folders) - 1
         self._ends: list[int] | None = None
 
-    def at(self, step: int | None) -> FrozenTeacher:
+    def advance(self, step: int | None) -> None:
         index = len(self._folders) - 1 if step is None else bisect_right(self._ends, step)
         if index != self._index:
             self.model.load_state_dict(self._load(self._folders[index]).state_dict())
             self._index = index
-        return self
 
     def plan(self, max_steps: int) -> None:
         """Fix the student's step at which each checkpoint but the last stops teaching."""

@@ -28,7 +28,7 @@ from hf_curriculum_distill import ProjectionBank, Stage, losses
 from hf_curriculum_distill.cost import count_flops
 from hf_curriculum_distill.counting import count, counted_rows, position_weights
 from hf_curriculum_distill.layers import PartialForward
-from hf_curriculum_distill.teachers import FrozenTeacher
+from hf_curriculum_distill.teachers import Teacher
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, STEPS_A_STAGE = 16, 2
@@ -70,7 +70,7 @@ def train(
 ):
     """Logs and weights of a training; on a mesh of processes each of them takes its share of every batch."""
     rank, processes = (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
-    student, teacher = (student or bert(2, 8, seed=1)).train(), FrozenTeacher(bert(4, 16, seed=2))
+    student, teacher = (student or bert(2, 8, seed=1)).train(), Teacher(bert(4, 16, seed=2))
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     if mesh is not None:

@@ -1,4 +1,4 @@
-"""A cached target is the teacher's: whoever asked for it first, whenever it is read, or it is asked for anew."""
+"""A cached target is the teacher's: whichever run computed it, whenever it is read, or it is computed anew."""
 
 import json
 import logging
@@ -21,10 +21,13 @@ from transformers import BertForSequenceClassification
 
 import hf_curriculum_distill.store as store_module
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, ProjectionBank, Stage
-from hf_curriculum_distill.cache import Question, TeacherCache, epoch_that_pays
+from hf_curriculum_distill.batch import BatchReader
+from hf_curriculum_distill.cached import CachedTeacher, epoch_that_pays
+from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.losses import kl_divergence, top_kl_divergence, top_logits
 from hf_curriculum_distill.store import RecordStore
-from hf_curriculum_distill.teachers import FrozenTeacher
+from hf_curriculum_distill.target_store import TargetStore
+from hf_curriculum_distill.teachers import Targets, Teacher
 
 AHEAD = Stage(hidden=[[1, 2], [2, 4]], kl_weight=1.0)
 
@@ -203,32 +206,43 @@ def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path):
 # ---- keys ----
 
 
+class Counting(Teacher):
+    """Its targets say which example and position they belong to, by the sum of the tokens seen so far."""
+
+    times = 0
+
+    def targets(self, batch, stage):
+        self.times += 1
+        states = batch.inputs["input_ids"].cumsum(1)[..., None].expand(-1, -1, 16).float()
+        return Targets({1: states, 2: -states}, states.flatten(0, 1)[batch.rows][:, :3])
+
+
+def cached_teacher(folder):
+    bank = ProjectionBank.create([(1, 2), (2, 4)], [16, 16], [24, 24]).freeze()
+    args = CurriculumDistillationConfig(folder, teacher_cache=os.path.join(folder, "cache"), report_to="none")
+    teacher = Counting(strong_teacher())
+    cached = CachedTeacher(teacher, TargetStore(teacher, bank, args), [AHEAD])
+    return cached, teacher, BatchReader(PartialForward(tiny_bert(2)), teacher.partial_forward, args)
+
+
 @pytest.fixture
 def cache(tmp_path):
-    bank = ProjectionBank.create([(1, 2), (2, 4)], [16, 16], [24, 24]).freeze()
-    args = CurriculumDistillationConfig(str(tmp_path), teacher_cache=str(tmp_path / "cache"), report_to="none")
-    return TeacherCache(FrozenTeacher(strong_teacher()), bank, args)
+    return cached_teacher(str(tmp_path))
 
 
-def ask_for(cache, inputs, rows=None):
-    """Targets that say which example and position they belong to, by the sum of the tokens seen so far."""
-    ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
-    rows = inputs["input_ids"].flatten().ne(0).nonzero().squeeze(1) if rows is None else rows
-    asked = []
-
-    def ask():
-        asked.append(True)
-        states = ids.cumsum(1)[..., None].expand(-1, -1, 16).float()
-        return {1: states, 2: -states}, states.flatten(0, 1)[rows][:, :3]
-
-    hidden, logits = cache.targets(Question(inputs, rows, length, ask), AHEAD, AHEAD)
-    assert cache.asked == bool(asked)
+def is_found(cache, inputs, rows=None):
+    """Whether the targets of a batch are read without the teacher; they are right in any case."""
+    cached, teacher, read = cache
+    ids, before = inputs["input_ids"], teacher.times
+    rows = ids.flatten().ne(0).nonzero().squeeze(1) if rows is None else rows
+    targets = cached.targets(read(inputs).with_rows(rows), AHEAD)
+    assert targets.computed == (teacher.times > before)
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     states = ids.cumsum(1)[..., None].expand(-1, -1, 16).bfloat16().float()
     for layer, sign in ((1, 1), (2, -1)):
-        assert torch.equal(hidden[layer][real], sign * states[real])
-    assert torch.equal(logits, ids.cumsum(1).flatten()[rows][:, None].expand(-1, 3).float())
-    return not asked
+        assert torch.equal(targets.hidden[layer][real], sign * states[real])
+    assert torch.equal(targets.logits, ids.cumsum(1).flatten()[rows][:, None].expand(-1, 3).float())
+    return not targets.computed
 
 
 def padded(texts, length, left=False):
@@ -244,13 +258,10 @@ texts = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=
 
 @given(texts=texts, more=st.integers(0, 4), data=st.data())
 def test_an_example_is_found_whatever_the_order_the_batch_and_the_padding(texts, more, data, tmp_path_factory):
-    bank = ProjectionBank.create([(1, 2), (2, 4)], [16, 16], [24, 24]).freeze()
-    folder = str(tmp_path_factory.mktemp("cache"))
-    args = CurriculumDistillationConfig(folder, teacher_cache=folder, report_to="none")
-    cache = TeacherCache(FrozenTeacher(tiny_bert(4, width=24)), bank, args)
-    assert not ask_for(cache, padded(texts, max(map(len, texts))))
+    cache = cached_teacher(str(tmp_path_factory.mktemp("run")))
+    assert not is_found(cache, padded(texts, max(map(len, texts))))
     chosen = data.draw(st.lists(st.sampled_from(texts), min_size=1, max_size=6))
-    assert ask_for(cache, padded(chosen, max(map(len, chosen)) + more))
+    assert is_found(cache, padded(chosen, max(map(len, chosen)) + more))
 
 
 def test_what_the_teacher_reads_otherwise_is_another_example(cache):
@@ -265,16 +276,16 @@ def test_what_the_teacher_reads_otherwise_is_another_example(cache):
         text | {"token_type_ids": torch.zeros(1, 6, dtype=torch.long)},
         text | {"token_type_ids": torch.ones(1, 6, dtype=torch.long)},
     ]
-    assert [ask_for(cache, inputs) for inputs in (text, *others)] == [False] * 7
-    assert all(ask_for(cache, inputs) for inputs in (text, *others))
-    assert not ask_for(cache, text, rows=torch.tensor([0, 2]))  # other rows of logits, though the text is known
-    assert ask_for(cache, text, rows=torch.tensor([0, 2]))
+    assert [is_found(cache, inputs) for inputs in (text, *others)] == [False] * 7
+    assert all(is_found(cache, inputs) for inputs in (text, *others))
+    assert not is_found(cache, text, rows=torch.tensor([0, 2]))  # other rows of logits, though the text is known
+    assert is_found(cache, text, rows=torch.tensor([0, 2]))
 
 
 def test_inputs_without_an_entry_for_each_example_are_refused(cache):
-    packed = {"input_ids": torch.ones(1, 6, dtype=torch.long), "cu_seq_lens": torch.tensor([0, 2, 6])}
-    with pytest.raises(ValueError, match=r"cu_seq_lens has shape \(3,\) in a batch of 1"):
-        ask_for(cache, packed)
+    packed = {"input_ids": torch.ones(1, 6, dtype=torch.long), "position_ids": torch.arange(6)}
+    with pytest.raises(ValueError, match=r"position_ids has shape \(6,\) in a batch of 1"):
+        is_found(cache, packed)
 
 
 # ---- training ----
@@ -504,22 +515,16 @@ def written_bytes(folder):
 
 
 @pytest.mark.parametrize("task", ["masked words", "classes"])
-def test_the_forecast_is_what_will_be_written_to_the_byte(task, config, tmp_path):
-    forecasts = []
-
-    class Watched(CurriculumDistillationTrainer):
-        def _open_cache(self):
-            cache = super()._open_cache()
-            forecasts.append(cache.forecast_bytes)
-            return cache
-
+def test_the_forecast_is_what_will_be_written_to_the_byte(task, config, tmp_path, monkeypatch):
+    forecasts, forecast = [], CachedTeacher.forecast
+    monkeypatch.setattr(CachedTeacher, "forecast", lambda *args: forecasts.append(forecast(*args)))
     classes = {"model_class": BertForSequenceClassification, "num_labels": 3} if task == "classes" else {}
     data = masked_lm_examples(32)
     if classes:
         data = [example | {"labels": torch.tensor(index % 3)} for index, example in enumerate(data)]
     for _ in range(2):
         run = {"student": tiny_bert(2, **classes), "teacher": strong_teacher(**classes)}
-        train(config, tmp_path / "cache", data=data, trainer_class=Watched, **run)
+        train(config, tmp_path / "cache", data=data, **run)
     assert forecasts == [written_bytes(tmp_path / "cache"), 0]
     tokens = sum(int(example["attention_mask"].sum()) for example in data)
     rows = 32 if classes else sum(int((example["labels"] != -100).sum()) for example in data)
@@ -527,11 +532,10 @@ def test_the_forecast_is_what_will_be_written_to_the_byte(task, config, tmp_path
 
 
 def test_too_little_room_is_said_before_training(cache):
-    inputs = padded([[5, 6, 7, 8]], 6)
-    rows = torch.tensor([1])
-    question = Question(inputs, rows, 6, lambda: ({1: torch.ones(1, 6, 16), 2: torch.ones(1, 6, 16)}, torch.ones(1, 3)))
+    cached, _, read = cache
+    batch = read(padded([[5, 6, 7, 8]], 6)).with_rows(torch.tensor([1]))
     with pytest.raises(OSError, match=r"GB free, but [0-9.]+ GB will be written; make room"):
-        cache.forecast([question], [question], AHEAD, 10**15, [(2.0, 1.0)])
+        cached.forecast([batch], [batch], 10**15, [(2.0, 1.0)])
 
 
 def train_on_a_small_disk(config, folder):

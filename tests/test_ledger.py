@@ -6,6 +6,7 @@ import torch
 from conftest import tiny_bert
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill.cost import flop_rates, flop_units
 
 STAGES = [{"hidden": [[1, 2]], "until": 4}, {"kl_weight": 1.0, "label_weight": 0.5}]
 KINDS = {
@@ -45,9 +46,9 @@ def test_operations_of_uneven_lengths_are_those_of_each_batch_counted_alone(conf
     class Watching(CurriculumDistillationTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
             loss = super().training_step(model, inputs, *args, **kwargs)
-            self._num_rows = int((inputs["labels"] != -100).sum()) if self.stage.needs_logits else 0
-            rates = self._measure_flops(self._prepare_inputs(inputs), self.stage)
-            seen.append(np.array(rates).T @ np.array(self._units(inputs)))
+            measured = self.teacher, self._read(self._prepare_inputs(inputs)), self.stage
+            rates = flop_rates(self._objective, *measured)
+            seen.append(np.array(rates).T @ np.array(flop_units(*measured)))
             return loss
 
     fields = {"train_sampling_strategy": "group_by_length"} if grouped else {}

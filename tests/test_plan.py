@@ -34,7 +34,6 @@ from transformers import (
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import main, parse_arguments
-from hf_curriculum_distill.cost import PeakMemory
 from hf_curriculum_distill.plan import (
     RECIPE_OPTIONS,
     SIZES,
@@ -44,6 +43,7 @@ from hf_curriculum_distill.plan import (
     format_plan,
     make_plan,
 )
+from hf_curriculum_distill.planning.memory import PeakMemory
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes/configs/bert_large/quickstart.yaml"

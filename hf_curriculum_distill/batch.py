@@ -1,0 +1,159 @@
+"""One micro-batch: each fact about it is worked out once, when it is first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_curriculum_distill.chunks import chunk_size
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.counting import (
+    LABEL_POSITIONS,
+    answers_per_example,
+    answers_per_token,
+    count,
+    counted_rows,
+    decodes_labels,
+    label_weights,
+    num_classes,
+    position_weights,
+    shifted_right,
+)
+from hf_curriculum_distill.layers import PartialForward, balances_experts
+
+
+class BatchReader:
+    """Reads what a collator made as a [`Batch`], for the models of a run.
+
+    Args:
+        student, teacher: whose inputs they are; the student's class says which rows of logits count.
+        args: which positions count, and how many rows of logits to have at a time.
+        label_names: inputs that are labels.
+        reads_labels: whether any loss does; labels that none reads may be of any kind.
+        whole_logits: whether logits are never cut into chunks.
+    """
+
+    def __init__(
+        self,
+        student: PartialForward,
+        teacher: PartialForward | None,
+        args: CurriculumDistillationConfig,
+        label_names: Collection[str] = ("labels",),
+        reads_labels: bool = True,
+        whole_logits: bool = False,
+    ):
+        self.student, self.teacher, self.args = student, teacher, args
+        self.label_names, self.reads_labels = {*label_names, LABEL_POSITIONS}, reads_labels
+        self.whole_logits = whole_logits or balances_experts(student.model)
+
+    def __call__(self, inputs: Mapping[str, Any], whole_logits: bool = False) -> Batch:
+        return Batch(inputs, self, whole_logits or self.whole_logits)
+
+
+class Batch:
+    """The inputs of one micro-batch and what follows from them. Made by a [`BatchReader`].
+
+    To know `rows` and `labels` waits for the device, once, unless the collator says where the labels are.
+
+    Attributes:
+        inputs: what the collator made.
+        model_inputs: those without labels: no model computes a loss of its own.
+        rows: row numbers `[rows]`, into the flattened logits, of those that count; None for all of them.
+        labels: `[rows]`, theirs; None where the batch has none.
+        counts: `[number of positions, number of rows]` that count, without a wait for the device.
+        row_per_token: whether logits have one row a token or frame, not one an example.
+        rows_per_example: how many rows of logits an example has, padding included.
+        chunk_size: how many rows of logits to have at a time; None for all.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], reader: BatchReader, whole_logits: bool = False):
+        self.inputs, self._reader, self._whole_logits = inputs, reader, whole_logits
+        self._weights: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        """The student, whose class says what a batch means."""
+        return self._reader.student.model
+
+    @property
+    def main_input(self) -> Tensor:
+        return self.inputs[self.model.main_input_name]
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.main_input)
+
+    @cached_property
+    def model_inputs(self) -> dict[str, Any]:
+        inputs = {name: value for name, value in self.inputs.items() if name not in self._reader.label_names}
+        given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
+        if decodes_labels(self.model) and not given and "labels" in self.inputs:
+            inputs["decoder_input_ids"] = shifted_right(self.model, self.inputs["labels"])
+        return inputs
+
+    @cached_property
+    def student_inputs(self) -> dict[str, Any]:
+        """The model inputs without those that only the teacher's forward names."""
+        return self.for_student(self.model_inputs)
+
+    def for_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs without those that only the teacher's forward names; the rest is the student's, as in Trainer."""
+        student, teacher = self._reader.student, self._reader.teacher or self._reader.student
+        return {name: value for name, value in inputs.items() if student.accepts(name) or not teacher.accepts(name)}
+
+    @cached_property
+    def _counted(self) -> tuple[Tensor | None, Tensor | None]:
+        return counted_rows(self.model, self.inputs)
+
+    @property
+    def rows(self) -> Tensor | None:
+        return self._counted[0]
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self._counted[1]
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows count, where that is not all of them, else 0."""
+        return 0 if self.rows is None else len(self.rows)
+
+    def with_rows(self, rows: Tensor, labels: Tensor | None = None) -> Batch:
+        """The same inputs, of whose logits other rows count."""
+        batch = Batch(self.inputs, self._reader, self._whole_logits)
+        batch._counted, batch.model_inputs = (rows, labels), self.model_inputs
+        return batch
+
+    @cached_property
+    def counts(self) -> Tensor:
+        inputs = self.inputs
+        if not self._reader.reads_labels:
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        return count(self.model, inputs, self._reader.args.layer_stack)
+
+    @cached_property
+    def row_per_token(self) -> bool:
+        return answers_per_token(self.model, self.inputs)
+
+    @cached_property
+    def rows_per_example(self) -> int:
+        return answers_per_example(self.model, self.inputs)
+
+    @cached_property
+    def chunk_size(self) -> int | None:
+        if self._whole_logits or self.rows is None:
+            return None
+        return chunk_size(self._reader.args, len(self.rows), num_classes(self.model) or 0)
+
+    def weights(self, hidden: Tensor) -> Tensor:
+        """How much each hidden state `[batch, length]` counts."""
+        if (shape := hidden.shape[:2]) not in self._weights:
+            args = self._reader.args
+            if args.hidden_positions == "labels":
+                self._weights[shape] = label_weights(self.model, self.inputs, hidden)
+            else:
+                self._weights[shape] = position_weights(self.model, self.inputs, hidden, args.layer_stack)
+        return self._weights[shape]

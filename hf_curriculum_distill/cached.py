@@ -1,0 +1,178 @@
+"""A teacher whose targets are kept: what it computed once is read in later epochs, and by other students."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_curriculum_distill.batch import Batch
+from hf_curriculum_distill.chunks import RowLogits
+from hf_curriculum_distill.stages import Stage
+from hf_curriculum_distill.target_store import Examples, TargetStore
+from hf_curriculum_distill.teachers import Targets, Teacher
+
+logger = logging.getLogger(__name__)
+
+
+class CachedTeacher:
+    """Reads a teacher's targets from a folder; computes those that are not there, and writes them.
+
+    What [`targets`] returns was read from the folder, whoever computed it: a target is the same the first time and
+    every later time. Where anything is missing the teacher computes what any stage wants, for the whole batch: so it
+    runs once for all stages, and its targets don't depend on what was there before.
+
+    Args:
+        teacher: whose targets they are.
+        store: where they are kept.
+        stages: those of the run.
+    """
+
+    learns = False
+
+    def __init__(self, teacher: Teacher, store: TargetStore, stages: Sequence[Stage]):
+        self._teacher, self._store = teacher, store
+        pairs = dict.fromkeys(pair for stage in stages for pair in stage.hidden)
+        self._wanted = Stage(hidden=pairs, kl_weight=float(any(stage.kl_weight for stage in stages)))
+        self._seen = self._found = 0
+
+    def wanted(self, stage: Stage) -> Stage:
+        """What the teacher computes where it has to run: what any stage wants."""
+        return self._wanted if stage.needs_teacher else stage
+
+    def forward(self, batch: Batch, stage: Stage) -> tuple[dict[int, Tensor], Tensor | RowLogits | None]:
+        """The teacher's own, of what is wanted."""
+        return self._teacher.forward(self._with_rows(batch), self.wanted(stage))
+
+    def targets(self, batch: Batch, stage: Stage) -> Targets:
+        """The projected hidden states and the logits that a stage matches.
+
+        Raises:
+            OSError: the folder cannot be written, or doesn't give back what was written.
+        """
+        batch = self._with_rows(batch)
+        examples, computed = self._examples(batch), False
+        missing = self._store.missing(examples, self._wanted)
+        self._seen += examples.size
+        self._found += examples.size - len(set().union(*missing.values()))
+        for _ in range(2):
+            if any(missing.values()):
+                computed = True
+                self._store.write(examples, missing, self._teacher.targets(batch, self._wanted))
+            if (targets := self._store.read(examples, stage, batch.main_input.device)) is not None:
+                targets.computed = computed
+                return targets
+            missing = self._store.missing(examples, self._wanted)  # what was damaged
+        raise OSError(
+            f"teacher_cache {self._store.folder} does not give back what was written to it; check the disk, or use "
+            "another."
+        )
+
+    def _with_rows(self, batch: Batch) -> Batch:
+        """The batch, all of whose rows have numbers where they count."""
+        if not self._wanted.kl_weight or batch.rows is not None:
+            return batch
+        all_rows = torch.arange(batch.rows_per_example * len(batch), device=batch.main_input.device)
+        return batch.with_rows(all_rows)
+
+    def _examples(self, batch: Batch) -> Examples:
+        inputs, rows = self._teacher.known(batch.model_inputs), batch.rows if self._wanted.kl_weight else None
+        return Examples(inputs, rows, batch.rows_per_example)
+
+    def log_epoch(self, epoch: int) -> None:
+        """Say how much was found; warn where later epochs find little."""
+        share = self._found / max(1, self._seen)
+        logger.info("teacher_cache: %.1f %% of epoch %d were found", 100 * share, epoch + 1)
+        if epoch and self._seen and share < 0.5:
+            logger.warning(
+                "teacher_cache: only %.1f %% of the examples of epoch %d were found in %s. What the teacher reads "
+                "changes from epoch to epoch (random masks do that), so a cache costs more than it saves; mask once, "
+                "before training, or leave out teacher_cache.",
+                100 * share, epoch + 1, self._store.folder,
+            )  # fmt: skip
+        self._seen = self._found = 0
+
+    def forecast(
+        self,
+        sample: Sequence[Batch],
+        again: Sequence[Batch],
+        num_examples: int,
+        spans: Sequence[tuple[float, float]],
+        aloud: bool = True,
+    ) -> int:
+        """Say, before training, how many bytes will be written, and from which epoch on they pay; returns the bytes.
+
+        Args:
+            sample, again: some batches of the data, loaded twice; what differs will differ in each epoch.
+            num_examples: how many different examples the run will see.
+            spans: for each stage, how many epochs it lasts and to what share of its depth it runs the teacher.
+            aloud: whether this process is the one that says so.
+
+        Raises:
+            OSError: there is less room than will be written.
+        """
+        folder, first_batch = self._store.folder, self._with_rows(sample[0])
+        sample, again = ([self._examples(self._with_rows(batch)) for batch in load] for load in (sample, again))
+        keys, other = ([key for examples in load for key in examples.logit_keys] for load in (sample, again))
+        same = sum(a == b for a, b in zip(keys, other, strict=True)) / len(keys)
+        self._teacher.targets(first_batch, self._wanted)  # warms up
+        start = time.perf_counter()
+        values = self._store.encode(sample[0], self._teacher.targets(first_batch, self._wanted))
+        teacher = time.perf_counter() - start
+        write, read = self._store.measure(values, sample[0].keys)
+        row_bytes = {n: sum(map(len, v)) / max(1, sum(self._store.num_rows(n, sample[0]))) for n, v in values.items()}
+        size, num_missing = 0, 0
+        for examples in sample:
+            missing = self._store.missing(examples, self._wanted)
+            num_missing += len(set().union(*missing.values()))
+            size += self._store.expected_bytes(examples, missing, row_bytes)
+        epochs, miss = sum(length for length, _ in spans), teacher + write
+        size = round(size / len(keys) * num_examples * (min(1, epochs) + max(0, epochs - 1) * (1 - same)))
+        first = read + num_missing / len(keys) * (miss - read)
+        epoch = epoch_that_pays([(e, s * teacher) for e, s in spans], first, same * read + (1 - same) * miss)
+        logger.log(
+            logging.DEBUG if not aloud else logging.INFO if epoch else logging.WARNING,
+            "teacher_cache: up to %.3f GB will be written to %s; %s of %.1f (measured on one batch of %d: teacher %.1f "
+            "ms, write %.1f ms, read %.1f ms). When loaded again, %.0f %% of a sample of %d examples were the same%s.",
+            size / 1e9, folder,
+            f"it pays from epoch {epoch}" if epoch else "it does not pay in this run", epochs, sample[0].size,
+            1e3 * teacher, 1e3 * write, 1e3 * read, 100 * same, len(keys),
+            "" if same == 1 else "; random masks or augmentation leave nothing to read again: mask once, beforehand",
+        )  # fmt: skip
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise OSError(
+                f"teacher_cache {folder} has {free / 1e9:.3f} GB free, but {size / 1e9:.3f} GB will be written; make "
+                "room, use another disk, lower teacher_cache_logits, or leave out teacher_cache."
+            )
+        return size
+
+
+def epoch_that_pays(spans: Sequence[tuple[float, float]], first: float, later: float) -> int | None:
+    """The first epoch after which a run with a cache is ahead of one without, or None.
+
+    Args:
+        spans: for each stage, how many epochs it lasts and what the teacher costs in it an epoch, without a cache.
+        first, later: what targets cost in the first epoch and in each later one, with it.
+
+    ```python
+    >>> epoch_that_pays([(4, 1.0)], first=1.5, later=0.1)
+    2
+    >>> epoch_that_pays([(1, 1.0)], first=1.5, later=0.1) is None
+    True
+
+    ```
+    """
+    total = sum(length for length, _ in spans)
+    for epoch in range(1, math.ceil(total) + 1):
+        end, begin, without = min(epoch, total), 0.0, 0.0
+        for length, cost in spans:
+            without += cost * max(0.0, min(end, begin + length) - begin)
+            begin += length
+        if first * min(end, 1) + later * max(0.0, end - 1) <= without:
+            return epoch
+    return None

@@ -1,0 +1,158 @@
+"""The loss of a stage on one batch: the student's outputs against a teacher's targets.
+
+`train` and `plan` call the same [`Objective`]; nothing else computes a stage's loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_curriculum_distill import losses
+from hf_curriculum_distill.batch import Batch
+from hf_curriculum_distill.chunks import RowLogits, sum_over_chunks
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.counting import LABEL_POSITIONS
+from hf_curriculum_distill.layers import PartialForward, auxiliary_loss, balances_experts
+from hf_curriculum_distill.stages import Stage
+from hf_curriculum_distill.teachers import Targets
+
+
+@dataclass
+class StageLoss:
+    """A stage's loss on a batch.
+
+    Args:
+        total: the weighted sum of the terms, with gradients.
+        terms: by name, each a mean over what counts in the whole accumulated batch.
+        logits: `[rows, classes]`, the student's of the rows that count, where they were whole.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    logits: Tensor | None = None
+
+
+class Objective:
+    """Runs the student for a stage and compares its outputs with the targets.
+
+    The student is called through what wraps it, so that autocast, DistributedDataParallel and torch.compile see its
+    whole forward pass; a tensor that leaves a wrapper's forward unseen gets no gradient reduction. Therefore the loss
+    of logits that are never whole cannot be taken out here: [`PartialForward`] hands the head to `reduce` inside the
+    model's forward, which runs it chunk by chunk and returns the sum over rows. Hidden states and whole logits are
+    outputs of the wrapper, and their losses are taken after it.
+
+    Args:
+        student: runs the student.
+        args: weights, divergence, temperature, what to run.
+    """
+
+    def __init__(self, student: PartialForward, args: CurriculumDistillationConfig):
+        self.student, self._args = student, args
+        self._balances_experts = balances_experts(student.model)
+
+    def __call__(
+        self, model: Callable[..., Any], batch: Batch, stage: Stage, targets: Targets, counts: Tensor, frozen: int = 0
+    ) -> StageLoss:
+        """The stage's loss.
+
+        Args:
+            model: the student, or what wraps it.
+            counts: `[number of positions, number of rows]` that the sums are divided by: those that count in the
+                whole accumulated batch.
+            frozen: the student's layers up to this one get no gradient.
+
+        Raises:
+            ValueError: the stage learns from labels and the batch has none.
+        """
+        if stage.label_weight and batch.labels is None:
+            raise ValueError(f"Stage {stage.name!r} learns from labels, but the batch has none; check the collator.")
+        labels = batch.labels if stage.label_weight else None
+        in_chunks = stage.needs_logits and batch.chunk_size is not None
+        adds_balance = bool(stage.label_weight and self._balances_experts)
+
+        def reduce(logits: Tensor | RowLogits, outputs: Any) -> Any:
+            if adds_balance:
+                return logits, auxiliary_loss(self.student.model, outputs)
+            return sum_over_chunks(functools.partial(logit_losses, stage, self._args, targets.logits, labels), logits)
+
+        hidden, logits = self.forward(model, batch, stage, frozen, reduce if in_chunks or adds_balance else None)
+        num_positions, num_rows = counts.clamp(min=1)
+        terms, total = {}, 0.0
+        if stage.hidden:
+            errors = [
+                losses.hidden_state_mse(hidden[layer], targets.hidden[layer], batch.weights(targets.hidden[layer]))
+                for layer in stage.student_layers
+            ]
+            num_matched = num_rows if self._args.hidden_positions == "labels" else num_positions
+            terms["hidden_mse"] = torch.stack(errors).mean() / num_matched
+            total += stage.hidden_weight * terms["hidden_mse"]
+        if adds_balance:
+            logits, balance = logits
+            terms["aux_loss"] = batch.num_rows * balance / num_rows  # a mean over tokens, weighted as these rows are
+            total += stage.label_weight * terms["aux_loss"]
+        if stage.needs_logits:
+            of_rows, sums = logits if in_chunks else logit_losses(stage, self._args, targets.logits, labels, logits)
+            terms |= {name: value / num_rows for name, value in sums.items()}
+            total += of_rows / num_rows
+        return StageLoss(total, terms, None if in_chunks else logits)
+
+    def forward(
+        self, model: Callable[..., Any], batch: Batch, stage: Stage, frozen: int = 0, reduce: Callable | None = None
+    ) -> tuple[dict[int, Tensor], Any]:
+        """The student's hidden states and logits that a stage matches, or what `reduce` makes of the logits."""
+        rows = batch.rows if stage.needs_logits else None
+        if self._args.torch_compile and rows is not None and LABEL_POSITIONS not in batch.inputs:
+            torch._dynamo.maybe_mark_dynamic(rows, 0)  # how many count differs from batch to batch: one graph for all
+        return self.student(
+            model,
+            batch.student_inputs,
+            stage.student_layers,
+            logits=stage.needs_logits,
+            rows=rows,
+            gather=rows is not None and batch.row_per_token,
+            frozen=frozen,
+            truncate=self._args.truncate,
+            chunk_size=batch.chunk_size if stage.needs_logits else None,
+            reduce=reduce,
+        )
+
+
+def logit_losses(
+    stage: Stage,
+    args: CurriculumDistillationConfig,
+    target_logits: Tensor | RowLogits | losses.TopLogits | None,
+    labels: Tensor | None,
+    logits: Tensor,
+    rows: slice = slice(None),
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A stage's weighted sum over rows of the student's logits, and its terms.
+
+    Args:
+        logits: `[rows, classes]`, the student's.
+        rows: selects the matching rows of `target_logits` and `labels`.
+    """
+    terms, total = {}, 0.0
+    if stage.kl_weight:
+        if isinstance(target_logits, losses.TopLogits):
+            divergence = losses.top_kl_divergence
+        elif args.use_liger_kernel and _runs_triton(logits):
+            divergence = losses.fused_divergence(args.divergence)
+        else:
+            divergence = losses.DIVERGENCES[args.divergence]
+        terms["kl"] = divergence(logits, target_logits[rows], args.temperature)
+        total += stage.kl_weight * terms["kl"]
+    if stage.label_weight:
+        terms["label_loss"] = losses.cross_entropy(logits, labels[rows], args.label_smoothing_factor)
+        total += stage.label_weight * terms["label_loss"]
+    return total, terms
+
+
+def _runs_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,157 @@
+"""What a run's models do on tensors without values: operations, trained parameters, memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel, masking_utils
+
+from hf_curriculum_distill.batch import BatchReader
+from hf_curriculum_distill.chunks import cut_rows
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.cost import stage_flops
+from hf_curriculum_distill.counting import num_classes
+from hf_curriculum_distill.layers import PartialForward
+from hf_curriculum_distill.objective import Objective
+from hf_curriculum_distill.planning.memory import PeakMemory
+from hf_curriculum_distill.projections import ProjectionBank
+from hf_curriculum_distill.stages import Stage
+from hf_curriculum_distill.teachers import Targets, Teacher
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """Position numbers without values look to transformers like several sequences in one, which need a mask."""
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention as accelerators have it: one kernel, which applies dropout itself and keeps no probabilities."""
+    attend = F.scaled_dot_product_attention
+
+    def attend_fused(*args, **kwargs):
+        if torch.is_autocast_enabled("cpu"):
+            args = [t.to(torch.get_autocast_dtype("cpu")) if isinstance(t, Tensor) else t for t in args]
+        with torch.autocast("cpu", enabled=False):
+            return attend(*args, **kwargs | {"dropout_p": 0.0})
+
+    F.scaled_dot_product_attention = attend_fused  # no mode: a backward pass recomputes blocks outside of modes
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attend
+
+
+class DryRun:
+    """Student and teacher without values, made under `mode`, and what a micro-batch of a stage does with them.
+
+    Args:
+        student, teacher: the models; no teacher where none is planned.
+        ids_shape, labels_shape: of the batch; labels are `[batch, length]` or `[batch]`.
+        num_rows: how many rows of logits count in it.
+    """
+
+    def __init__(
+        self,
+        mode: FakeTensorMode,
+        student: PartialForward,
+        teacher: Teacher | None,
+        args: CurriculumDistillationConfig,
+        ids_shape: tuple[int, ...],
+        labels_shape: tuple[int, ...],
+        num_rows: int,
+    ):
+        self.mode, self.student, self.teacher, self.args = mode, student, teacher, args
+        self.ids_shape, self.num_rows = ids_shape, num_rows
+        self._objective = Objective(student, args)
+        self._frozen_teacher = copy.copy(teacher)
+        if teacher is not None:
+            self._frozen_teacher.learns = False
+        self._measured: dict[tuple, tuple[int, int, set[str], PeakMemory]] = {}
+        student.model.config.use_cache = args.use_cache  # as Trainer sets it
+        if args.bf16 or args.fp16:
+            _wrap_for_mixed_precision(student.model, self._autocast())
+        read = BatchReader(
+            student, teacher and teacher.partial_forward, args, whole_logits=bool(args.deepspeed or args.fsdp)
+        )
+        with mode:
+            shapes = {"input_ids": ids_shape, "labels": labels_shape}
+            numbers = torch.zeros(num_rows, dtype=torch.long)
+            inputs = {name: torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()}
+            self._batch = read(inputs).with_rows(numbers, numbers)
+            self._counts = torch.ones(2, dtype=torch.long)
+
+    def measure(self, stage: Stage, frozen: int = 0, online: bool = False) -> tuple[int, int, set[str], PeakMemory]:
+        """Student's and teacher's operations, names of the parameters that get a gradient, and the worst moment.
+
+        Of the memory at the worst moment, that of logits is told apart.
+
+        Args:
+            frozen: the student's layers up to this one get no gradient.
+            online: whether the teacher learns from the labels, beside teaching.
+        """
+        key = replace(stage, until=None), frozen, online
+        if key not in self._measured:
+            teacher = self.teacher if online else self._frozen_teacher
+            with self.mode:
+                if teacher is not None:
+                    teacher.prepare(self._make_bank(stage), self.args.truncate, self._autocast)
+                flops = stage_flops(self._objective, teacher, self._batch, stage, frozen)
+            self._measured[key] = *(int(n.sum()) for n in flops), *self._try_step(teacher, stage, frozen)
+        return self._measured[key]
+
+    def _make_bank(self, stage: Stage) -> ProjectionBank | None:
+        if not stage.hidden:
+            return None
+        dims = ([model.hidden_size] * len(stage.hidden) for model in (self.student, self.teacher.partial_forward))
+        return ProjectionBank.create(stage.hidden, *dims).freeze()
+
+    def _try_step(self, teacher: Teacher | None, stage: Stage, frozen: int) -> tuple[set[str], PeakMemory]:
+        student, models = self.student.model, [self.student.model, *([teacher.model] if teacher else [])]
+        chunks = cut_rows(self.num_rows, self._batch.chunk_size or max(1, self.num_rows))
+        sizes = {(chunk.stop - chunk.start) * num_classes(student) for chunk in chunks}
+        with self.mode, _unpacked(), nullcontext() if self.args.use_cpu else _fused_attention():
+            parameters = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+            with PeakMemory(parameters, sizes) as memory:
+                self._loss(teacher, stage, frozen).backward()
+            trained = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+            for parameter in parameters:
+                parameter.grad = None
+        return trained, memory
+
+    def _loss(self, teacher: Teacher | None, stage: Stage, frozen: int) -> Tensor:
+        """What the trainer does with a micro-batch before its backward pass."""
+        targets = teacher.targets(self._batch, stage) if stage.needs_teacher else Targets()
+        loss = self._objective(self.student.model, self._batch, stage, targets, self._counts, frozen)
+        if teacher is not None and teacher.learns:
+            teacher.task_loss(self._batch, self._counts[1]).backward()
+            teacher.model.eval()
+            if self.args.gradient_accumulation_steps == 1:  # it takes its step before the student's backward pass
+                teacher.model.zero_grad()
+        return loss.total
+
+    def _autocast(self) -> AbstractContextManager:
+        if not (self.args.bf16 or self.args.fp16):
+            return nullcontext()
+        return torch.autocast("cpu", torch.bfloat16 if self.args.bf16 else torch.float16)
+
+
+def _wrap_for_mixed_precision(model: PreTrainedModel, autocast: torch.autocast) -> None:
+    """Wrap the forward as accelerate does in mixed precision."""
+    forward = convert_outputs_to_fp32(autocast(model.forward.__func__))
+    model.forward = MethodType(forward, model)
