@@ -86,8 +86,8 @@ class CurriculumDistillationConfig(TrainingArguments):
     layer_order: str = field(
         default="sequential",
         metadata={
-            "help": "What each layer stage matches: 'sequential' (one pair, lowest first), 'cumulative' (the next pair and "
-            "all earlier ones), 'together' (one stage, all pairs) or 'last' (one stage, the highest pair)."
+            "help": "What each layer stage matches: 'sequential' (one pair, lowest first), 'cumulative' (this and all "
+            "earlier pairs), 'together' (one stage, all pairs) or 'last' (one stage, the highest pair)."
         },
     )
 
