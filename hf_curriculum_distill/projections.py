@@ -358,7 +358,7 @@ class ProjectionBank:
 
 
 def _add(moments: tuple[int, Any, Any], values: Tensor) -> tuple[int, Any, Any]:
-    """Count, mean and sum of squared deviations, without cancellation, with `[positions, dim]` more (Chan et al., 1983)."""
+    """Update count, mean and sum of squared deviations by `[positions, dim]` values (Chan et al., 1983)."""
     (before, mean, squares), count = moments, len(values)
     if not count:
         return moments
