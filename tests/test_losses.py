@@ -176,8 +176,8 @@ def test_jensen_shannon_is_symmetric_and_at_most_log_two(seed, temperature, scal
 def test_cross_entropy_is_the_slow_sum_with_its_gradient(seed, rows, classes, smoothing, scale):
     logits = normal(rows, classes, seed=seed, scale=scale)
     labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
-    answers = (1 - smoothing) * torch.eye(classes).double()[labels] + smoothing / classes
-    expected, gradient = -(answers * log_softmax(logits)).sum(), log_softmax(logits).exp() - answers
+    targets = (1 - smoothing) * torch.eye(classes).double()[labels] + smoothing / classes
+    expected, gradient = -(targets * log_softmax(logits)).sum(), log_softmax(logits).exp() - targets
     actual, grad = value_and_gradient(cross_entropy, logits, labels, smoothing)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6 * rows * scale)
     torch.testing.assert_close(grad.double(), gradient, rtol=0, atol=1e-6 * scale)
