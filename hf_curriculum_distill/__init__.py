@@ -1,4 +1,4 @@
-"""Distil transformers with a `transformers.Trainer` whose loss follows a finished teacher's layers."""
+"""Distil transformers with a `transformers.Trainer` whose loss follows the layers of a trained teacher."""
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.projections import ProjectionBank

@@ -1,4 +1,4 @@
-"""Every knob of a distillation run, validated at construction."""
+"""[`CurriculumDistillationConfig`]: every knob of a distillation run, validated at construction."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ from hf_curriculum_distill.stages import (
     check_layer_range,
     curriculum_stages,
     parse_layer_pairs,
+    parse_stages,
     resolve_layer_map,
 )
 
 METHODS = ("curriculum", "one_shot", "progressive", "online", "labels")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
-# schedules that are no function of the step alone can't be restarted in each stage
+# their learning rates depend on more than the step, so they can't be restarted in each stage
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-_SWITCHES = (
-    "shared_projection",
-    "standardize_targets",
-    "freeze_matched_layers",
-    "truncate",
-    "restart_schedule_per_stage",
-)
+_FLAGS = ("shared_projection", "standardize_targets", "freeze_matched_layers", "truncate", "restart_schedule_per_stage")
 
 
 @dataclass
 class CurriculumDistillationConfig(TrainingArguments):
-    """[`~transformers.TrainingArguments`] plus what is matched, when, and against what.
+    """[`~transformers.TrainingArguments`] plus who teaches, what is matched, and when.
 
     Two defaults differ from `TrainingArguments`: `logging_nan_inf_filter=False` (a loss that is not finite is
-    reported, never averaged away), and `ddp_find_unused_parameters=True` (a layer stage leaves later blocks unused).
+    reported, never averaged away) and `ddp_find_unused_parameters=True` (a layer stage does not use later blocks).
+
+    The `help` of each field documents it.
 
     Raises:
-        ValueError: a value is unknown or out of range; everything that needs the models is checked by the trainer.
+        ValueError: a value is unknown or out of range. The trainer checks what depends on the models.
     """
 
+    # Parameters whose default differs from TrainingArguments
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether to leave losses that are nan or inf out of the logged average."}
     )
+
+    # Parameters that control who teaches, and what is matched when
     method: str = field(
         default="curriculum",
         metadata={
             "help": "Who teaches, and what is matched when: 'curriculum' (hidden states layer by layer, then logits), "
             "'one_shot' (logits only), 'progressive' (logits of the teacher's checkpoints in turn), 'online' (logits "
-            "of a teacher that trains alongside) or 'labels' (no teacher's). Without a teacher: the model's own loss, "
+            "of a teacher that trains alongside) or 'labels' (labels only). Without a teacher: the model's own loss, "
             "exactly as transformers.Trainer."
         },
     )
@@ -67,56 +67,62 @@ class CurriculumDistillationConfig(TrainingArguments):
             '[{"hidden": [[3, 6]], "until": 0.5}, {"kl_weight": 1.0}].'
         },
     )
+
+    # Parameters that control which layers are matched, and in which order
     layer_map: list | str | None = field(
         default="uniform",
         metadata={"help": "'uniform', 'last' or [[student_layer, teacher_layer], ...]; blocks count from 1."},
     )
     num_layer_stages: int | None = field(
-        default=None,
-        metadata={"help": "How many student layers are matched; every block of the student by default."},
+        default=None, metadata={"help": "The number of student layers that are matched; by default every block."}
     )
     layer_stack: str = field(
         default="encoder",
         metadata={
-            "help": "Which blocks of an encoder-decoder are matched: the 'encoder''s, or the 'decoder''s, for which "
-            "the whole encoder runs and trains, too. Other models have one stack."
+            "help": "Whose blocks are matched in an encoder-decoder: the 'encoder' or the 'decoder', for which the "
+            "whole encoder runs and trains, too. Other models have one stack."
         },
     )
     layer_order: str = field(
         default="sequential",
         metadata={
-            "help": "How layer stages follow each other: 'sequential' (one pair a stage, lowest first), 'cumulative' "
-            "(each keeps the earlier pairs), 'together' (one stage, all pairs) or 'last' (one stage, highest pair)."
+            "help": "What each layer stage matches: 'sequential' (one pair, lowest first), 'cumulative' (this and all "
+            "earlier pairs), 'together' (one stage, all pairs) or 'last' (one stage, the highest pair)."
         },
     )
+
+    # Parameters that control the layer stages
     hidden_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the hidden-state MSE in layer stages; with SGD it scales their learning rate."},
     )
     hidden_weight_in_logit_stage: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the last layer stage's hidden-state MSE in the logit stage."},
+        default=0.0, metadata={"help": "Weight of the last layer stage's hidden-state MSE in the logit stage."}
     )
     hidden_positions: str = field(
         default="tokens",
         metadata={
-            "help": "Where hidden states are matched: 'tokens' (all that are not padding) or 'labels' (only tokens "
-            "whose label counts, as the masked ones)."
+            "help": "Where hidden states are matched: 'tokens' (all that are not padding) or 'labels' (only those "
+            "whose label counts, such as masked tokens)."
         },
     )
     layer_stage_fraction: float = field(
-        default=0.5, metadata={"help": "Share of the steps given to the layer stages, split equally among them."}
+        default=0.5, metadata={"help": "Fraction of the steps for the layer stages, which share it equally."}
     )
+
+    # Parameters that control the logit stage
     temperature: float = field(
-        default=1.0, metadata={"help": "Divides both logits; the divergence is multiplied by its square."}
+        default=1.0, metadata={"help": "Divides the logits of both models; its square multiplies the divergence."}
     )
     divergence: str = field(
         default="forward_kl",
-        metadata={"help": "Between teacher's and student's logits: 'forward_kl', 'reverse_kl' or 'jensen_shannon'."},
+        metadata={"help": "Divergence of the student's logits: 'forward_kl', 'reverse_kl' or 'jensen_shannon'."},
     )
     label_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy on the labels in the logit stage."}
     )
+
+    # Parameters that control the projection bank
     projection: str = field(
         default="gaussian",
         metadata={"help": "Kind of fixed matrix: 'gaussian', 'rademacher', 'orthogonal' or 'identity' (first units)."},
@@ -124,15 +130,17 @@ class CurriculumDistillationConfig(TrainingArguments):
     projection_seed: int = field(default=0, metadata={"help": "Seed of the projections and of the calibration sample."})
     shared_projection: bool = field(
         default=False,
-        metadata={"help": "Whether all layers have the same matrix, so that a residual stream keeps one basis."},
+        metadata={"help": "Whether all layers share one matrix, so that a residual stream keeps one basis."},
     )
     standardize_targets: bool = field(
         default=True,
-        metadata={"help": "Whether projected states are standardised (calibration sample's mean and deviation)."},
+        metadata={"help": "Whether to standardise projected states by the calibration sample's mean and deviation."},
     )
     calibration_samples: int = field(
-        default=256, metadata={"help": "How many training examples measure the projected states' mean and deviation."}
+        default=256, metadata={"help": "Training examples to measure the projected states' mean and deviation on."}
     )
+
+    # Parameters that control what a stage trains and runs
     train_prefix: str = field(
         default="joint",
         metadata={
@@ -143,56 +151,62 @@ class CurriculumDistillationConfig(TrainingArguments):
     freeze_matched_layers: bool = field(
         default=False,
         metadata={
-            "help": "Whether the logit stage leaves all blocks up to the highest matched one as they are; a head that "
-            "is tied to the embeddings still trains these."
+            "help": "Whether the logit stage freezes all blocks up to the highest matched one; a head that is tied to "
+            "the embeddings still trains these."
         },
     )
     truncate: bool = field(
         default=True,
-        metadata={"help": "Whether layer stages stop behind their last block; off: whole models, same loss."},
+        metadata={"help": "Whether layer stages stop after their last block; if False, whole models run (same loss)."},
     )
     logit_chunk_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of logits, student's and teacher's, that are in memory at a time; 0 for all, by default as "
-            "many as fill 4 MiB on a CPU and 128 MiB elsewhere, but at least 96. Loss and operations are the same. All "
-            "at once with torch_compile, fp16, FSDP or DeepSpeed, for classifiers and in evaluation."
+            "help": "Rows of logits of each model that are in memory at a time; 0 for all; by default as many as fill "
+            "4 MiB on a CPU and 128 MiB elsewhere, but at least 96. Loss and operations are the same. All at once with "
+            "torch_compile, fp16, FSDP or DeepSpeed, for classifiers and in evaluation."
         },
     )
+
+    # Parameters that control the learning rate
     restart_schedule_per_stage: bool = field(
         default=False, metadata={"help": "Whether each stage has a learning-rate schedule of its own."}
     )
     stage_warmup_ratio: float = field(
-        default=0.2, metadata={"help": "Share of each stage that warms up, with restart_schedule_per_stage."}
+        default=0.2, metadata={"help": "Fraction of each stage that is warm-up, with restart_schedule_per_stage."}
     )
+
+    # Parameters that control the teacher
     teacher_dtype: str | None = field(
         default=None,
-        metadata={"help": "The teacher's dtype: 'float32', 'bfloat16' or 'float16'; as it was saved by default."},
+        metadata={"help": "The teacher's dtype: 'float32', 'bfloat16' or 'float16'; by default as it was saved."},
     )
     teacher_schedule: list | str | None = field(
         default="step",
         metadata={
             "help": "Which checkpoint teaches when, with method='progressive': 'step' (the next one at or after the "
-            "student's step), 'fraction' (the same after stretching the teacher's steps to the student's), or the "
-            "list of where each but the last stops, as steps or fractions of max_steps (JSON on the command line)."
+            "student's step), 'fraction' (the same, with the teacher's steps scaled to the student's), or a list of "
+            "where each but the last stops, in steps or as fractions of max_steps (JSON on the command line)."
         },
     )
     teacher_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "The teacher's peak learning rate with method='online'; the student's by default."},
+        metadata={"help": "The teacher's peak learning rate with method='online'; by default the student's."},
     )
+
+    # Parameters that control the cache of the teacher's targets
     teacher_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder to keep the teacher's targets in, for later epochs and other students that read the same "
-            "tokens: with random masks they never do."
+            "help": "Folder that keeps the teacher's targets for later epochs and other students, which must read the "
+            "same tokens; with random masks they never do."
         },
     )
     teacher_cache_logits: int | None = field(
         default=64,
         metadata={
-            "help": "How many of the likeliest classes teacher_cache keeps of each row of logits, all others as one; "
-            "None (null in YAML): all, which is exact."
+            "help": "The number of likeliest classes that teacher_cache keeps of each row of logits, with all others "
+            "as one; None (null in YAML) keeps all, which is exact."
         },
     )
 
@@ -203,9 +217,10 @@ class CurriculumDistillationConfig(TrainingArguments):
         self.check()
 
     def check(self) -> None:
-        """Raise a `ValueError` for a value that is unknown or out of range; lists in JSON become lists.
+        """Raise a `ValueError` for a value that is unknown or out of range, and parse lists written as JSON.
 
-        Runs at construction and, because values may be set later (a hyperparameter search sets them), before training.
+        It runs at construction and again before training, because values may be set in between, for instance by a
+        hyperparameter search.
         """
         for name in ("stages", "layer_map", "teacher_schedule"):
             value = getattr(self, name)
@@ -226,28 +241,31 @@ class CurriculumDistillationConfig(TrainingArguments):
             parse_layer_pairs(self.layer_map)
         else:
             self._check_choice("layer_map", ("uniform", "last"), " or [[student_layer, teacher_layer], ...]")
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):  # any text would count as True
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):  # a string like "false" would count as True
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
         self._check_range("layer_stage_fraction", 0, 1, "both excluded", lambda x: 0 < x < 1)
         self._check_range("stage_warmup_ratio", 0, 1, "1 excluded", lambda x: 0 <= x < 1)
-        self._check_range("temperature", 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
-        self._check_range("hidden_weight", 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
-        self._check_range("hidden_weight_in_logit_stage", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
-        self._check_range("label_loss_weight", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
-        self._check_range("calibration_samples", 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
+        for name in ("temperature", "hidden_weight"):
+            self._check_range(name, 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
+        for name in ("hidden_weight_in_logit_stage", "label_loss_weight"):
+            self._check_range(name, 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
         self._check_range("projection_seed", 0, 2**64, "whole", lambda x: isinstance(x, int) and 0 <= x < 2**64)
-        # stock knobs that the stages and losses are computed from
+        counts = ["calibration_samples", "per_device_train_batch_size", "gradient_accumulation_steps"]
+        counts += [name for name in ("num_layer_stages", "teacher_cache_logits") if getattr(self, name) is not None]
+        for name in counts:
+            self._check_range(name, 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
+        # knobs of TrainingArguments that stages and losses are computed from
         self._check_range("max_steps", -1, math.inf, "whole; -1: by epochs", lambda x: isinstance(x, int))
         self._check_range("num_train_epochs", 0, math.inf, "finite", lambda x: 0 <= x < math.inf or self.max_steps > 0)
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            self._check_range(name, 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
         self._check_range("learning_rate", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
         self._check_range("label_smoothing_factor", 0, 1, "both included", lambda x: 0 <= x <= 1)
-        if self.restart_schedule_per_stage and self.lr_scheduler_type in _STATEFUL_SCHEDULES:
+        schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        if schedule in _STATEFUL_SCHEDULES and (self.restart_schedule_per_stage or self.method == "online"):
+            knob = "restart_schedule_per_stage" if self.restart_schedule_per_stage else "method='online'"
             raise ValueError(
-                f"restart_schedule_per_stage needs a schedule that is a function of the step, but lr_scheduler_type is "
-                f"{_schedule_name(self)!r}; use one like 'cosine' or 'linear'."
+                f"{knob} needs a schedule that is a function of the step, but lr_scheduler_type is {schedule!r}; use "
+                "one like 'cosine' or 'linear'."
             )
         self._check_who_teaches()
         if self.logit_chunk_size is not None:
@@ -259,19 +277,15 @@ class CurriculumDistillationConfig(TrainingArguments):
                         "because gradients of a chunk are taken inside the forward pass; leave one of the two out."
                     )
         self._check_cache()
-        if self.num_layer_stages is not None:
-            self._check_range("num_layer_stages", 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
         if self.stages is not None:
-            if not isinstance(self.stages, (list, tuple)):
-                raise ValueError(f"stages is {self.stages!r}; write a list with a dict of Stage fields for each stage.")
-            self.stages = [_stage_fields(stage, index) for index, stage in enumerate(self.stages)]
+            self.stages = parse_stages(self.stages)
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> CurriculumDistillationConfig:
-        """The same arguments with this library's defaults added; `args` itself is not changed.
+        """Copy plain training arguments; the fields of this library get their defaults.
 
         Raises:
-            ValueError: the arguments have fields that this class lacks.
+            ValueError: `args` has fields that this class lacks.
         """
         names = {f.name for f in dataclasses.fields(args) if f.init}
         if extra := sorted(names - {f.name for f in dataclasses.fields(cls)}):
@@ -282,10 +296,16 @@ class CurriculumDistillationConfig(TrainingArguments):
         return cls(**{name: getattr(args, name) for name in names - {"logging_nan_inf_filter"}})
 
     def resolve_stages(self, student_depth: int, teacher_depth: int | None) -> tuple[Stage, ...]:
-        """The stages that `stages` or `method` stand for, between models of so many blocks (None: no teacher).
+        """The stages that `stages`, or else `method`, stands for.
+
+        Args:
+            student_depth, teacher_depth: the number of blocks; None without a teacher.
+
+        Returns:
+            the stages, with each `until` as it was given; none without a teacher and explicit `stages`.
 
         Raises:
-            ValueError: a layer is out of range, or a stage needs a teacher where there is none.
+            ValueError: a layer is out of range, or a stage needs a teacher and there is none.
         """
         if self.stages is not None:
             stages = tuple(Stage(**stage) for stage in self.stages)
@@ -312,10 +332,10 @@ class CurriculumDistillationConfig(TrainingArguments):
         return stages
 
     def schedule(self, stages: Sequence[Stage], max_steps: int) -> StageScheduler:
-        """The scheduler of [`resolve_stages`]' stages.
+        """The scheduler of the stages that [`resolve_stages`] returned.
 
         Raises:
-            ValueError: `max_steps` are too few for them.
+            ValueError: `max_steps` is too small for them.
         """
         num_layer_stages = sum(not stage.needs_logits for stage in stages)
         try:
@@ -352,15 +372,8 @@ class CurriculumDistillationConfig(TrainingArguments):
                     f"teacher_dtype is {self.teacher_dtype!r}, but method='online' trains the teacher, which needs "
                     "'float32' weights; use bf16=True for speed."
                 )
-            if self.lr_scheduler_type in _STATEFUL_SCHEDULES:
-                raise ValueError(
-                    f"method='online' needs a schedule that is a function of the step, but lr_scheduler_type is "
-                    f"{_schedule_name(self)!r}; use one like 'cosine' or 'linear'."
-                )
 
     def _check_cache(self) -> None:
-        if self.teacher_cache_logits is not None:
-            self._check_range("teacher_cache_logits", 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
         if self.teacher_cache is None:
             return
         if not isinstance(self.teacher_cache, (str, os.PathLike)) or not os.fspath(self.teacher_cache):
@@ -382,22 +395,3 @@ class CurriculumDistillationConfig(TrainingArguments):
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise ValueError(f"{name} is {value!r}; it must be a number between {low} and {high} ({note}).")
-
-
-def _schedule_name(args: TrainingArguments) -> str:
-    return getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-
-
-def _stage_fields(stage: Any, index: int) -> dict[str, Any]:
-    """Check one entry of `stages` and return it as plain JSON values."""
-    stage = dataclasses.asdict(stage) if isinstance(stage, Stage) else stage
-    if not isinstance(stage, dict):
-        raise ValueError(f"stages[{index}] is {stage!r}; write each stage as a dict of Stage fields.")
-    known = [f.name for f in dataclasses.fields(Stage)]
-    if unknown := sorted(set(stage) - set(known), key=str):
-        raise ValueError(f"stages[{index}] has unknown fields {unknown}; a stage has {', '.join(known)}.")
-    try:
-        fields = dataclasses.asdict(Stage(**stage))
-    except ValueError as error:
-        raise ValueError(f"stages[{index}]: {error}") from error
-    return fields | {"hidden": [list(pair) for pair in fields["hidden"]]}

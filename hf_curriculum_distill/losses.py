@@ -1,8 +1,8 @@
-"""Losses: tensors in, one summed number out. Torch only, but for [`fused_divergence`].
+"""Losses: tensors in, one summed number out. Torch only, except for [`fused_divergence`].
 
-Every function returns the **sum** over counted positions, in float32 whatever the dtype of its inputs. The caller
-divides by the number of positions counted over the whole accumulated batch and all processes, so that the loss does
-not depend on how a batch is cut into micro-batches.
+Every loss is a **sum** over the positions or rows that count, in float32 whatever the dtype of its inputs. The caller
+divides it by how many of them count in the whole accumulated batch, on all processes together: then the loss does not
+depend on how the batch is split into micro-batches.
 """
 
 from __future__ import annotations
@@ -16,19 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK_SIZE = 2**22  # logits held at a time beside those the backward pass needs: 16 MiB in float32
+# 16 MiB in float32: what the backward pass does not need is in memory for one chunk of rows at a time
+_LOGITS_PER_CHUNK = 2**22
 
 
 def hidden_state_mse(student: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error between hidden states: sum over positions of the mean over the hidden dimension.
+    """Squared error between hidden states: the sum over positions of the mean over the hidden dimension.
+
+    Zero at equality. With standardised targets, always predicting the mean costs 1.0 a position. The loss of the layer
+    stages in Gupta & Karmalkar (2025, arXiv 2503.17494).
 
     Args:
-        student: `[batch, length, hidden]`.
-        target: the same shape.
-        mask: `[batch, length]`, the weight of each position (a bool mask counts the positions that are True);
-            None counts every position.
+        student: hidden states `[batch, length, hidden]`.
+        target: the teacher's, projected: the same shape.
+        mask: the weight of each position, `[batch, length]` (of a bool mask, positions that are True count 1); None
+            gives every position the weight 1.
 
-    Zero at equality. With standardised targets, 1.0 per position is what predicting the mean would score.
+    Returns:
+        the weighted sum, a float32 scalar.
+
+    Raises:
+        ValueError: the shapes differ.
 
     ```python
     >>> student, target = torch.zeros(1, 2, 4), torch.ones(1, 2, 4)
@@ -36,6 +44,8 @@ def hidden_state_mse(student: Tensor, target: Tensor, mask: Tensor | None = None
     2.0
     >>> hidden_state_mse(student, target, mask=torch.tensor([[True, False]])).item()
     1.0
+    >>> hidden_state_mse(target, target).item()
+    0.0
 
     ```
     """
@@ -54,14 +64,22 @@ def hidden_state_mse(student: Tensor, target: Tensor, mask: Tensor | None = None
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """`T^2 * sum KL(teacher || student)`: sum over rows of `[rows, classes]` logits.
+    """`T^2 * KL(teacher || student)`, summed over rows: both logits are divided by the temperature `T` first.
 
-    Both logits are divided by the temperature `T`; the factor `T^2` keeps the gradient's size (Hinton et al., 2015).
-    Zero exactly when both distributions are equal.
+    Zero if and only if both distributions are equal. Gradients shrink as `1 / T^2`, which the factor `T^2` makes up for
+    (Hinton et al., 2015, arXiv 1503.02531, section 2).
+
+    Args:
+        student_logits: `[rows, classes]`.
+        teacher_logits: the same shape.
+        temperature: `T`, above 0.
+
+    Returns:
+        the sum in nats, a float32 scalar.
 
     ```python
     >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
-    >>> kl_divergence(logits, logits + 5.0).abs().item() < 1e-6
+    >>> kl_divergence(logits, logits + 5.0).abs().item() < 1e-6  # a constant on all logits changes no probability
     True
 
     ```
@@ -70,25 +88,44 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
 
 
 def reverse_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """`T^2 * sum KL(student || teacher)`: mode-seeking; zero exactly at equality. Shapes as [`kl_divergence`]."""
+    """`T^2 * KL(student || teacher)`, summed over rows: the mode-seeking direction.
+
+    Zero if and only if both distributions are equal. Arguments and result as of [`kl_divergence`].
+
+    ```python
+    >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> reverse_kl_divergence(logits, logits + 5.0).abs().item() < 1e-6
+    True
+
+    ```
+    """
     return kl_divergence(teacher_logits, student_logits, temperature)
 
 
 def jensen_shannon_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """`T^2 * sum (KL(teacher || m) + KL(student || m)) / 2` with `m` the even mixture of both.
+    """`T^2 * (KL(teacher || m) + KL(student || m)) / 2`, summed over rows; `m` is the mean of both distributions.
 
-    Symmetric, at most `log 2` per row (times `T^2`), zero exactly at equality. Shapes as [`kl_divergence`].
+    Symmetric; at most `T^2 log 2` a row; zero if and only if both distributions are equal (Lin, 1991). Arguments and
+    result as of [`kl_divergence`].
+
+    ```python
+    >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> jensen_shannon_divergence(logits, logits + 5.0).abs().item() < 1e-6
+    True
+
+    ```
     """
     return _sum_over_rows(_jensen_shannon_divergence, student_logits, teacher_logits, temperature)
 
 
 @dataclass
 class TopLogits:
-    """What is left of a teacher's logits `[rows, classes]`: its likeliest classes, and all others as one.
+    """A teacher's distributions over `k + 1` outcomes: its `k` likeliest classes, and all others as one outcome.
 
     Args:
-        log_probabilities: `[rows, k + 1]`, of the classes below, then of all others together, at the temperature.
-        classes: `[rows, k]`, likeliest first.
+        log_probabilities: `[rows, k + 1]`, in the order of `classes`, then that of all others together; they are those
+            at the temperature that [`top_logits`] was given.
+        classes: class numbers `[rows, k]`, the likeliest first.
     """
 
     log_probabilities: Tensor
@@ -99,38 +136,77 @@ class TopLogits:
 
 
 def top_logits(logits: Tensor, k: int, temperature: float = 1.0) -> TopLogits:
-    """Keep the `k` likeliest classes of each row, fewer than there are."""
+    """Keep the `k` likeliest classes of each row.
+
+    Args:
+        logits: `[rows, classes]`.
+        k: how many, fewer than there are classes.
+        temperature: divides the logits.
+    """
     logits = logits.float() / temperature
     return TopLogits(*_bucketed(logits, logits.topk(k, -1).indices))
 
 
 def top_kl_divergence(student_logits: Tensor, teacher: TopLogits, temperature: float = 1.0) -> Tensor:
-    """`T^2 * sum KL(teacher || student)` over `k + 1` outcomes: the teacher's likeliest classes, and any other.
+    """`T^2 * KL(teacher || student)`, summed over rows, for `k + 1` outcomes: the teacher's `k` classes, and any other.
 
-    Never above [`kl_divergence`] and the closer to it the larger `k` is, because merging outcomes only hides
-    differences; zero where the student gives each of the classes, so also the rest, the teacher's probability.
+    Never above [`kl_divergence`] and closer to it with a larger `k`, because merging outcomes only hides differences.
+    Zero if and only if the student gives each of the `k` classes the teacher's probability.
+
+    Args:
+        student_logits: `[rows, classes]`, of all classes.
+        teacher: the result of [`top_logits`] for the same rows and temperature.
+        temperature: `T`, above 0.
+
+    Returns:
+        the sum in nats, a float32 scalar.
+
+    ```python
+    >>> logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    >>> top_kl_divergence(logits, top_logits(logits + 5.0, k=2)).abs().item() < 1e-6
+    True
+
+    ```
     """
-    num_rows = max(1, _BLOCK_SIZE // student_logits.shape[-1])
+    num_rows = max(1, _LOGITS_PER_CHUNK // student_logits.shape[-1])
     total = torch.zeros((), device=student_logits.device)
-    blocks = (tensor.split(num_rows) for tensor in (student_logits, teacher.log_probabilities, teacher.classes))
-    for student, log_probabilities, classes in zip(*blocks, strict=True):
+    chunks = (tensor.split(num_rows) for tensor in (student_logits, teacher.log_probabilities, teacher.classes))
+    for student, log_probabilities, classes in zip(*chunks, strict=True):
         own, _ = _bucketed(student.float() / temperature, classes)
         total = total + _kl_divergence(own, log_probabilities)
     return temperature**2 * total
 
 
 def _bucketed(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    # the rest is summed up, not subtracted from 1, which would leave rounding alone where it is small
+    # sum the rest up: subtracted from 1, a small rest would be nothing but rounding error
     rest = logits.scatter(-1, classes, -math.inf).logsumexp(-1, keepdim=True)
     chosen = torch.cat([logits.gather(-1, classes), rest], -1)
     return chosen - logits.logsumexp(-1, keepdim=True), classes
 
 
 def cross_entropy(student_logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of `[rows, classes]` logits with integer labels `[rows]`, summed over rows."""
+    """Cross-entropy of the student's logits with labels, summed over rows.
+
+    Not a divergence: it is zero where the label has probability 1, whatever the teacher says.
+
+    Args:
+        student_logits: `[rows, classes]`.
+        labels: class numbers `[rows]`.
+        label_smoothing: the share of each label's probability that is spread evenly over all classes, 0 to 1.
+
+    Returns:
+        the sum in nats, a float32 scalar.
+
+    ```python
+    >>> round(cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3])).item() / math.log(4), 6)  # even odds, two rows
+    2.0
+
+    ```
+    """
     return F.cross_entropy(student_logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
 
 
+# by the name that the config's `divergence` has for it
 DIVERGENCES = {
     "forward_kl": kl_divergence,
     "reverse_kl": reverse_kl_divergence,
@@ -140,21 +216,29 @@ _LIGER_BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}
 
 
 def fused_divergence(name: str) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """One of `DIVERGENCES`, with each block's loss and gradient from one Triton kernel, Liger-Kernel's.
+    """One of `DIVERGENCES`, with the loss and the gradient of each chunk of rows from one kernel of Liger-Kernel.
 
     The teacher's logits get no gradient.
+
+    Args:
+        name: a key of `DIVERGENCES`.
+
+    Returns:
+        a function with the arguments and the result of [`kl_divergence`].
+
+    Raises:
+        ImportError: Liger-Kernel, an optional dependency, is not installed.
     """
-    from liger_kernel.transformers.functional import liger_jsd  # an extra
+    from liger_kernel.transformers.functional import liger_jsd
 
     def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-        return len(student) * liger_jsd(student, teacher, beta=_LIGER_BETAS[name])  # which is a mean over rows
+        return len(student) * liger_jsd(student, teacher, beta=_LIGER_BETAS[name])  # liger_jsd is a mean over rows
 
     return functools.partial(_sum_over_rows, divergence)
 
 
 def _sum_over_rows(divergence: Callable, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    # by blocks of rows: what the backward pass does not need is held for one block at a time
-    num_rows = max(1, _BLOCK_SIZE // student_logits.shape[-1])
+    num_rows = max(1, _LOGITS_PER_CHUNK // student_logits.shape[-1])
     total = torch.zeros((), device=student_logits.device)
     for student, teacher in zip(student_logits.split(num_rows), teacher_logits.split(num_rows), strict=True):
         total = total + divergence(_log_probabilities(student, temperature), _log_probabilities(teacher, temperature))

@@ -24,34 +24,38 @@ FILE_NAME = "projection_bank.safetensors"
 FORMAT_VERSION = "2"
 PROJECTIONS = ("gaussian", "rademacher", "orthogonal", "identity")
 _IDENTITY = ("fingerprint", "name", "revision")
-_STORED = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+_STORED = {"dtype": torch.float32, "device": "cpu"}  # regardless of torch's default dtype and device
 
 
 @dataclass
 class _Projection:
     weight: Tensor  # [student_dim, teacher_dim]
-    mean: Tensor  # [student_dim], of the projected states on the calibration sample
-    std: Tensor  # [student_dim]
+    mean: Tensor  # [student_dim], of the calibration sample's projected states; 0 before `fit`
+    std: Tensor  # [student_dim]; 1 before `fit`
 
 
 class ProjectionBank:
-    """One fixed random matrix for each `(student_layer, teacher_layer)` pair, and how its outputs are standardised.
+    """One fixed random matrix for each `(student_layer, teacher_layer)` pair, with the statistics of its outputs.
 
-    Made by [`create`], measured once by [`fit`], then frozen: `project` never changes it, and a second `fit` raises.
-    What was measured belongs to the teacher that it was measured on; matrices that were drawn alone belong to none.
-    Gupta & Karmalkar (2025) project the teacher's hidden states with fixed random matrices; that targets are
-    standardised with a calibration sample's mean and standard deviation is our choice.
+    [`create`] draws the matrices, [`fit`] measures mean and standard deviation of their outputs once and freezes the
+    bank: nothing changes it afterwards, and a second `fit` raises. A bank that was measured fits only the teacher that
+    it was measured on; a bank that was frozen without that fits any.
+
+    Gupta & Karmalkar (2025, arXiv 2503.17494) project the teacher's hidden states with fixed random matrices; to
+    standardise the targets is our choice.
 
     ```python
-    >>> bank = ProjectionBank.create([(1, 2)], student_dims=[4], teacher_dims=[8], kind="gaussian", seed=0)
-    >>> bank.project(1, torch.ones(2, 3, 8)).shape
-    torch.Size([2, 3, 4])
+    >>> bank = ProjectionBank.create([(1, 2)], student_dims=[1], teacher_dims=[1], kind="identity")
+    >>> teacher = lambda batch, layers: ({2: batch}, torch.ones(batch.shape[:2]))
+    >>> bank.fit(teacher, [torch.tensor([[[4.0], [6.0]]])]).project(1, torch.tensor([7.0]))  # mean 5, deviation 1
+    tensor([2.])
 
     ```
 
     Attributes:
-        metadata: `kind`, `seed` and `shared` as given to [`create`]; `teacher`, whom [`fit`] measured, or None.
-        frozen: whether it has been measured, or taken as it is.
+        metadata: `kind`, `seed` and `shared`, the arguments of [`create`], and `teacher`, the `identity` that [`fit`]
+            was given, or None.
+        frozen: whether [`fit`] or [`freeze`] was called.
     """
 
     def __init__(self, projections: Mapping[LayerPair, _Projection], metadata: Mapping[str, Any], frozen: bool):
@@ -70,16 +74,24 @@ class ProjectionBank:
         seed: int = 0,
         shared: bool = False,
     ) -> ProjectionBank:
-        """Draw one matrix `[student_dim, teacher_dim]` a pair.
+        """Draw one matrix `[student_dim, teacher_dim]` for each pair.
 
-        Entries of `gaussian` and `rademacher` have variance `1 / teacher_dim`; `orthogonal` has orthonormal rows (or
-        scaled orthonormal columns, where the student is wider); `identity` copies the first `student_dim` units.
-        A pair's matrix depends on the seed and the pair alone, on every machine; with `shared` on the seed alone, so
-        that pairs of the same dims have the same matrix. In a residual stream one layer's states are mostly the next
-        one's: a shared matrix keeps them in one basis, where a matrix for each layer makes every stage learn another.
+        A matrix depends on the seed and its pair alone, on every machine; with `shared` on the seed alone. Most of what
+        a residual stream holds at one layer is there at the next: a shared matrix keeps it in one basis, while separate
+        ones make each stage learn another.
+
+        Args:
+            layer_pairs: `(student_layer, teacher_layer)` pairs, each student layer once.
+            student_dims, teacher_dims: the hidden sizes at each pair's layers, in the order of the pairs.
+            kind: "gaussian" or "rademacher", with entries of variance `1 / teacher_dim`; "orthogonal", with orthonormal
+                rows (for a wider student, scaled orthonormal columns); "identity", which copies the first units.
+            shared: whether pairs with the same dims have the same matrix.
+
+        Returns:
+            a bank that is not frozen.
 
         Raises:
-            ValueError: unknown kind, dims that do not match the pairs, or `identity` for a student that is wider.
+            ValueError: the kind is unknown, the dims do not match the pairs, or a wider student has kind "identity".
         """
         pairs = parse_layer_pairs(layer_pairs)
         if kind not in PROJECTIONS:
@@ -104,24 +116,28 @@ class ProjectionBank:
 
     @property
     def layer_pairs(self) -> tuple[LayerPair, ...]:
+        """The `(student_layer, teacher_layer)` pairs, in the order in which they were given."""
         return tuple(self._projections)
 
     @property
     def shapes(self) -> dict[LayerPair, tuple[int, int]]:
-        """`{(student_layer, teacher_layer): (student_dim, teacher_dim)}`."""
+        """The matrices' shapes: `{(student_layer, teacher_layer): (student_dim, teacher_dim)}`."""
         return {pair: tuple(p.weight.shape) for pair, p in self._projections.items()}
 
     def check_fits(
         self, pairs: Iterable[LayerPair], student_dim: int, teacher_dim: int, teacher_fingerprint: str | None
     ) -> None:
-        """Raise a `ValueError` unless there is a `[student_dim, teacher_dim]` matrix for each pair.
+        """Check that the bank can project this teacher's states for this student.
 
         Args:
-            teacher_fingerprint: the teacher's [`~teachers.weights_fingerprint`], which a bank that was measured must
-                have been measured on; None for a teacher that changes while it teaches.
+            pairs: the `(student_layer, teacher_layer)` pairs that are needed.
+            student_dim, teacher_dim: the models' hidden sizes.
+            teacher_fingerprint: of its weights ([`~teachers.weights_fingerprint`]); None if they change.
+
+        Raises:
+            ValueError: a pair has no `[student_dim, teacher_dim]` matrix, or the bank was measured on another teacher.
         """
-        missing = [pair for pair in pairs if self.shapes.get(pair) != (student_dim, teacher_dim)]
-        if missing:
+        if missing := [pair for pair in pairs if self.shapes.get(pair) != (student_dim, teacher_dim)]:
             raise ValueError(
                 f"The projection bank does not fit: layer pairs {missing} need [{student_dim}, {teacher_dim}] matrices "
                 f"(student, teacher), but it has {self.shapes}. Create it for this layer map and these models."
@@ -139,17 +155,17 @@ class ProjectionBank:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every pair, matrix, mean and standard deviation, to the bit, and all the metadata."""
-        described = json.dumps({**self.metadata, "frozen": self.frozen}, sort_keys=True)
-        return self._hash(("weight", "mean", "std"), described)
+        """SHA-256 over all pairs, matrices, means and standard deviations, to the bit, and all metadata."""
+        metadata = {**self.metadata, "frozen": self.frozen}
+        return self._hash(("weight", "mean", "std"), json.dumps(metadata, sort_keys=True))
 
     @property
     def matrix_fingerprint(self) -> str:
-        """SHA-256 over the pairs and matrices alone: what the seed determines, before any calibration."""
+        """SHA-256 over pairs and matrices alone, which the seed determines."""
         return self._hash(("weight",))
 
     def freeze(self) -> ProjectionBank:
-        """Take the bank as it is, targets unstandardised."""
+        """Freeze the bank as it is; before [`fit`] that leaves the targets unstandardised. Returns this bank."""
         self.frozen = True
         return self
 
@@ -162,56 +178,68 @@ class ProjectionBank:
     ) -> ProjectionBank:
         """Measure mean and standard deviation of the projected teacher states, then freeze the bank.
 
-        Args:
-            teacher: `teacher(batch, layers)` returns `{layer: [batch, length, teacher_dim]}` and a mask
-                `[batch, length]`, non-zero where a position counts.
-            dataloader: the calibration sample's batches.
-            identity: who is measured, as [`~teachers.Teacher`]'s `identity` says it: `fingerprint` (of the
-                weights: [`~teachers.weights_fingerprint`]) and, for the reader, the `name` and `revision` of a model on
-                the Hub. A bank that wasn't told is of no use to a trainer, which cannot know whether it fits.
+        A coordinate that does not vary keeps a standard deviation of 1, so that its target is 0.
 
-        A coordinate that never varies keeps a standard deviation of 1, so that its target is 0.
+        Args:
+            teacher: a function that is called as `teacher(batch, layers)` for each batch, without gradients. `layers`
+                is the sorted list of the pairs' teacher layers. It returns two things, on the bank's device: the hidden
+                states at these layers, `{layer: [batch, length, teacher_dim]}`, and a mask that is non-zero where a
+                position counts, `[batch, length]` or `[batch, 1]`.
+            dataloader: the batches of the calibration sample. It is read once, and batches are passed on as they are.
+            identity: the teacher's `fingerprint` ([`~teachers.weights_fingerprint`]), without which a trainer refuses
+                the bank, and, for readers, its `name` and `revision` on the Hub.
+
+        Returns:
+            this bank, frozen.
 
         Raises:
-            ValueError: the bank is frozen already, the sample is empty, or a layer's states do not vary at all.
+            ValueError: the bank is frozen already, no position of the sample counts, or a layer's states do not vary.
             FloatingPointError: the teacher's states are not finite.
         """
         if self.frozen:
             raise ValueError("This ProjectionBank is fitted and frozen already; create a new one to calibrate again.")
         layers = sorted({teacher_layer for _, teacher_layer in self._projections})
-        moments = {pair: _Moments() for pair in self._projections}
+        moments = dict.fromkeys(self._projections, (0, 0.0, 0.0))
         for batch in dataloader:
             hidden, mask = teacher(batch, layers)
             for pair, projection in self._projections.items():
                 states = hidden[pair[1]][mask.expand(hidden[pair[1]].shape[:2]) != 0]
-                moments[pair].add(_linear(states, projection.weight).double())
-        for pair, moment in moments.items():
-            if not moment.count:
+                moments[pair] = _add(moments[pair], _linear(states, projection.weight).double())
+        for pair, (count, mean, squares) in moments.items():
+            if not count:
                 raise ValueError("The calibration sample has no position that counts; give a larger one.")
-            std = (moment.squares / moment.count).sqrt()
+            std = (squares / count).sqrt()
             if not torch.isfinite(std).all():
                 raise FloatingPointError(f"The teacher's hidden states at layer {pair[1]} are not finite.")
-            # rounding alone makes constant states differ in their last bits
-            varies = std > 1e-6 * (moment.mean.square() + std.square()).sqrt()
+            # the last bits of constant states differ by rounding
+            varies = std > 1e-6 * (mean.square() + std.square()).sqrt()
             if not varies.any():
                 raise ValueError(
-                    f"The teacher's hidden states at layer {pair[1]} are the same at all {moment.count} calibration "
+                    f"The teacher's hidden states at layer {pair[1]} are the same at all {count} calibration "
                     "positions, so there is nothing to learn from them. Check the teacher and the data."
                 )
             projection = self._projections[pair]
-            projection.mean = moment.mean.float().to(projection.weight.device)
+            projection.mean = mean.float().to(projection.weight.device)
             projection.std = torch.where(varies, std, 1.0).float().to(projection.weight.device)
         self.metadata["teacher"] = {name: (identity or {}).get(name) for name in _IDENTITY}
         return self.freeze()
 
     def project(self, student_layer: int, hidden: Tensor) -> Tensor:
-        """Standardised projection of teacher states: `[..., teacher_dim]` -> `[..., student_dim]`, float32."""
+        """The student's targets at a layer: the teacher's states, projected and standardised, in float32.
+
+        Args:
+            student_layer: of one of the pairs.
+            hidden: the teacher's states at that pair's teacher layer, `[..., teacher_dim]`.
+
+        Returns:
+            `[..., student_dim]`, in float32 even under autocast.
+        """
         projection = self._by_student_layer[student_layer]
         weight = projection.weight / projection.std[:, None]
         return _linear(hidden, weight, -projection.mean / projection.std)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name in the file."""
+        """All tensors by their names in the file: `layer_{s}_{t}.weight`, `.mean` and `.std` of each pair."""
         return {
             f"layer_{student}_{teacher}.{name}": getattr(projection, name)
             for (student, teacher), projection in self._projections.items()
@@ -219,32 +247,35 @@ class ProjectionBank:
         }
 
     def to(self, device: torch.device | str) -> ProjectionBank:
-        """Move the bank's tensors in place."""
+        """Move all tensors of this bank to a device; returns this bank."""
         for projection in self._projections.values():
             projection.weight = projection.weight.to(device)
             projection.mean, projection.std = projection.mean.to(device), projection.std.to(device)
         return self
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `projection_bank.safetensors` into a folder, whole or not at all."""
+        """Write `projection_bank.safetensors` into a folder, completely or not at all."""
         os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, FILE_NAME)
         metadata = {name: json.dumps(value) for name, value in self.metadata.items()} | {
             "format_version": FORMAT_VERSION,
             "layer_pairs": json.dumps(self.layer_pairs),
             "frozen": json.dumps(self.frozen),
             "fingerprint": self.fingerprint,
         }
-        with replacing(path) as partial:
+        with replacing(os.path.join(folder, FILE_NAME)) as partial:
             save_file({n: t.cpu().contiguous() for n, t in self.tensors().items()}, partial, metadata=metadata)
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | os.PathLike, revision: str | None = None) -> ProjectionBank:
         """Read a bank from a folder or a Hub repository.
 
+        Args:
+            folder_or_repo: one that holds `projection_bank.safetensors`, as every folder of a student does.
+            revision: the branch, tag or commit of a Hub repository.
+
         Raises:
-            OSError: there is no such file.
-            ValueError: the file is damaged, was written by a newer format, or does not match its fingerprint.
+            OSError: there is no such folder, repository or file.
+            ValueError: the file is damaged, has another format version, or does not match its fingerprint.
         """
         folder = os.fspath(folder_or_repo)
         if not os.path.isdir(folder):
@@ -263,17 +294,15 @@ class ProjectionBank:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             version, fingerprint = metadata.pop("format_version"), metadata.pop("fingerprint")
-        except (SafetensorError, KeyError) as error:
+            if version == FORMAT_VERSION:
+                bank = cls._from_file(tensors, {name: json.loads(value) for name, value in metadata.items()})
+        except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a readable projection bank ({error}); restore the file.") from error
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{path} has format version {version}, this library reads {FORMAT_VERSION}, which says which "
                 "teacher was measured; create the bank anew from its seed, or use the library's version that wrote it."
             )
-        try:
-            bank = cls._from_file(tensors, {name: json.loads(value) for name, value in metadata.items()})
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable projection bank ({error}); restore the file.") from error
         if bank.fingerprint != fingerprint:
             raise ValueError(
                 f"{path} does not match the fingerprint it was saved with ({fingerprint[:12]}...): its tensors or "
@@ -306,16 +335,17 @@ class ProjectionBank:
         return bank
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the bank's file to a Hub repository (created if needed); returns the commit's address."""
+        """Upload the bank's file to a Hub repository, which is created if needed; returns the commit's address.
+
+        Args:
+            kwargs: `token`, `private` (of a new repository), and further arguments of `HfApi.upload_file`.
+        """
         api = HfApi(token=kwargs.pop("token", None))
         api.create_repo(repo_id, exist_ok=True, private=kwargs.pop("private", None))
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return str(
-                api.upload_file(
-                    path_or_fileobj=os.path.join(folder, FILE_NAME), path_in_repo=FILE_NAME, repo_id=repo_id, **kwargs
-                )
-            )
+            path = os.path.join(folder, FILE_NAME)
+            return str(api.upload_file(path_or_fileobj=path, path_in_repo=FILE_NAME, repo_id=repo_id, **kwargs))
 
     def _hash(self, names: Sequence[str], described: str = "") -> str:
         digest = hashlib.sha256(described.encode())
@@ -327,27 +357,19 @@ class ProjectionBank:
         return digest.hexdigest()
 
 
-class _Moments:
-    """Running mean and sum of squared deviations (Chan et al., 1983), float64: no cancellation, one pass."""
-
-    def __init__(self):
-        self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
-
-    def add(self, values: Tensor) -> None:
-        """values: `[positions, dim]`."""
-        if not len(values):
-            return
-        count, mean = len(values), values.mean(0)
-        delta, total = mean - self.mean, self.count + count
-        self.squares = self.squares + (values - mean).square().sum(0) + delta**2 * (self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
+def _add(moments: tuple[int, Any, Any], values: Tensor) -> tuple[int, Any, Any]:
+    """Update count, mean and sum of squared deviations by `[positions, dim]` values (Chan et al., 1983)."""
+    (before, mean, squares), count = moments, len(values)
+    if not count:
+        return moments
+    own_mean, total = values.mean(0), before + count
+    delta = own_mean - mean
+    squares = squares + (values - own_mean).square().sum(0) + delta**2 * (before * count / total)
+    return total, mean + delta * (count / total), squares
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # targets are part of the loss: float32 even under autocast
+    # targets belong to the loss, which is float32 even under autocast
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(hidden.float(), weight, bias)
 
@@ -357,8 +379,8 @@ def _pair_seed(seed: int, pair: LayerPair) -> int:
 
 
 def _draw(kind: str, rows: int, columns: int, seed: int) -> Tensor:
-    # A CPU generator of its own leaves the global random state, hence the data order, alone; float64 rounded to
-    # float32 hides the last-bit differences between CPUs.
+    # Its own CPU generator leaves the global random state, and so the data order, as it is. Rounding from float64 to
+    # float32 removes the differences between CPUs, which are in the last bits.
     drawn = {"generator": torch.Generator("cpu").manual_seed(seed), "dtype": torch.float64, "device": "cpu"}
     if kind == "identity":
         if rows > columns:
@@ -368,12 +390,10 @@ def _draw(kind: str, rows: int, columns: int, seed: int) -> Tensor:
             )
         return torch.eye(rows, columns, **_STORED)
     if kind == "rademacher":
-        signs = torch.randint(0, 2, (rows, columns), **drawn) * 2 - 1
-        return (signs / columns**0.5).float()
+        return ((torch.randint(0, 2, (rows, columns), **drawn) * 2 - 1) / columns**0.5).float()
     normal = torch.randn(rows, columns, **drawn)
     if kind == "gaussian":
         return (normal / columns**0.5).float()
-    tall = normal if rows > columns else normal.T
-    basis, triangle = torch.linalg.qr(tall)
-    basis = basis * triangle.diagonal().sign()  # unique, whatever the LAPACK
+    basis, triangle = torch.linalg.qr(normal if rows > columns else normal.T)
+    basis = basis * triangle.diagonal().sign()  # makes it unique: LAPACKs differ in the signs
     return ((basis * (rows / columns) ** 0.5) if rows > columns else basis.T).float().contiguous()

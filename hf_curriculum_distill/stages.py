@@ -1,4 +1,4 @@
-"""Which loss is trained when: stages, and the map from optimizer step to stage. Pure Python."""
+"""Which losses are trained when: stages, the map from optimizer step to stage, what a stage freezes. Pure Python."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 LayerPair = tuple[int, int]
 
@@ -20,13 +21,13 @@ class Stage:
 
     Args:
         hidden: `(student_layer, teacher_layer)` pairs whose hidden states are matched. Layers are block numbers
-            counted from 1 (`i` is the raw output of block `i`, before any final norm); 0 is the embeddings, the
-            input of block 1.
-        hidden_weight: weight of the mean over pairs of the hidden-state MSE.
+            from 1 (`i` is the raw output of block `i`, before any final norm); 0 is the embeddings, the input of
+            block 1.
+        hidden_weight: weight of the hidden-state MSE, a mean over pairs.
         kl_weight: weight of the divergence between the teacher's and the student's logits.
         label_weight: weight of the cross-entropy on the labels.
-        until: where the stage ends (exclusive): a float below 1 is a fraction of `max_steps`, an int is optimizer
-            steps. Only the last stage has none.
+        until: where the stage ends: an int is the number of optimizer steps after which the next stage begins, a
+            float below 1 is that number as a fraction of `max_steps`. The last stage has none.
 
     Raises:
         ValueError: the stage matches nothing, a weight is negative or not finite, a student layer occurs twice, or
@@ -62,18 +63,22 @@ class Stage:
 
     @property
     def needs_logits(self) -> bool:
+        """Whether a term needs the student's logits; else only the blocks up to the highest pair run."""
         return bool(self.kl_weight or self.label_weight)
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether a term needs the teacher's hidden states or logits."""
         return bool(self.hidden or self.kl_weight)
 
     @property
     def student_layers(self) -> tuple[int, ...]:
+        """The student's layers in the order of `hidden`."""
         return tuple(student for student, _ in self.hidden)
 
     @property
     def teacher_layers(self) -> tuple[int, ...]:
+        """The teacher's layers in increasing order, each once."""
         return tuple(sorted({teacher for _, teacher in self.hidden}))
 
     @property
@@ -84,9 +89,15 @@ class Stage:
 
 
 class StageScheduler:
-    """Optimizer step -> [`Stage`]. A pure function of the step: nothing to save, nothing to drift.
+    """Which [`Stage`] trains an optimizer step: a pure function of the step, with nothing to save.
 
-    `stages` holds the stages with every `until` resolved to a step, `boundaries` the ends of all but the last.
+    Args:
+        stages: in the order in which they train.
+        max_steps: the number of optimizer steps of the whole training.
+
+    Attributes:
+        stages: the same, with every `until` as a number of optimizer steps.
+        boundaries: the `until` of all stages but the last.
 
     ```python
     >>> scheduler = StageScheduler([Stage(hidden=[[1, 2]], until=0.5), Stage(kl_weight=1.0)], max_steps=10)
@@ -134,20 +145,25 @@ class StageScheduler:
         self.stages = tuple(dataclasses.replace(s, until=e) for s, e in zip(stages, (*ends, None), strict=True))
 
     def index_at(self, step: int) -> int:
-        """Index of the stage that trains the step after `step` completed optimizer steps."""
+        """The number, from 0, of the stage that trains next after `step` completed optimizer steps."""
         return bisect_right(self.boundaries, step)
 
     def stage_at(self, step: int) -> Stage:
+        """The stage that trains next after `step` completed optimizer steps."""
         return self.stages[self.index_at(step)]
 
     def span(self, index: int) -> tuple[int, int]:
-        """First step of stage `index` and the step after its last."""
+        """How many optimizer steps are completed when stage `index` begins, and when it ends."""
         edges = (0, *self.boundaries, self.max_steps)
         return edges[index], edges[index + 1]
 
 
 def parse_layer_pairs(pairs: Iterable[Iterable[int]]) -> tuple[LayerPair, ...]:
-    """Check `[[student_layer, teacher_layer], ...]` and return it as tuples."""
+    """Check `[[student_layer, teacher_layer], ...]` and return it as tuples.
+
+    Raises:
+        ValueError: it is no list of pairs of block numbers, or names a student layer twice.
+    """
     parsed: list[LayerPair] = []
     if not isinstance(pairs, Iterable):
         raise ValueError(f"{pairs!r} is no list of layer pairs; write [[student_layer, teacher_layer], ...].")
@@ -165,17 +181,55 @@ def parse_layer_pairs(pairs: Iterable[Iterable[int]]) -> tuple[LayerPair, ...]:
     return tuple(parsed)
 
 
+def parse_stages(stages: Any) -> list[dict[str, Any]]:
+    """Check a list of stages, or of dicts of their fields, and return the fields as plain JSON values.
+
+    Raises:
+        ValueError: it is no such list, a field is unknown, or a stage is refused; the message has the stage's number.
+    """
+    if not isinstance(stages, (list, tuple)):
+        raise ValueError(f"stages is {stages!r}; write a list with a dict of Stage fields for each stage.")
+    return [_stage_fields(stage, index) for index, stage in enumerate(stages)]
+
+
+def _stage_fields(stage: Any, index: int) -> dict[str, Any]:
+    stage = dataclasses.asdict(stage) if isinstance(stage, Stage) else stage
+    if not isinstance(stage, dict):
+        raise ValueError(f"stages[{index}] is {stage!r}; write each stage as a dict of Stage fields.")
+    known = [f.name for f in dataclasses.fields(Stage)]
+    if unknown := sorted(set(stage) - set(known), key=str):
+        raise ValueError(f"stages[{index}] has unknown fields {unknown}; a stage has {', '.join(known)}.")
+    try:
+        fields = dataclasses.asdict(Stage(**stage))
+    except ValueError as error:
+        raise ValueError(f"stages[{index}]: {error}") from error
+    return fields | {"hidden": [list(pair) for pair in fields["hidden"]]}
+
+
 def resolve_layer_map(
     layer_map: str | Iterable[Iterable[int]], num_layers: int | None, student_depth: int, teacher_depth: int
 ) -> tuple[LayerPair, ...]:
-    """Turn a named strategy or explicit pairs into increasing `(student_layer, teacher_layer)` pairs.
+    """Turn a named layer map, or explicit pairs, into increasing `(student_layer, teacher_layer)` pairs.
 
-    `"uniform"` spreads `num_layers` student layers (all by default) evenly and maps student layer `i` to teacher
-    layer `ceil(i * teacher_depth / student_depth)`: the identity at equal depth, the last layer to the last layer.
-    `"last"` maps the last `num_layers` blocks of one to the last of the other.
+    `"uniform"` takes `num_layers` evenly spaced student layers and maps student layer `i` to teacher layer
+    `ceil(i * teacher_depth / student_depth)`: the same layer at equal depth, and always the last to the last. `"last"`
+    maps the last `num_layers` blocks of the student to those of the teacher. Both maps are our choice.
+
+    Args:
+        layer_map: `"uniform"`, `"last"` or `[[student_layer, teacher_layer], ...]`.
+        num_layers: how many student layers are matched; None for as many as there can be.
+        student_depth, teacher_depth: the number of blocks.
 
     Raises:
-        ValueError: unknown strategy, layers out of range, or a map that does not increase.
+        ValueError: the name is unknown, `num_layers` is out of range, or the map does not increase.
+
+    ```python
+    >>> resolve_layer_map("uniform", 2, student_depth=4, teacher_depth=6)
+    ((2, 3), (4, 6))
+    >>> resolve_layer_map("last", 2, student_depth=4, teacher_depth=6)
+    ((3, 5), (4, 6))
+
+    ```
     """
     if isinstance(layer_map, str):
         limit = student_depth if layer_map == "uniform" else min(student_depth, teacher_depth)
@@ -206,6 +260,7 @@ def resolve_layer_map(
 
 
 def check_layer_range(pairs: Iterable[LayerPair], student_depth: int, teacher_depth: int) -> None:
+    """Raise a `ValueError` for a layer that a model of this number of blocks does not have."""
     for student, teacher in pairs:
         for who, layer, depth in (("student", student, student_depth), ("teacher", teacher, teacher_depth)):
             if layer > depth:
@@ -222,10 +277,23 @@ def curriculum_stages(
     hidden_weight: float,
     logit_stage: Mapping[str, float],
 ) -> list[Stage]:
-    """The curriculum of Gupta & Karmalkar (2025): layer stages, then the logit stage.
+    """Layer stages of equal length, then the logit stage: the curriculum of Gupta & Karmalkar (2025, arXiv 2503.17494).
 
-    The layer stages share `layer_stage_fraction` of the steps equally. `logit_stage` gives the last stage's weights;
-    a positive `hidden_weight` there keeps the pairs of the last layer stage as an auxiliary term.
+    `layer_order="sequential"` is theirs; the other orders, and how long the stages are, are our choice.
+
+    Args:
+        pairs: the layers to match, in increasing order.
+        layer_order: one of `LAYER_ORDERS`.
+        layer_stage_fraction: the fraction of `max_steps` that all layer stages have together.
+        hidden_weight: of the layer stages.
+        logit_stage: the weights of the last stage; a positive `hidden_weight` among them keeps the pairs of the last
+            layer stage as an auxiliary term.
+
+    ```python
+    >>> [s.name for s in curriculum_stages([(1, 2), (2, 4)], "cumulative", 0.5, 1.0, {"kl_weight": 1.0})]
+    ['layer 1', 'layers 1-2', 'kl']
+
+    ```
     """
     groups = {
         "sequential": [(pair,) for pair in pairs],
@@ -243,7 +311,23 @@ def curriculum_stages(
 def num_frozen_layers(
     stages: Sequence[Stage], index: int, train_prefix: str = "joint", freeze_matched_layers: bool = False
 ) -> int:
-    """How many of the student's first layers stage `index` leaves as they are: see the config's two options."""
+    """How many of the student's first blocks, embeddings included, get no gradient in stage `index`.
+
+    Args:
+        stages: all stages, in order.
+        index: the number of one of them, from 0.
+        train_prefix, freeze_matched_layers: as in [`CurriculumDistillationConfig`].
+
+    Returns:
+        the number of the highest frozen block; 0 where nothing is frozen.
+
+    ```python
+    >>> stages = [Stage(hidden=[(1, 2)], until=0.3), Stage(hidden=[(2, 4)], until=0.6), Stage(kl_weight=1.0)]
+    >>> [num_frozen_layers(stages, index, train_prefix="block") for index in range(3)]
+    [0, 1, 0]
+
+    ```
+    """
     stage, matched = stages[index], [max(s.student_layers) for s in stages[:index] if s.hidden]
     if stage.needs_logits:
         return max(matched, default=0) if freeze_matched_layers else 0

@@ -1,4 +1,4 @@
-"""Bytes by key on disk: only added to, checked when read, written by any number of processes."""
+"""A store of bytes by key on disk, which only grows, verifies what it reads, and may have any number of writers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,33 @@ from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
 
-_ROW = struct.Struct("<16sQQI")  # of an index: key, offset, bytes, checksum
+_ROW = struct.Struct("<16sQQI")  # a row of an index: key, offset, size in bytes, checksum
 ROW_SIZE = _ROW.size
 
 
 class RecordStore:
-    """Bytes by key in one folder. Each writer has a file of its own, which only grows; everyone reads all of them.
+    """Records of bytes by key in one folder. Each writer appends to files of its own; everyone reads all files.
 
-    A record counts once its row is in the index, which is written after the record. Its checksum is compared whenever
-    it is read, so that a process killed while writing, a lost write or a flipped bit costs a record, never a value.
+    A record exists once its row is in the index, which is written after the record. Every read compares its checksum:
+    if a process is killed while it writes, a write is lost or a bit flips, a record is missing, but never wrong.
+
+    Args:
+        folder: created if needed.
+
+    ```python
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     RecordStore(folder).write({b"16 bytes of key.": b"record"})
+    ...     bytes(RecordStore(folder).read(b"16 bytes of key."))
+    b'record'
+
+    ```
     """
 
     def __init__(self, folder: str):
         self.folder = folder
         self._rows: dict[bytes, tuple[str, int, int, int]] = {}
-        self._read: dict[str, int] = {}  # how far each index was read
+        self._read: dict[str, int] = {}  # how many bytes of each index were read
         self._maps: dict[str, mmap.mmap] = {}
         self._own: str | None = None
         os.makedirs(folder, exist_ok=True)
@@ -35,7 +47,7 @@ class RecordStore:
         return key in self._rows
 
     def refresh(self) -> None:
-        """See what others have written meanwhile; of two records of a key the one in the later file counts."""
+        """Read the rows that others have written since. Of two records with one key, the later file's counts."""
         for name in sorted(entry for entry in os.listdir(self.folder) if entry.endswith(".index")):
             path, start = os.path.join(self.folder, name), self._read.get(name, 0)
             if not os.path.isfile(path) or os.path.getsize(path) < start + ROW_SIZE:
@@ -43,13 +55,13 @@ class RecordStore:
             with open(path, "rb") as file:
                 file.seek(start)
                 rows = file.read()
-            rows = rows[: len(rows) // ROW_SIZE * ROW_SIZE]  # of a row that is being written only a part is there
+            rows = rows[: len(rows) // ROW_SIZE * ROW_SIZE]  # the last row may still be incomplete
             self._read[name] = start + len(rows)
             for key, *place in _ROW.iter_unpack(rows):
                 self._rows[key] = (name.replace(".index", ".data"), *place)
 
     def read(self, key: bytes) -> memoryview | None:
-        """The record, or None if it is damaged; then it is forgotten."""
+        """The record of a key that the store contains; None if it is damaged, and then the key is forgotten."""
         name, offset, size, checksum = self._rows[key]
         if name not in self._maps or len(self._maps[name]) < offset + size:
             path = os.path.join(self.folder, name)
@@ -63,19 +75,19 @@ class RecordStore:
         return None
 
     def forget(self, key: bytes) -> None:
-        """Leave a record out that is damaged."""
+        """Treat a damaged record as missing, until another is written."""
         name = self._rows.pop(key)[0]
         logger.warning("A cached target in %s is damaged; it is asked for anew", os.path.join(self.folder, name))
 
     def write(self, records: Mapping[bytes, bytes]) -> None:
-        """Append records.
+        """Append records by key (16 bytes each).
 
         Raises:
-            OSError: the disk is full, or fails. What was written before stays good.
+            OSError: the disk is full or fails. Records that were written before stay readable.
         """
         if not records:
             return
-        own, self._own = self._own or self._reserve(), None  # after an error another file is begun
+        own, self._own = self._own or self._reserve(), None  # after an error, the next call begins new files
         rows = {}
         with open(os.path.join(self.folder, f"{own}.data"), "ab") as file:
             for key, record in records.items():
@@ -88,10 +100,10 @@ class RecordStore:
         self._own = own
 
     def _reserve(self) -> str:
-        """The next free number of a file, which no other writer can get."""
+        """Create empty files under the next free number, which no other writer can get, and return it."""
         number = len(os.listdir(self.folder)) // 2
         while True:
-            try:  # what is there already, be it a link, is not written to
+            try:  # mode "x" refuses names that exist, even as links
                 for kind in ("index", "data"):
                     open(os.path.join(self.folder, f"{number:06}.{kind}"), "xb").close()
             except FileExistsError:

@@ -39,18 +39,18 @@ def kernel_calls(monkeypatch):
     temperature=st.sampled_from([0.5, 1.0, 4.0]),
     scale=st.sampled_from([0.0, 1.0, 30.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    block_size=st.sampled_from([1, 128, losses._BLOCK_SIZE]),
+    chunk_size=st.sampled_from([1, 128, losses._LOGITS_PER_CHUNK]),
     seed=st.integers(0, 999),
 )
 def test_a_kernel_has_the_sum_and_the_gradient_of_torch(
-    name, num_rows, num_classes, temperature, scale, dtype, block_size, seed
+    name, num_rows, num_classes, temperature, scale, dtype, chunk_size, seed
 ):
     torch.manual_seed(seed)
     teacher = (scale * torch.randn(num_rows, num_classes)).to(dtype)
     student = (scale * torch.randn(num_rows, num_classes)).to(dtype).requires_grad_()
     expected = losses.DIVERGENCES[name](student, teacher, temperature)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "_BLOCK_SIZE", block_size)
+        patch.setattr(losses, "_LOGITS_PER_CHUNK", chunk_size)
         actual = losses.fused_divergence(name)(student, teacher, temperature)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     (wanted,), (gradient,) = (torch.autograd.grad(0.5 * total, [student]) for total in (expected, actual))

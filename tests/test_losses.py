@@ -112,19 +112,19 @@ def test_divergences_and_their_gradients_are_those_derived_on_paper(name, seed, 
 
 
 @every_divergence
-@given(seed=seeds, rows=st.integers(0, 9), classes=st.integers(1, 7), block=st.integers(1, 40))
-def test_rows_in_blocks_have_the_sum_and_gradient_of_all_rows_at_once(divergence, seed, rows, classes, block):
+@given(seed=seeds, rows=st.integers(0, 9), classes=st.integers(1, 7), chunk=st.integers(1, 40))
+def test_rows_in_chunks_have_the_sum_and_gradient_of_all_rows_at_once(divergence, seed, rows, classes, chunk):
     student, teacher = normal(rows, classes, seed=seed), normal(rows, classes, seed=seed + 1)
     whole, whole_gradient = value_and_gradient(divergence, student, teacher, 2.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "_BLOCK_SIZE", block)
+        patch.setattr(losses, "_LOGITS_PER_CHUNK", chunk)
         split, gradient = value_and_gradient(divergence, student, teacher, 2.0)
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, whole_gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_more_logits_than_a_block_holds_are_summed_and_differentiated():
-    student, teacher = (normal(3, losses._BLOCK_SIZE // 2 + 1, seed=seed) for seed in (0, 1))
+def test_more_logits_than_a_chunk_holds_are_summed_and_differentiated():
+    student, teacher = (normal(3, losses._LOGITS_PER_CHUNK // 2 + 1, seed=seed) for seed in (0, 1))
     value, gradient = slow_divergence("forward_kl", student, teacher, 1.0)
     actual, grad = value_and_gradient(kl_divergence, student, teacher)
     torch.testing.assert_close(actual.double(), value, rtol=1e-4, atol=0)
@@ -176,8 +176,8 @@ def test_jensen_shannon_is_symmetric_and_at_most_log_two(seed, temperature, scal
 def test_cross_entropy_is_the_slow_sum_with_its_gradient(seed, rows, classes, smoothing, scale):
     logits = normal(rows, classes, seed=seed, scale=scale)
     labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
-    answers = (1 - smoothing) * torch.eye(classes).double()[labels] + smoothing / classes
-    expected, gradient = -(answers * log_softmax(logits)).sum(), log_softmax(logits).exp() - answers
+    targets = (1 - smoothing) * torch.eye(classes).double()[labels] + smoothing / classes
+    expected, gradient = -(targets * log_softmax(logits)).sum(), log_softmax(logits).exp() - targets
     actual, grad = value_and_gradient(cross_entropy, logits, labels, smoothing)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6 * rows * scale)
     torch.testing.assert_close(grad.double(), gradient, rtol=0, atol=1e-6 * scale)

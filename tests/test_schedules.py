@@ -50,7 +50,7 @@ def test_each_stage_runs_the_stock_schedule_from_its_start(name, kwargs, ends, w
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
-def test_the_schedule_has_a_value_behind_its_last_step(name):
+def test_the_schedule_has_a_value_after_its_last_step(name):
     stages = StageScheduler([Stage(hidden=[(1, 1)], until=4), Stage(kl_weight=1.0)], max_steps=20)
     assert math.isfinite(restarted_schedule(stages, name, 1.0, 0.2, {})(20))
 

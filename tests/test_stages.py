@@ -28,7 +28,7 @@ def test_the_stages_partition_the_steps(data, max_steps):
     assert scheduler.boundaries == tuple(ends)
     spans = [range(*scheduler.span(index)) for index in range(len(stages))]
     assert [step for span in spans for step in span] == list(range(max_steps))
-    for step in range(max_steps + 2):  # a finished run asks for its last stage too
+    for step in range(max_steps + 2):  # a finished run needs its last stage, too
         index = sum(end <= step for end in ends)
         assert scheduler.index_at(step) == index
         assert scheduler.stage_at(step) is scheduler.stages[index]
