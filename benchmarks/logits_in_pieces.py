@@ -1,6 +1,6 @@
 """What logits in pieces cost: gradients of each chunk at once, as the library has them, or recomputed activations.
 
-    python benchmarks/logits_in_pieces.py --processor_time          # about 4 minutes on an idle CPU core
+    python benchmarks/logits_in_pieces.py --processor_time          # about 5 minutes on an idle CPU core
     python benchmarks/logits_in_pieces.py --families llama --batch_size 4 --processor_time     # 128,256 entries
 
 One step of the logit stage (both models' forward, KL divergence of the rows that count, backward, clipping, AdamW) of a
