@@ -113,3 +113,21 @@ def test_feeding_prints_what_is_delivered_and_what_each_stage_needs():
     expected = [f"delivered, {n} worker(s)" for n in (0, 1)] + [f"needed, {stage}" for stage in stages]
     assert [row[0] for row in cells[2:]] == expected
     assert all(float(value) > 0 for row in cells[2:] for value in row[1:])
+
+
+def test_logits_in_pieces_prints_every_way_and_what_runs_twice(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import logits_in_pieces
+
+    sizes = "--teacher_layers 2 --teacher_hidden_size 32 --student_layers 1 --student_hidden_size 24 --vocab_size 1000 "
+    sizes += "--batch_size 2 --sequence_length 16 --chunk_size 4 --repeats 1 --use_cpu --families bert gpt2 llama"
+    monkeypatch.setattr(sys, "argv", ["logits_in_pieces.py", *sizes.split()])
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "6")
+    logits_in_pieces.main()  # the gradients of all four ways agree, or it ends with an error
+    printed = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed if "|" in line]
+    rows = [row for row in cells if row[0] not in ("logits", "---")]
+    assert [row[0] for row in rows] == 3 * ["whole", "chunks", "recomputed", "student's only"]
+    for whole, chunks, recomputed, student_only in (rows[start : start + 4] for start in range(0, 12, 4)):
+        operations = [float(row[5]) for row in (whole, chunks, student_only, recomputed)]
+        assert operations[0] == operations[1] == 1.0 < operations[2] < operations[3]  # no head runs twice in chunks
