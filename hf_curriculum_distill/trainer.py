@@ -19,7 +19,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
+from transformers import PreTrainedModel, ProgressCallback, TrainerControl, TrainingArguments
 from transformers.utils import ModelOutput
 
 from hf_curriculum_distill import losses
@@ -624,11 +624,6 @@ class CurriculumDistillationTrainer(ResumableTrainer):
             self._cache = None
         return output._replace(training_loss=output.metrics["train_loss"])
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        super()._run_epoch(*args, **kwargs)
-        if self._cache is not None:
-            self._cache.log_epoch(kwargs["epoch"])
-
     def _release_models(self) -> None:
         self._student.remove()
         if self.teacher is not None:
@@ -732,15 +727,21 @@ class CurriculumDistillationTrainer(ResumableTrainer):
                     "the checkpoints before this step are sound."
                 )
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._declared_stages:
-            if self.args.restart_schedule_per_stage and self.accelerator.optimizer_step_was_skipped:
-                self.lr_scheduler.step()  # an fp16 step that overflowed: the stage goes on, so does its schedule
-            if self.state.global_step in self.stage_scheduler.boundaries and self.args.logging_strategy != "no":
-                self.control.should_log = True  # no logged average mixes two stages
-            if self.control.should_save or self.control.should_evaluate:
-                self._finite_terms()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+    def _end_step(self, control: TrainerControl) -> None:
+        if self.args.restart_schedule_per_stage and self.accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()  # an fp16 step that overflowed: the stage goes on, so does its schedule
+        if self.state.global_step in self.stage_scheduler.boundaries and self.args.logging_strategy != "no":
+            control.should_log = True  # no logged average mixes two stages
+        if control.should_save or control.should_evaluate:
+            self._finite_terms()
+        super()._end_step(control)
+
+    def _end_epoch(self, control: TrainerControl) -> None:
+        if self._cache is not None:
+            self._cache.log_epoch(self._position["epoch"])
+        super()._end_epoch(control)
+        if control.should_save or control.should_evaluate:
+            self._finite_terms()
 
     # ---- evaluation ----
 
