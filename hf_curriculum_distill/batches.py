@@ -79,20 +79,33 @@ class SeededSampler(Sampler):
             yield from indices
 
 
+def seed_batches(dataloader: DataLoader, epoch: int | None) -> None:
+    """Seed the batches of a dataloader of [`SeededBatches`] from now on; one of anything else is left alone.
+
+    Args:
+        dataloader: not iterated over yet, plain or as accelerate prepared it.
+        epoch: from 0; None ends the seeding.
+    """
+    batches = getattr(dataloader, "dataset", None)
+    if not isinstance(batches, SeededBatches):
+        return
+    if epoch is None:
+        batches.epoch.fill_(_UNSEEDED)
+        return
+    batches.epoch.fill_(epoch)
+    batches.set_epoch(epoch)  # accelerate leaves that out where it skips batches
+    sampler = dataloader.batch_sampler
+    while sampler is not None:  # nor does accelerate's own call reach a batch sampler if there are several processes
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        sampler = getattr(sampler, "batch_sampler", None)
+
+
 @contextmanager
 def seeded(dataloader: DataLoader, epoch: int) -> Iterator[None]:
-    """Seed the batches of a dataloader of [`SeededBatches`]; one of anything else is left alone."""
-    batches = dataloader.dataset if isinstance(getattr(dataloader, "dataset", None), SeededBatches) else None
-    if batches is not None:
-        batches.epoch.fill_(epoch)
-        batches.set_epoch(epoch)  # which accelerate leaves out where it skips batches
-        sampler = dataloader.batch_sampler
-        while sampler is not None:  # nor does it reach a batch sampler then, if there are several processes
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-            sampler = getattr(sampler, "batch_sampler", None)
+    """Seed the batches of a dataloader, as [`seed_batches`] does, inside the block."""
+    seed_batches(dataloader, epoch)
     try:
         yield
     finally:
-        if batches is not None:
-            batches.epoch.fill_(_UNSEEDED)
+        seed_batches(dataloader, None)

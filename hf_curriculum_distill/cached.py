@@ -102,7 +102,7 @@ class CachedTeacher:
         sample: Sequence[Batch],
         again: Sequence[Batch],
         num_examples: int,
-        spans: Sequence[tuple[float, float]],
+        spans: Sequence[tuple[float, Stage]],
         aloud: bool = True,
     ) -> int:
         """Say, before training, how many bytes will be written, and from which epoch on they pay; returns the bytes.
@@ -110,7 +110,7 @@ class CachedTeacher:
         Args:
             sample, again: some batches of the data, loaded twice; what differs will differ in each epoch.
             num_examples: how many different examples the run will see.
-            spans: for each stage, how many epochs it lasts and to what share of its depth it runs the teacher.
+            spans: how many epochs each stage lasts.
             aloud: whether this process is the one that says so.
 
         Raises:
@@ -134,7 +134,8 @@ class CachedTeacher:
         epochs, miss = sum(length for length, _ in spans), teacher + write
         size = round(size / len(keys) * num_examples * (min(1, epochs) + max(0, epochs - 1) * (1 - same)))
         first = read + num_missing / len(keys) * (miss - read)
-        epoch = epoch_that_pays([(e, s * teacher) for e, s in spans], first, same * read + (1 - same) * miss)
+        costs = [(length, teacher * self._share(stage)) for length, stage in spans]  # without a cache
+        epoch = epoch_that_pays(costs, first, same * read + (1 - same) * miss)
         logger.log(
             logging.DEBUG if not aloud else logging.INFO if epoch else logging.WARNING,
             "teacher_cache: up to %.3f GB will be written to %s; %s of %.1f (measured on one batch of %d: teacher %.1f "
@@ -150,6 +151,10 @@ class CachedTeacher:
                 "room, use another disk, lower teacher_cache_logits, or leave out teacher_cache."
             )
         return size
+
+    def _share(self, stage: Stage) -> float:
+        """Of the teacher's depth, what a stage runs."""
+        return 1.0 if stage.kl_weight else max(stage.teacher_layers, default=0) / self._teacher.partial_forward.depth
 
 
 def epoch_that_pays(spans: Sequence[tuple[float, float]], first: float, later: float) -> int | None:

@@ -30,8 +30,15 @@ from hf_curriculum_distill.stages import Stage, num_frozen_layers
 _ONE_ANSWER_PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
 
-def check_launch(args: CurriculumDistillationConfig, compute_loss_func: Callable | None) -> None:
+def check_launch(
+    args: CurriculumDistillationConfig, compute_loss_func: Callable | None, shards_parameters: bool = False
+) -> None:
     """Raise a `ValueError` for arguments of Trainer under which the losses would be wrong."""
+    if args.logit_chunk_size and shards_parameters:
+        raise ValueError(
+            f"logit_chunk_size is {args.logit_chunk_size}, but FSDP and DeepSpeed need all logits at once; leave it "
+            "out, or launch with DDP."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process would run as nn.DataParallel, which this trainer doesn't support; "

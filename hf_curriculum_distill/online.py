@@ -116,7 +116,7 @@ class OnlineTeacher(Teacher):
             self._step += 1
         return {"teacher_loss": loss.detach()}
 
-    def save(self, checkpoint: str) -> None:
+    def save(self, checkpoint: str) -> list[str]:
         """Write the model and the optimizer's state, as safetensors both."""
         folder = _teacher_folder(checkpoint)
         self.model.save_pretrained(folder)
@@ -129,6 +129,7 @@ class OnlineTeacher(Teacher):
         }
         with replacing(os.path.join(folder, OPTIMIZER_FILE)) as partial:
             save_file(tensors, partial)
+        return [folder]
 
     def load(self, checkpoint: str, step: int) -> None:
         folder = _teacher_folder(checkpoint)
@@ -140,9 +141,6 @@ class OnlineTeacher(Teacher):
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         self._step = step
-
-    def files(self, checkpoint: str) -> list[str]:
-        return [_teacher_folder(checkpoint)]
 
     def remove_old_files(self, output_dir: str) -> None:
         teachers = os.path.join(output_dir, _FOLDER)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -12,13 +13,13 @@ import datasets
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import IterableDataset, Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_curriculum_distill.adapted import transformers_model
-from hf_curriculum_distill.batches import SeededBatches, SeededSampler, seeded
+from hf_curriculum_distill.batches import SeededBatches, SeededSampler, seed_batches
 from hf_curriculum_distill.checkpoints import (
     check_writable,
     find_last_checkpoint,
@@ -37,6 +38,33 @@ from hf_curriculum_distill.weights import load_weights
 logger = logging.getLogger(__name__)
 
 
+class TrainingEvents(TrainerCallback):
+    """Tells a [`ResumableTrainer`] where its training is.
+
+    It is the last of the callbacks: the others have said by then what they want logged, evaluated and saved, and
+    whether training goes on.
+
+    Args:
+        trainer: whose training it is.
+    """
+
+    def __init__(self, trainer: ResumableTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._begin_training()
+
+    def on_epoch_begin(self, args, state, control, *, train_dataloader, **kwargs):
+        seed_batches(train_dataloader, self._trainer._begin_epoch())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._trainer._end_step(control)
+
+    def on_epoch_end(self, args, state, control, *, train_dataloader, **kwargs):
+        seed_batches(train_dataloader, None)
+        self._trainer._end_epoch(control)
+
+
 class ResumableTrainer(Trainer):
     """The part of [`CurriculumDistillationTrainer`] that knows where a run is, writes it down, and goes on from there.
 
@@ -53,13 +81,35 @@ class ResumableTrainer(Trainer):
         self._base_fingerprint: str | None = None  # of what checkpoints leave out and whoever resumes brings again
         self._checkpoint: str | None = None  # that this run goes on from
         self._resumed: dict[str, Any] | None = None  # its record
-        self._unrestored: dict[str, Any] | None = None  # the same, until its logs have been taken over
         self._loading = RandomStream()
         self._position = {"epoch": 0, "batches": 0}
+        self._save_waits = False  # for the end of the epoch
         self._total_loss_scalar = 0.0
         super().__init__(*args, **kwargs)
 
     # ---- where the run is ----
+
+    @property
+    def stages(self) -> list[Stage]:
+        return list(self.stage_scheduler.stages if self.stage_scheduler else self._declared_stages)
+
+    @property
+    def stage(self) -> Stage | None:
+        return self.stage_scheduler.stage_at(self.state.global_step) if self.stage_scheduler else None
+
+    @property
+    def _last_stage_index(self) -> int:
+        """Of the optimizer step before: what is logged and evaluated belongs to it."""
+        return self.stage_scheduler.index_at(self.state.global_step - 1)
+
+    def _describe_step(self) -> str:
+        index = self.stage_scheduler.index_at(self.state.global_step)
+        stage = f"stage {index + 1} of {len(self.stages)}, {self.stages[index].name}"
+        return f"step {self.state.global_step + 1} ({stage})"
+
+    @property
+    def _num_examples_per_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, *args: Any, **kwargs: Any):
         """As `Trainer`; in training and evaluation a batch's random draws belong to it: see [`SeededBatches`]."""
@@ -88,74 +138,111 @@ class ResumableTrainer(Trainer):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
+    def train(self, *args: Any, **kwargs: Any):
+        """As `Trainer`."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.remove_callback(TrainingEvents)
+
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """As `Trainer`, which comes here again where `auto_find_batch_size` makes it start again."""
-        trained = super()._init_training_state(*args)
+        """As `Trainer`, which calls it again where `auto_find_batch_size` starts the training again."""
+        epoch, batches = super()._init_training_state(*args)
         if not self._declared_stages:
-            return trained
-        self._ledger, self._stage_index, self._unrestored = Ledger(), None, self._resumed
-        self._ended_step = self.state.global_step
+            return epoch, batches
+        self._ledger, self._stage_index, self._save_waits = Ledger(), None, False
+        self.remove_callback(TrainingEvents)
+        self.add_callback(TrainingEvents(self))  # the last one, even after callbacks that a checkpoint restores
         if self.teacher is not None:
             decayed = self.get_decay_parameter_names(self.teacher.model)
             self.teacher.start(self.args, self.stage_scheduler.max_steps, decayed)
-        if self._resumed is None:
-            return trained
-        *_, checkpoint, trial = args
-        if self.teacher is not None:
-            self.teacher.load(checkpoint, self._resumed["step"])
-        best = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-        if os.path.isdir(best):  # the run's folder may have been moved
-            self.state.best_model_checkpoint = best
-        if hasattr(self.train_dataset, "__len__") or self.args.ignore_data_skip:
-            return trained
-        # a stream may have ended and begun again since the run's first step, which Trainer cannot know
-        return self._resumed["epoch"], self._resumed["batches"]
+        if self._resumed is not None:
+            *_, checkpoint, trial = args
+            if self.teacher is not None:
+                self.teacher.load(checkpoint, self._resumed["step"])
+            best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            best = os.path.join(self._get_output_dir(trial), best)
+            if os.path.isdir(best):  # the run's folder may have been moved
+                self.state.best_model_checkpoint = best
+            if not hasattr(self.train_dataset, "__len__") and not self.args.ignore_data_skip:
+                # a stream may have ended and begun again since the run's first step, which Trainer cannot know
+                epoch, batches = self._resumed["epoch"], self._resumed["batches"]
+        self._position = {"epoch": epoch, "batches": batches}
+        if self._resumed is not None and self.state.global_step >= self.state.max_steps:
+            return self.state.num_train_epochs, 0  # the run is finished: Trainer might take a step more
+        return epoch, batches
 
     def _evaluate(self, *args: Any, skip_scheduler: bool = False, **kwargs: Any) -> dict[str, float]:
         """As `Trainer`, but `eval_on_start` is for the start of the run, not of its resumption."""
-        if skip_scheduler and self._unrestored is not None:
+        if skip_scheduler and self._resumed is not None:
             return {}
         return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self._declared_stages:
-            self._restore_logs()
-            if self.state.global_step >= self.state.max_steps:
-                self.control.should_training_stop = True  # a finished run is resumed: Trainer would go on
-                return
-            epoch, resumes = kwargs["epoch"], kwargs["epoch"] == kwargs["epochs_trained"]
-            self._position = {"epoch": epoch, "batches": kwargs["steps_trained_in_current_epoch"] if resumes else 0}
-            self._loading.restart(self._data_seed, epoch)
-        with seeded(kwargs["train_dataloader"], kwargs["epoch"]):
-            super()._run_epoch(*args, **kwargs)
-
-    def _finalize_training(self, *args: Any):
-        self._restore_logs()  # where no epoch was left to run
-        return super()._finalize_training(*args)
-
-    def _restore_logs(self) -> None:
-        """After a resume: go on with the averages that the next log will write."""
-        if self._unrestored is not None:
+    def _begin_training(self) -> None:
+        """After a resume, go on with the averages that the next log will write."""
+        if self._resumed is not None:
             with self._reading(self._checkpoint):
-                self._tr_loss += self._ledger.restore(self._unrestored, self.accelerator)
-            self._total_loss_scalar = self._unrestored["unlogged"]["total_loss"]
-            self._globalstep_last_logged = self._unrestored["unlogged"]["first_step"]
-            self._unrestored = None
+                self._tr_loss += self._ledger.restore(self._resumed, self.accelerator)
+            self._total_loss_scalar = self._resumed["unlogged"]["total_loss"]
+            self._globalstep_last_logged = self._resumed["unlogged"]["first_step"]
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer`, but a checkpoint due at an epoch's last step holds what the end of the epoch logs, too."""
-        postponed = False
-        if self._declared_stages:
-            control, ends_epoch = self.control, self.state.global_step == self._ended_step  # called again at a step
-            self._ended_step = self.state.global_step
-            if ends_epoch and not control.should_training_stop:
-                self._position = {"epoch": self._position["epoch"] + 1, "batches": 0}
-            last = control.should_training_stop or control.should_epoch_stop
-            last = last or self.accelerator.gradient_state.end_of_dataloader
-            postponed = control.should_save and last and not ends_epoch
-            control.should_save = control.should_save and not postponed
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.control.should_save |= postponed
+    def _begin_epoch(self) -> int:
+        """Start the random draws of loading anew; returns the epoch's number, from 0."""
+        self._loading.restart(self._data_seed, self._position["epoch"])
+        return self._position["epoch"]
+
+    def _end_step(self, control: TrainerControl) -> None:
+        """Let a checkpoint that is due at an epoch's last step wait, so that it holds what the epoch's end logs, too.
+
+        Args:
+            control: what is due after this step, to be changed in place.
+        """
+        ends_epoch = control.should_training_stop or control.should_epoch_stop
+        ends_epoch = ends_epoch or self.accelerator.gradient_state.end_of_dataloader
+        self._save_waits = control.should_save and ends_epoch
+        control.should_save = control.should_save and not ends_epoch
+
+    def _end_epoch(self, control: TrainerControl) -> None:
+        """Go on to the next epoch, unless the training ends here.
+
+        Args:
+            control: what is due after this epoch, to be changed in place.
+        """
+        control.should_save |= self._save_waits
+        self._save_waits = False
+        if not control.should_training_stop:
+            self._position = {"epoch": self._position["epoch"] + 1, "batches": 0}
+
+    # ---- what it logs ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer`, with the stage, its loss terms and the operations so far beside the training loss."""
+        if self._declared_stages and self.is_in_train and ("loss" in logs or "train_loss" in logs):
+            terms, flops = self._finite_terms(), self._ledger.reduce_flops(self.accelerator)
+            logs |= flops
+            if "train_loss" in logs:  # of the whole run, resumed or not
+                logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+            if "loss" in logs:
+                logs |= {"stage": self._last_stage_index} | terms
+                self._ledger.start(self.state.global_step)
+        super().log(logs, start_time)
+
+    def _finite_terms(self) -> dict[str, float]:
+        terms = self._ledger.terms(self.accelerator, self.state.global_step)
+        if not self.args.average_tokens_across_devices:  # each process's terms are means already
+            terms = {name: value / self.args.world_size for name, value in terms.items()}
+        self._check_finite(terms)
+        return terms
+
+    def _check_finite(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                index = self._last_stage_index if self.stage_scheduler else 0
+                raise FloatingPointError(
+                    f"{name} is {value} in stage {index + 1} of {len(self.stages)} ({self.stages[index].name}) at step "
+                    f"{self.state.global_step}. Lower the learning rate, check the data, or use bf16 in place of fp16; "
+                    "the checkpoints before this step are sound."
+                )
 
     # ---- writing it down ----
 
@@ -186,25 +273,21 @@ class ResumableTrainer(Trainer):
         if self.teacher is not None and self.args.should_save:
             self.teacher.remove_old_files(self._get_output_dir(trial=trial))
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As `Trainer`; an online teacher is part of what the next step needs."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.teacher is not None and self.args.should_save:
-            self.teacher.save(output_dir)
-
     def _save_rng_state(self, output_dir: str) -> None:
-        """As `Trainer`, whose last files but one these are: then the record lists them, which makes them a whole."""
+        """As `Trainer`. Once the random state is on disk, record every file and its size: that marks the checkpoint
+        as complete; Trainer writes its own state after it."""
         if self._declared_stages:
             with self._loading:
-                pass  # what changing streams forgets shall be forgotten before it is saved
+                pass  # a change of streams forgets a number of NumPy's, and the state that is saved must be without it
         super()._save_rng_state(output_dir)
-        if self._declared_stages:
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                with suppress(FileNotFoundError):  # of a run that was here before; it would make this one look whole
-                    os.remove(os.path.join(output_dir, TRAINER_STATE_NAME))
-                beside = self.teacher.files(output_dir) if self.teacher is not None else []
-                write_record(output_dir, self._record() | {"files": list_files(output_dir, *beside)})
+        if not self._declared_stages:
+            return
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            with suppress(FileNotFoundError):  # left by an earlier run, it would make this checkpoint look complete
+                os.remove(os.path.join(output_dir, TRAINER_STATE_NAME))
+            beside = [] if self.teacher is None else self.teacher.save(output_dir)
+            write_record(output_dir, self._record() | {"files": list_files(output_dir, *beside)})
 
     def _record(self) -> dict[str, Any]:
         return make_record(
@@ -216,7 +299,7 @@ class ResumableTrainer(Trainer):
             step=self.state.global_step,
             **self._position,
             unlogged=self._ledger.unlogged | {"total_loss": self._total_loss_scalar},
-            samples_per_step=self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            samples_per_step=self._num_examples_per_step,
             **self._ledger.total_flops,
             flop_rates=self._ledger.rates,
             base_model=self._base_fingerprint,

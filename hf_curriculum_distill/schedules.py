@@ -27,7 +27,7 @@ def restarted_schedule(
     Returns:
         a function from the number of completed optimizer steps to the factor of the learning rate.
     """
-    spans = [stages.span(index) for index in range(len(stages.stages))]
+    spans = stages.spans
     factors = [
         schedule_factor(name, end - start, learning_rate, math.ceil(warmup_ratio * (end - start)), kwargs)
         for start, end in spans

@@ -152,6 +152,11 @@ class StageScheduler:
         """The stage that trains next after `step` completed optimizer steps."""
         return self.stages[self.index_at(step)]
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Of each stage: see [`span`]."""
+        return [self.span(index) for index in range(len(self.stages))]
+
     def span(self, index: int) -> tuple[int, int]:
         """How many optimizer steps are completed when stage `index` begins, and when it ends."""
         edges = (0, *self.boundaries, self.max_steps)

@@ -167,15 +167,12 @@ class Teacher:
         """Train on a micro-batch after teaching it; returns what to log."""
         return {}
 
-    def save(self, checkpoint: str) -> None:
-        """Write what the next step needs beside a student's checkpoint."""
+    def save(self, checkpoint: str) -> list[str]:
+        """Write what the next step needs beside a student's checkpoint; returns the folders that were written."""
+        return []
 
     def load(self, checkpoint: str, step: int) -> None:
         """Continue from what [`save`] wrote after so many optimizer steps; [`start`] comes first."""
-
-    def files(self, checkpoint: str) -> list[str]:
-        """The folders that [`save`] wrote."""
-        return []
 
     def remove_old_files(self, output_dir: str) -> None:
         """Remove what [`save`] wrote beside checkpoints that are gone."""

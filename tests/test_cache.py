@@ -535,7 +535,7 @@ def test_too_little_room_is_said_before_training(cache):
     cached, _, read = cache
     batch = read(padded([[5, 6, 7, 8]], 6)).with_rows(torch.tensor([1]))
     with pytest.raises(OSError, match=r"GB free, but [0-9.]+ GB will be written; make room"):
-        cached.forecast([batch], [batch], 10**15, [(2.0, 1.0)])
+        cached.forecast([batch], [batch], 10**15, [(2.0, AHEAD)])
 
 
 def train_on_a_small_disk(config, folder):

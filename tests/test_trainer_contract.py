@@ -1,0 +1,407 @@
+"""What the library takes for granted of transformers, accelerate and torch, with signatures: a release that changes one
+of these fails here, by name.
+
+The tables are complete: tests compute from the library's classes and modules what belongs in them.
+"""
+
+import argparse
+import ast
+import importlib
+import inspect
+import pkgutil
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from conftest import TEACHER_DEPTH, masked_lm_examples, tiny_bert
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import Wav2Vec2PreTrainedModel as Wav2Vec2
+from transformers.trainer_callback import ExportableState
+
+import hf_curriculum_distill as library
+from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill.resume import TrainingEvents
+
+# Methods of Trainer that the library overrides, and the parameters that they have in every supported release.
+OVERRIDDEN = {
+    "_determine_best_metric": "metrics, trial",
+    "_evaluate": "trial, ignore_keys_for_eval, skip_scheduler",
+    "_get_collator_with_removed_columns": "data_collator, description",
+    "_get_dataloader": "dataset, description, batch_size, sampler_fn, is_training, dataloader_key",
+    "_init_training_state": "max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial",
+    "_load_best_model": "",
+    "_load_from_checkpoint": "resume_from_checkpoint, model",
+    "_load_optimizer_and_scheduler": "checkpoint",
+    "_load_rng_state": "checkpoint",
+    "_save_checkpoint": "model, trial",
+    "_save_rng_state": "output_dir",
+    "_set_signature_columns_if_needed": "",
+    "__init__": "model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, "
+    "compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, "
+    "preprocess_logits_for_metrics",
+    "compute_loss": "model, inputs, return_outputs, num_items_in_batch",
+    "create_scheduler": "num_training_steps, optimizer",
+    "evaluation_loop": "dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix",
+    "floating_point_ops": "inputs",
+    "get_batch_samples": "epoch_iterator, num_batches, device",
+    "log": "logs, start_time",
+    "save_model": "output_dir, _internal_call",
+    "set_initial_training_values": "args, dataloader",
+    "train": "resume_from_checkpoint, trial, ignore_keys_for_eval",
+}
+
+# Methods of Trainer that it calls, and does not override.
+CALLED = {
+    "_get_output_dir": "trial",
+    "_prepare_inputs": "inputs",
+    "_remove_unused_columns": "dataset, description",
+    "add_callback": "callback",
+    "get_decay_parameter_names": "model",
+    "is_world_process_zero": "",
+    "remove_callback": "callback",
+}
+
+# Attributes of Trainer that it reads or sets, and their types after a training.
+ATTRIBUTES = {
+    "_created_lr_scheduler": bool,
+    "_globalstep_last_logged": int,
+    "_signature_columns": list,
+    "_total_loss_scalar": float,
+    "_tr_loss": torch.Tensor,
+    "_train_batch_size": int,
+    "accelerator": Accelerator,
+    "args": TrainingArguments,
+    "callback_handler": transformers.trainer_callback.CallbackHandler,
+    "compute_loss_func": type(None),
+    "data_collator": object,
+    "is_deepspeed_enabled": bool,
+    "is_fsdp_enabled": bool,
+    "is_in_train": bool,
+    "label_names": list,
+    "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
+    "model": PreTrainedModel,
+    "model_accepts_loss_kwargs": bool,
+    "optimizer": torch.optim.Optimizer,
+    "processing_class": type(None),
+    "state": transformers.TrainerState,
+    "train_dataset": list,
+}
+
+# Private attributes of other packages' objects, and where they are.
+PRIVATE = {
+    "_actions": argparse.ArgumentParser(),
+    "_cdata": torch.empty(1).untyped_storage(),
+    "_dataloaders": Accelerator(cpu=True),
+    "_dynamo": torch,
+    "_get_feat_extract_output_lengths": Wav2Vec2,
+    "_get_feature_vector_attention_mask": Wav2Vec2,
+    "_keys_to_ignore_on_save": PreTrainedModel,
+    "_replace": transformers.trainer_utils.TrainOutput,
+    "_scaled_dot_product_flash_attention_for_cpu": torch.ops.aten,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": torch.ops.aten,
+}
+
+# Public by name, but in no documentation; or what a callback of the library relies on.
+UNDOCUMENTED = {
+    "end_of_dataloader": GradientState(),
+    "optimizer_step_was_skipped": Accelerator(cpu=True),
+    "mod_tracker": FlopCounterMode(display=False),
+    "training_bar": ProgressCallback(),
+    "should_epoch_stop": TrainerControl(),
+    "should_evaluate": TrainerControl(),
+    "should_log": TrainerControl(),
+    "should_save": TrainerControl(),
+    "should_training_stop": TrainerControl(),
+}
+
+# What is imported from modules of transformers and accelerate, or from private ones of torch. The parameters of
+# functions; None for constants, modules and classes.
+IMPORTED = {
+    "accelerate.utils.broadcast": "tensor, from_process",
+    "torch._subclasses.fake_tensor.FakeTensorMode": None,
+    "torch.utils._python_dispatch.TorchDispatchMode": None,
+    "torch.utils._pytree.tree_leaves": "tree, is_leaf",
+    "transformers.conversion_mapping.get_model_conversion_mapping": "model, key_mapping, hf_quantizer, add_legacy",
+    "transformers.core_model_loading.convert_and_load_state_dict_in_model": "model, state_dict, load_config, "
+    "disk_offload_index",
+    "transformers.initialization.no_init_weights": "",
+    "transformers.loss.loss_utils.ForCausalLMLoss": "logits, labels, vocab_size, num_items_in_batch, ignore_index, "
+    "shift_labels, kwargs",
+    "transformers.loss.loss_utils.LOSS_MAPPING": None,
+    "transformers.modeling_layers.GradientCheckpointingLayer": None,
+    "transformers.modeling_outputs.SequenceClassifierOutput": None,
+    "transformers.modeling_utils.LoadStateDictConfig": None,
+    "transformers.modeling_utils.load_state_dict": "checkpoint_file, map_location, weights_only, disable_mmap",
+    "transformers.models.auto.modeling_auto": None,
+    "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": None,
+    "transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES": None,
+    "transformers.trainer.TRAINER_STATE_NAME": None,
+    "transformers.trainer_pt_utils.BatchRebalanceSampler": None,
+    "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": None,
+    "transformers.trainer_utils.has_length": "dataset",
+    "transformers.trainer_utils.sort_checkpoints": "output_dir, checkpoint_prefix, use_mtime, best_model_checkpoint",
+    "transformers.utils.ModelOutput": None,
+    "transformers.utils.SAFE_WEIGHTS_INDEX_NAME": None,
+    "transformers.utils.SAFE_WEIGHTS_NAME": None,
+    "transformers.utils.WEIGHTS_INDEX_NAME": None,
+    "transformers.utils.WEIGHTS_NAME": None,
+    "transformers.utils.cached_file": "path_or_repo_id, filename, kwargs",
+    "transformers.utils.logging": None,
+}
+
+
+def parameters(function):
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def stock_trainer(folder, callbacks=(), **fields):
+    silence = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 4}
+    args = TrainingArguments(str(folder), **silence | {"max_steps": 1, "save_strategy": "no"} | fields)
+    data = masked_lm_examples(12)
+    return Trainer(tiny_bert(1), args, train_dataset=data, eval_dataset=data[:4], callbacks=list(callbacks))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    trainer = stock_trainer(tmp_path_factory.mktemp("stock"))
+    trainer.train()
+    return trainer
+
+
+# ---- names and signatures ----
+
+
+@pytest.mark.parametrize("name", [*OVERRIDDEN, *CALLED])
+def test_methods_of_trainer_have_the_parameters_that_they_are_used_with(name):
+    assert ", ".join(parameters(getattr(Trainer, name))) == (OVERRIDDEN | CALLED)[name]
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_of_trainer_are_of_the_types_that_they_are_used_as(trained, name):
+    assert isinstance(getattr(trained, name), ATTRIBUTES[name])
+
+
+@pytest.mark.parametrize("name", PRIVATE | UNDOCUMENTED)
+def test_attributes_of_others_are_where_they_are_looked_for(name):
+    assert hasattr((PRIVATE | UNDOCUMENTED)[name], name)
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_functions_of_others_have_the_parameters_that_they_are_used_with(name):
+    found = pkgutil.resolve_name(name)
+    if IMPORTED[name] is None:
+        assert not inspect.isfunction(found)
+    else:
+        assert ", ".join(parameters(found)) == IMPORTED[name]
+
+
+def test_callbacks_get_the_dataloader_that_an_epoch_is_read_from(tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, *, train_dataloader, **kwargs):
+            seen.append(train_dataloader)
+
+    trainer = stock_trainer(tmp_path, [Watch()])
+    iterated = trainer._run_epoch
+    trainer._run_epoch = lambda **kwargs: (seen.append(kwargs["train_dataloader"]), iterated(**kwargs))
+    trainer.train()
+    assert seen[0] is seen[1]
+
+
+# ---- the tables are complete ----
+
+CLASSES = [owner for owner in CurriculumDistillationTrainer.__mro__ if issubclass(owner, Trainer) and owner != Trainer]
+MODULES = [module.name for module in pkgutil.walk_packages(library.__path__, f"{library.__name__}.")]
+
+
+def trees():
+    for name in MODULES:
+        with open(importlib.util.find_spec(name).origin, encoding="utf-8") as file:
+            yield ast.parse(file.read())
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_every_override_of_a_method_of_trainer_is_listed():
+    methods = {name for name, value in vars(Trainer).items() if callable(value) or isinstance(value, property)}
+    assert methods & {name for owner in CLASSES for name in vars(owner)} == OVERRIDDEN.keys()
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_overrides_take_what_trainer_passes(name):
+    for owner in (owner for owner in CLASSES if name in vars(owner)):
+        signature = inspect.signature(vars(owner)[name])
+        signature.bind_partial(None, *OVERRIDDEN[name].split(", ") if OVERRIDDEN[name] else ())
+        if name != "_init_training_state":  # which Trainer calls with positions only
+            signature.bind_partial(None, **dict.fromkeys(filter(None, OVERRIDDEN[name].split(", "))))
+
+
+def test_every_attribute_of_trainer_that_the_library_touches_is_listed(trained):
+    theirs, used = {*dir(Trainer), *vars(trained)}, set()
+    for owner in CLASSES:
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(owner)))):
+            if isinstance(node, ast.Attribute):
+                base = node.value.func if isinstance(node.value, ast.Call) else node.value
+                if isinstance(base, ast.Name) and base.id in ("self", "super"):
+                    used.add(node.attr)
+    assert used & theirs - OVERRIDDEN.keys() == {*CALLED, *ATTRIBUTES}
+
+
+def test_every_private_attribute_of_others_is_listed():
+    used, own = set(), set()
+    for tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and is_private(node.attr):
+                of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                (own if of_self else used).add(node.attr)
+    assert used - own == PRIVATE.keys()
+
+
+def test_every_import_from_inside_another_package_is_listed():
+    used = set()
+    for tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module.startswith(("transformers.", "accelerate.")):
+                    used |= names
+                elif not node.module.startswith(("__future__", library.__name__)):
+                    used |= {name for name in names if any(map(is_private, name.split(".")))}
+    assert used == IMPORTED.keys()
+
+
+# ---- the order of events ----
+
+
+class Recorder(TrainerCallback):
+    """Writes down every event, and what it finds of the trainer's running totals as the training begins."""
+
+    def __init__(self):
+        self.events, self.trainer = [], None
+
+
+for event in (name for name in dir(TrainerCallback) if name.startswith("on_")):
+
+    def record(self, args, state, control, event=event, **kwargs):
+        self.events.append(event.removeprefix("on_"))
+        if event == "on_train_begin" and self.trainer:
+            trainer = self.trainer
+            totals = trainer._tr_loss.item(), trainer._total_loss_scalar, trainer._globalstep_last_logged
+            self.totals, self.step = totals, state.global_step
+
+    setattr(Recorder, event, record)
+
+
+STEP = ["step_begin", "pre_optimizer_step", "optimizer_step", "step_end"]
+ACCUMULATED = ["step_begin", "substep_end", *STEP[1:]]
+EVALUATION = ["prediction_step", "log", "evaluate"]
+
+
+def test_the_order_of_events_is_the_one_that_resumption_is_built_on(tmp_path):
+    """What a step or an epoch asks for is done after its last event; totals are set before the first event."""
+    recorder = Recorder()
+    each_epoch = {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_strategy": "steps", "logging_steps": 1}
+    trainer = stock_trainer(
+        tmp_path, [recorder], max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2, **each_epoch
+    )
+    recorder.trainer, recorder.events = trainer, []
+    trainer.train()
+    epoch = ["epoch_begin", *ACCUMULATED, "log", *STEP, "log", "epoch_end", *EVALUATION, "save"]
+    assert recorder.events == ["train_begin", *epoch, *epoch, "log", "train_end"]
+    assert recorder.totals == (0.0, 0.0, 0)
+
+    recorder.events = []
+    trainer.train(resume_from_checkpoint=True)  # a finished run: no epoch is left
+    assert recorder.events == ["train_begin", "log", "train_end"]
+    assert recorder.totals == (0.0, 0.0, recorder.step) and recorder.step == trainer.state.max_steps
+
+
+def test_what_a_step_asks_for_is_forgotten_only_as_the_next_one_begins(tmp_path):
+    found = []
+
+    class Ask(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_log = control.should_evaluate = True
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_save = True
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            found.append(control.should_save)
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            found.append((control.should_log, control.should_evaluate))
+            control.should_save = True
+
+        def on_save(self, args, state, control, **kwargs):
+            found.append(state.global_step)
+
+    stock_trainer(tmp_path, [Ask()], max_steps=2, logging_strategy="no").train()
+    assert found == [False, 1, False, 2, (False, False), 2]
+
+
+# ---- the library's own callback ----
+
+
+class Stateful(TrainerCallback, ExportableState):
+    """A user's callback, which checkpoints hold and give back."""
+
+    def state(self):
+        return {"args": {}, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_own_callback_is_the_last_one_while_training_lasts_and_in_no_checkpoint(config, examples, resume):
+    fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}
+    args = config(**fields, restore_callback_states_from_checkpoint=True)
+    orders = []
+
+    def make():
+        trainer = CurriculumDistillationTrainer(
+            tiny_bert(2, seed=1), args, train_dataset=examples, callbacks=[Stateful()],
+            teacher_model=tiny_bert(TEACHER_DEPTH, width=24, seed=2),
+        )  # fmt: skip
+
+        class Later(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                orders.append([type(callback) for callback in trainer.callback_handler.callbacks])
+
+        trainer.add_callback(Later())
+        return trainer
+
+    trainer = make()
+    trainer.train()
+    if resume:
+        trainer = make()
+        trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-2")
+    assert len(orders) == (6 if resume else 4)
+    assert all(order.count(TrainingEvents) == 1 and order[-1] is TrainingEvents for order in orders)
+    assert not any(isinstance(callback, TrainingEvents) for callback in trainer.callback_handler.callbacks)
+    assert trainer.state.stateful_callbacks.keys() == {"Stateful", "TrainerControl"}
+
+
+def test_without_a_teacher_there_is_no_callback_but_those_of_trainer(config, examples):
+    seen = SimpleNamespace(callbacks=None)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.callbacks = {type(callback) for callback in trainer.callback_handler.callbacks}
+
+    trainer = CurriculumDistillationTrainer(
+        tiny_bert(1), config(max_steps=1), train_dataset=examples, callbacks=[Watch]
+    )
+    trainer.train()
+    assert TrainingEvents not in seen.callbacks and Watch in seen.callbacks
