@@ -22,12 +22,16 @@ from transformers import HfArgumentParser
 
 from hf_curriculum_distill.files import write_files
 from hf_curriculum_distill.plan import RECIPE_OPTIONS, PlanArguments, PlannedConfig, format_plan, make_plan
-from hf_curriculum_distill.report import format_summary, plot_comparison
+from hf_curriculum_distill.report import PLOT_FILE, format_summary, plot_comparison
 from hf_curriculum_distill.results import is_checkpoint, printable, read_results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`hf-curriculum-distill COMMAND ...`; whatever is wrong ends it with exit status 2 and a line that says what."""
+    """Run `hf-curriculum-distill COMMAND ...`; an error ends it with exit status 2 and a line that says what is wrong.
+
+    Args:
+        argv: the command line without the program's name; by default that of this process.
+    """
     parser = _Parser("hf-curriculum-distill", description="Tools around distillation runs.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class _Parser(ArgumentParser):
-    """Its errors are one line, which cannot move a terminal's cursor whatever a file or a folder is called."""
+    """Prints an error as one line of printable characters, whatever the names of files and folders contain."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(" ".join(message.split())))
@@ -117,7 +121,7 @@ def _compare(args: Namespace) -> None:
         print('\nThe plot needs matplotlib: pip install "hf_curriculum_distill[plots]"')
         return
     os.makedirs(output, exist_ok=True)
-    path = os.path.join(output, "comparison.png")
+    path = os.path.join(output, PLOT_FILE)
     plot_comparison(results, path, metric=args.metric, baseline=baseline)
     print(f"\nplot: {printable(path)}, and as SVG")
 
@@ -134,13 +138,30 @@ def parse_arguments(
     A wrong key or value ends the program with exit status 2 and a line that says what to do, as argparse does.
 
     Args:
-        unread: where it is given, keys of the file that are options of a recipe, but none of these, are only added
-            to it.
+        dataclass_types: their fields are the options. A field that a subclass declares again, for another default,
+            keeps its help.
+        argv: the command line without the program's name; by default that of this process.
+        description: what the program does.
+        prog: the program's name; by default that of this process.
+        unread: if given, the file's keys that are options of a recipe, but not of `dataclass_types`, are no errors but
+            added to this list.
+
+    Returns:
+        An instance of each of `dataclass_types`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     usage = "%(prog)s [--help] [--config FILE.yaml] [--option value ...]"
     parser = _OptionParser(dataclass_types, prog=prog, description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of defaults for the options below.")
+    helps = {
+        field.name: field.metadata["help"]
+        for kind in dataclass_types
+        for base in reversed(kind.__mro__)
+        for field in getattr(base, "__dataclass_fields__", {}).values()
+        if "help" in field.metadata
+    }
+    for action in parser._actions:
+        action.help = action.help or helps.get(action.dest)
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     path = config_parser.parse_known_args(argv)[0].config
@@ -164,12 +185,7 @@ def parse_arguments(
             _check_option(key.lstrip("-"), parser, "the command line sets")
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
-    except (
-        TypeError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-    ) as error:  # of Trainer's arguments, which check little
+    except (TypeError, AttributeError, LookupError, RecursionError) as error:  # TrainingArguments checks little itself
         parser.error(f"The options make no configuration ({type(error).__name__}: {error}); see --help.")
     return tuple(parsed)
 
@@ -198,7 +214,7 @@ def _options(parser: ArgumentParser) -> set[str]:
 
 
 def _check_type(key: str, value: Any, hint: Any, path: str) -> None:
-    # argparse converts what is written as text, and takes any other default as it is
+    # argparse converts text to an option's type, but takes any other default as it is
     if not (_fits(value, hint) or (isinstance(value, str) and get_origin(hint) is not list)):
         wanted = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
         raise ValueError(f"{path} sets {key} to {reprlib.repr(value)}, but it must be of type {wanted}; see --help.")

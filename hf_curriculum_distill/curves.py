@@ -1,4 +1,4 @@
-"""From a run's logs to what it had reached at which cost."""
+"""What a run had reached after which cost, read from its logs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_curriculum_distill.results import RECORD_FILE, STATE_FILE, read_json, require
+from hf_curriculum_distill.record import FILE_NAME as RECORD_FILE
+from hf_curriculum_distill.results import read_json, require
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,11 @@ class Curve:
 
 
 def read_curves(results: Iterable[Mapping[str, Any]], metric: str) -> dict[str, list[Curve]]:
-    """The curves of each method's finite runs."""
+    """The curves of each method's finite runs.
+
+    Raises:
+        ValueError: a run was not evaluated by the metric, or its files are damaged.
+    """
     curves: dict[str, list[Curve]] = {result["method"]: [] for result in results}
     for result in results:
         if result["finite"]:
@@ -36,7 +42,7 @@ def read_curves(results: Iterable[Mapping[str, Any]], metric: str) -> dict[str, 
 
 
 def _read_curve(result: Mapping[str, Any], metric: str) -> Curve:
-    state_path, record_path = (Path(result["path"], name) for name in (STATE_FILE, RECORD_FILE))
+    state_path, record_path = (Path(result["path"], name) for name in (TRAINER_STATE_NAME, RECORD_FILE))
     state, record, last = read_json(state_path), read_json(record_path), result["steps"]
     require(state_path, state, "log_history")
     require(record_path, record, "stages")

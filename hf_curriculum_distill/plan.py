@@ -33,6 +33,7 @@ from hf_curriculum_distill.counting import predicts_next_token
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.loading import check_teacher, load_teacher
 from hf_curriculum_distill.online import OnlineTeacher
+from hf_curriculum_distill.options import ModelOptions
 from hf_curriculum_distill.planning.dry_run import DryRun
 from hf_curriculum_distill.planning.memory import PeakMemory
 from hf_curriculum_distill.projections import ProjectionBank
@@ -58,28 +59,14 @@ _MEMORY = ("teacher", "student", "gradients", "optimizer", "activations", "logit
 
 
 @dataclass
-class PlanArguments:
+class PlanArguments(ModelOptions):
     """What a run consists of beside its [`CurriculumDistillationConfig`]; the names are those of the recipes.
 
     Raises:
         ValueError: a value is unknown or out of range.
     """
 
-    student: str | None = field(
-        default=None,
-        metadata={"help": "Student: a model's folder, a config.json, a Hub model, or a size as bert-LAYERS-HIDDEN."},
-    )
-    teacher: str | None = field(default=None, metadata={"help": "Teacher, as --student."})
-    teacher_size: str | None = field(
-        default=None, metadata={"help": "Its size, where it is still to be trained into the folder --teacher."}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the teacher's."})
     task: str = field(default="MaskedLM", metadata={"help": f"What both models do: {', '.join(TASKS)}."})
-    block_size: int = field(default=512, metadata={"help": "Tokens of an example."})
-    mlm_probability: float | None = field(
-        default=None, metadata={"help": "Share of the tokens whose label counts: 0.15 for a MaskedLM, else 1."}
-    )
-    dropout: float = field(default=0.1, metadata={"help": "Dropout of models that are given by size."})
     num_processes: int = field(default=1, metadata={"help": "Processes that share each step, one a device."})
     flops_per_second: float | None = field(
         default=None, metadata={"help": "Operations a second that one device reaches in such a training."}

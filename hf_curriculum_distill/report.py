@@ -18,6 +18,8 @@ from hf_curriculum_distill.files import write_files
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PLOT_FILE = "comparison.png"
+
 _COLUMNS = {
     "method": ("method", str),
     "eval_accuracy": ("accuracy", "{:.4f}".format),
@@ -38,7 +40,12 @@ _LOOKS = tuple(product(("-", "--", ":"), ("#0072b2", "#d55e00", "#009e73", "#cc7
 
 
 def format_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One line a trained model; accuracy and agreement are shares of the counted labels, KL is in nats."""
+    """A table with a line for each trained model.
+
+    Args:
+        results: objects of `results.json`, or parts of them. Accuracy and agreement are shares of the labels that
+            count, KL is in nats, and FLOPs are those of student and teacher.
+    """
     rows = [[title for title, _ in _COLUMNS.values()]]
     for result in results:
         values = dict(result)
@@ -54,12 +61,18 @@ def format_summary(
     threshold: float | None = None,
     baseline: str = "one_shot",
 ) -> str:
-    """One line a method: where its finite runs ended, and what it took them to reach a value of the metric.
+    """A table with a line for each method: where its finite runs ended, and at which cost they reached the threshold.
 
-    A run reaches it at the first evaluation that is at least as good (for a loss or KL: at most as high). The cost is
-    the median over runs, of which those that never get there count as infinitely late. By default it is the worst
-    value at which a run of the baseline ended (without baseline: any run), which thus every one of them reaches. An
-    accuracy or another share of 0 is where a run that learns nothing is: it is no value to reach.
+    A run reaches the threshold at the first evaluation that is at least as good (for a loss or KL: at most as high).
+    The cost is the median over runs; that of a run that never gets there is infinite. A run that learns nothing has an
+    accuracy (or another share) of 0 already, so 0 is no threshold.
+
+    Args:
+        results: objects of `results.json`: see [`read_results`].
+        metric: what is compared.
+        threshold: the value to reach; by default the worst at which a run of the baseline ended (without baseline: any
+            run), which each of these reaches.
+        baseline: the method whose cost is divided by that of each method.
 
     Raises:
         ValueError: a run was not evaluated by this metric, or its files are damaged, or the threshold is not finite.
@@ -104,9 +117,8 @@ def format_summary(
             if races:
                 row += [f"{num_reached}/{num_finite}", *(_show_cost(medians[method]) if num_reached else ["never"] * 2)]
             both = [medians[baseline], medians[method]] if methods.get(baseline) else [np.inf]
-            if np.isfinite(both).all() and np.all(
-                medians[method]
-            ):  # what is reached before the first step costs nothing
+            # what is reached before the first step costs nothing, and has no ratio
+            if np.isfinite(both).all() and np.all(medians[method]):
                 row += [f"{ratio:.2f}" for ratio in medians[baseline] / medians[method]]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     return "\n".join([*heading, "", align(rows)])
@@ -117,6 +129,13 @@ def _show_cost(cost: np.ndarray) -> list[str]:
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, the first as a heading; the first column is flush left, all others flush right.
+
+    >>> print(align([["method", "steps"], ["one_shot", "8"]]))
+    method    steps
+    ---------------
+    one_shot      8
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for first, *others in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -133,6 +152,13 @@ def plot_comparison(
 
     A line is the mean of a method's finite runs, the band goes from their lowest to their highest value, and a strip
     on top shows the layer stages. Needs matplotlib.
+
+    Args:
+        results: objects of `results.json`: see [`read_results`].
+        path: of the PNG.
+        title: above the plots.
+        metric: what is drawn.
+        baseline: the method that is drawn in grey.
 
     Raises:
         ValueError: no run is finite, one was not evaluated by this metric, or its files are damaged.

@@ -1,6 +1,6 @@
 """What finished runs left: `results.json`, and each run's `trainer_state.json` and `curriculum.json`.
 
-Whoever compares runs has them from anywhere: files are read as if somebody had damaged them on purpose.
+Runs that are compared may come from anywhere, so files are read as if somebody had damaged them on purpose.
 """
 
 from __future__ import annotations
@@ -17,33 +17,36 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from hf_curriculum_distill.files import write_files
+from hf_curriculum_distill.record import FILE_NAME as RECORD_FILE
 
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
-STATE_FILE = "trainer_state.json"
-RECORD_FILE = "curriculum.json"
 
-# What a record says beside the arguments that it was resolved from.
+# Fields of a record that were worked out from its arguments, the models and the data.
 _RESOLVED = ("max_steps", "samples_per_step", "stages", "settings", "projection_matrices", "cached_logits")
 _NO_SETTINGS = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a student's config.json
 
 
 def write_results(folder: str, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write `results.json`: a list with one object per trained model."""
+    """Write `results.json`, a list with one object per trained model, whole or not at all."""
     os.makedirs(folder, exist_ok=True)
     write_files({os.path.join(folder, RESULTS_FILE): f"{json.dumps(list(results), indent=2)}\n".encode()})
 
 
 def read_results(folders: Iterable[str]) -> list[dict[str, Any]]:
-    """The objects of the folders' `results.json`; the folder of a single run stands for that run. Each run comes once.
+    """The objects of the folders' `results.json`, each run once.
 
     A run's files are those of its folder or, where `save_state()` was not called, of its last checkpoint. Runs of one
     method that differ in more than the seed get names of their own, see [`_tell_apart`], so that runs of the same
     `method` are repetitions.
+
+    Args:
+        folders: each the output of a recipe, the folder of a single run, or a checkpoint of one.
 
     Raises:
         FileNotFoundError: a folder is missing or is neither of them, or a result's run is not found.
@@ -62,8 +65,8 @@ def read_results(folders: Iterable[str]) -> list[dict[str, Any]]:
                 names = sorted(os.listdir(folder))
                 there = f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "nothing"
             raise FileNotFoundError(
-                f"{folder} has neither {RESULTS_FILE} (a recipe's output) nor {STATE_FILE} and {RECORD_FILE} (a "
-                f"finished run, or a checkpoint in it); there is {there}."
+                f"{folder} has neither {RESULTS_FILE} (a recipe's output) nor {TRAINER_STATE_NAME} and {RECORD_FILE} "
+                f"(a finished run, or a checkpoint in it); there is {there}."
             )
         for result in found:
             if results.setdefault(os.path.realpath(result["path"]), result) is result:
@@ -85,20 +88,20 @@ def _read_results_file(folder: Path) -> list[dict[str, Any]]:
 
 
 def _find_run(path: str, folder: Path) -> Path:
-    """Where the files are of a run that `results.json` names or, after a move, the end of that name names."""
+    """The folder of a run that `results.json` names; after a move, the one that the end of the name leads to."""
     parts = Path(path).parts
     ends = [Path(*parts[start:]) for start in range(len(parts))]
     for run in (Path(path), *(base / end for end in ends for base in (folder, folder.resolve().parent))):
-        if (files := _find_files(run, STATE_FILE)) is not None:
+        if (files := _find_files(run, TRAINER_STATE_NAME)) is not None:
             return files
     named = f"{folder / RESULTS_FILE} names the run {printable(path)}"
-    raise FileNotFoundError(f"{named}, but there is no {STATE_FILE} in it.")
+    raise FileNotFoundError(f"{named}, but there is no {TRAINER_STATE_NAME} in it.")
 
 
 def _find_files(run: Path, *names: str) -> Path | None:
     """A run's folder or, where that lacks the files, its last checkpoint that has them."""
     for folder in (run, *map(Path, reversed(sort_checkpoints(str(run))))):
-        if all((folder / name).is_file() for name in names or (STATE_FILE, RECORD_FILE)):
+        if all((folder / name).is_file() for name in names or (TRAINER_STATE_NAME, RECORD_FILE)):
             return folder
     return None
 
@@ -109,8 +112,8 @@ def is_checkpoint(folder: str) -> bool:
 
 def _read_single_run(folder: Path) -> dict[str, Any]:
     """What `results.json` would say of a run."""
-    state, record = read_json(folder / STATE_FILE), read_json(folder / RECORD_FILE)
-    require(folder / STATE_FILE, state, "log_history", "global_step")
+    state, record = read_json(folder / TRAINER_STATE_NAME), read_json(folder / RECORD_FILE)
+    require(folder / TRAINER_STATE_NAME, state, "log_history", "global_step")
     require(folder / RECORD_FILE, record, "method", "samples_per_step")
     steps, planned = state["global_step"], record.get("max_steps")
     if is_checkpoint(str(folder)) and planned != steps:
@@ -147,7 +150,7 @@ def _tell_apart(results: Sequence[dict[str, Any]], sources: Sequence[str]) -> li
         repeated = {key for (key, _), number in runs.items() if number > 1}  # the same seed again is no repetition
         for index in [index for index in finite if row(index) in repeated]:
             settings[index][name] = values[index]
-    for index in set(range(len(results))) - {*finite}:  # left no record: what was trained beside them says what it was
+    for index in set(range(len(results))) - {*finite}:  # has no record: its settings are those of the runs beside it
         beside = [i for i in finite if (results[i]["method"], sources[i]) == (results[index]["method"], sources[index])]
         known = len({row(i) for i in beside}) == 1
         settings[index] = settings[beside[0]] if known else {"path": results[index]["path"]}
@@ -228,7 +231,11 @@ _LARGEST = 1e30  # more than any run counts or measures
 
 
 def printable(value: Any) -> str:
-    """Text as one line for a terminal: whatever could move its cursor or cannot be encoded is written as an escape."""
+    r"""Text as one line for a terminal, with an escape for each character that is not printable.
+
+    >>> print(printable("a\n\x1b[2J"))
+    a\n\x1b[2J
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 

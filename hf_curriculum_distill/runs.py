@@ -1,4 +1,8 @@
-"""Several methods on equal footing: which runs a comparison consists of, and one run's object in `results.json`."""
+"""Several methods on equal footing: which runs a comparison consists of, how they are trained, what each leaves.
+
+[`compare_methods`] is what a recipe does; a recipe of its own kind calls [`plan_runs`], [`train_all`] and
+[`train_student`] itself.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,109 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import transformers
+
 from hf_curriculum_distill.config import METHODS, CurriculumDistillationConfig
+from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill.report import format_summary
 from hf_curriculum_distill.results import write_results
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
 logger = logging.getLogger(__name__)
 
+LABELS_ALONE = [{"label_weight": 1.0}]  # the stages of a training without a teacher, of a teacher for instance
+
 _METRICS = ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl")
+
+
+def compare_methods(
+    recipe: ComparisonOptions,
+    args: CurriculumDistillationConfig,
+    find_teacher: Callable[..., Any],
+    distil: Callable[..., dict[str, Any]],
+    recipe_logger: logging.Logger,
+    threshold: float | None = None,
+) -> None:
+    """A recipe from its options to the table: plan the runs, find the teacher, train every student.
+
+    Args:
+        recipe: the recipe's options.
+        args: what all runs share.
+        find_teacher: `find_teacher(recipe, args)` trains the teacher if it is not there yet, and returns what `distil`
+            needs of it.
+        distil: `distil(recipe, teacher, args, method)` trains the student of one run: see [`train_student`].
+        recipe_logger: says what happens, on the main process only, as the logger of this module does.
+        threshold: the accuracy whose cost the table states: see [`format_summary`].
+
+    Raises:
+        SystemExit: the options describe no runs; it says what is wrong with them.
+    """
+    logging.basicConfig(format="%(message)s")
+    for each in (recipe_logger, logger):
+        each.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()  # one line a run says more here than a bar a checkpoint
+    try:
+        runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
+    except (ValueError, TypeError) as error:
+        raise SystemExit(str(error)) from error
+    teacher = find_teacher(recipe, args)
+    results = train_all(runs, partial(distil, recipe, teacher), args.output_dir)
+    if args.should_save:
+        print("\n" + format_summary(results, threshold=threshold))
+        option = "" if threshold is None else f" --threshold {threshold:g}"
+        print(f"\nplot: hf-curriculum-distill compare {args.output_dir}{option}")
+
+
+def teacher_arguments(
+    args: CurriculumDistillationConfig, folder: str, max_steps: int, batch_size: int, every: int, **others: Any
+) -> CurriculumDistillationConfig:
+    """The arguments with which a recipe trains the teacher of its students, on labels alone.
+
+    Args:
+        args: those of the students, of which the rest is taken.
+        folder: where the teacher and its checkpoints are written.
+        max_steps: optimizer steps.
+        batch_size: examples of a step and device.
+        every: steps between two evaluations and checkpoints.
+        others: fields that differ from `args`, too.
+    """
+    return dataclasses.replace(
+        args,
+        output_dir=folder,
+        stages=LABELS_ALONE,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=args.teacher_learning_rate,
+        restart_schedule_per_stage=False,
+        eval_strategy="steps",
+        eval_steps=every,
+        logging_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_only_model=True,
+        **others,
+    )
+
+
+def check_kept_teacher(folder: str, facts: Mapping[str, tuple[Any, Any]]) -> None:
+    """Whether the teacher of an earlier launch is the one that the options describe.
+
+    Args:
+        folder: where it was kept.
+        facts: name of a fact -> what it is of the teacher there, and what the options say.
+
+    Raises:
+        SystemExit: a fact is another; it says which.
+    """
+    for name, (there, wanted) in facts.items():
+        if there != wanted:
+            raise SystemExit(
+                f"{folder} holds a teacher with {name}={there}, but the options ask for {wanted}; name another folder "
+                "in --teacher."
+            )
 
 
 def plan_runs(
@@ -26,13 +124,16 @@ def plan_runs(
     variants: Mapping[str, Mapping[str, Any] | None] | str | None = None,
     seeds: Sequence[int] | None = None,
 ) -> dict[str, list[CurriculumDistillationConfig]]:
-    """The arguments of each method's runs, one a seed, in folders `<output_dir>/<method>/seed-<seed>`.
+    """Which runs a comparison consists of.
 
     Args:
         args: what all runs share.
         methods: names to train: methods of the library or names in `variants`.
         variants: name -> fields of `args` that differ: `{"last layer": {"layer_order": "last"}}`, or that as JSON.
         seeds: `args.seed` alone by default.
+
+    Returns:
+        Name of a method -> the arguments of its runs, one a seed, with folders `<output_dir>/<method>/seed-<seed>`.
 
     Raises:
         ValueError: a name is no method, a field is unknown, or a value is wrong.
@@ -76,10 +177,15 @@ def train_all(
     distil: Callable[[CurriculumDistillationConfig, str], dict[str, Any]],
     folder: str,
 ) -> list[dict[str, Any]]:
-    """Train what [`plan_runs`] planned; say how each run ended, and keep `results.json` in `folder` up to date.
+    """Train one run after another, log how each ended, and keep `results.json` up to date.
 
     Args:
-        distil: trains the student of one run, given its arguments and its method: see [`train_student`].
+        runs: name of a method -> the arguments of its runs, as [`plan_runs`] returns them.
+        distil: trains the student of one run, given its arguments and the name of its method: see [`train_student`].
+        folder: where `results.json` is written.
+
+    Returns:
+        The objects of `results.json`.
     """
     results: list[dict[str, Any]] = []
     for method, seeds in runs.items():
@@ -101,7 +207,12 @@ def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[s
     """Train, evaluate and save a student; returns its object in `results.json`.
 
     With `args.resume_from_checkpoint` training goes on from that folder or, for any other value, from the run's last
-    checkpoint if it has one. A run that is not finite is returned as that, with the error and without metrics.
+    checkpoint if it has one. A run whose loss or weights stop being finite has `finite: false` and the error in its
+    object, and no metrics.
+
+    Args:
+        trainer: holds the student.
+        method: the name of the run's method in `results.json`.
     """
     args = trainer.args
     run = {"method": method, "seed": args.seed, "path": args.output_dir}
@@ -119,10 +230,15 @@ def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[s
     steps = trainer.state.global_step
     return run | {
         **{name: metrics[name] for name in _METRICS if name in metrics},
-        "samples": steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "samples": num_examples(args, steps),
         "steps": steps,
         "student_flops": spent["student_flops"],
         "teacher_flops": spent["teacher_flops"],
         "seconds": seconds,
         "finite": True,
     }
+
+
+def num_examples(args: CurriculumDistillationConfig, steps: int) -> int:
+    """Examples that training takes in a number of optimizer steps, on all devices together."""
+    return steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -21,47 +21,32 @@ from itertools import islice
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
-from torch import Tensor
 from transformers import (
+    CONFIG_NAME,
     AutoConfig,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    EvalPrediction,
     PreTrainedModel,
     set_seed,
 )
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
-from hf_curriculum_distill.metrics import CountedAccuracy
+from hf_curriculum_distill.options import ModelOptions
 from hf_curriculum_distill.plan import SIZES, find_config, find_size
-from hf_curriculum_distill.report import format_table, plot_comparison
-from hf_curriculum_distill.results import write_results
-from hf_curriculum_distill.runs import train_student
+from hf_curriculum_distill.report import PLOT_FILE, format_table, plot_comparison
+from hf_curriculum_distill.runs import LABELS_ALONE, train_all, train_student
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
 
 logger = logging.getLogger("bert_large")
 
 
 @dataclass
-class RecipeArguments:
-    teacher: str = field(
-        default="google-bert/bert-large-uncased", metadata={"help": "Teacher: a Hub model or a folder."}
-    )
-    teacher_size: str | None = field(
-        default=None,
-        metadata={"help": "Train a teacher of this size (as --student) into the folder --teacher, unless it is there."},
-    )
-    teacher_steps: int = field(default=1000, metadata={"help": "Steps of that training, on the labels."})
-    student: str = field(
-        default="bert-large",
-        metadata={
-            "help": f"Student: {', '.join(SIZES)}, or bert-LAYERS-HIDDEN, or a config.json (all randomly "
-            "initialised), or a model's folder (its weights are the start)."
-        },
-    )
-    dropout: float = field(default=0.1, metadata={"help": "Dropout of models that are made by size."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the teacher's."})
+class RecipeArguments(ModelOptions):
+    student: str = "bert-large"
+    teacher: str = "google-bert/bert-large-uncased"
+    mlm_probability: float = 0.15
+    teacher_steps: int = field(default=1000, metadata={"help": "Steps of a teacher's training, on the labels."})
     dataset: str = field(
         default="wikimedia/wikipedia",
         metadata={"help": "Hub data set, or a local folder of parquet, JSON or text files."},
@@ -72,9 +57,7 @@ class RecipeArguments:
     heldout_documents: int = field(
         default=2000, metadata={"help": "Documents held out for evaluation where the data has no validation split."}
     )
-    eval_blocks: int = field(default=1024, metadata={"help": "At most so many held-out blocks are evaluated."})
-    block_size: int = field(default=512, metadata={"help": "Tokens in a block."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
+    eval_blocks: int = field(default=1024, metadata={"help": "Held-out blocks that are evaluated, at most."})
     mask_once: bool = field(
         default=False,
         metadata={"help": "Mask the training blocks once for all epochs, in memory; teacher_cache needs that."},
@@ -107,7 +90,7 @@ class TrainingConfig(CurriculumDistillationConfig):
     save_total_limit: int | None = 2
     logging_steps: float = 50
     dataloader_num_workers: int = 4
-    # a batch's way to the GPU is not waited for
+    # training goes on while a batch is copied to the GPU
     accelerator_config: dict | str | None = field(default_factory=lambda: {"non_blocking": True})
     report_to: str = "tensorboard"
 
@@ -117,12 +100,12 @@ def main():
     logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.teacher)
     check_size(recipe.student)
-    runs = {args.method: args}
+    runs = {args.method: [args]}
     for method in recipe.compare_with:
         baseline = {"method": method, "output_dir": f"{args.output_dir}-{method}", "push_to_hub": False}
         if method not in ("curriculum", "one_shot"):
-            baseline["teacher_cache"] = None  # of a teacher that changes, or that nobody asks
-        runs.setdefault(method, replace(args, **baseline))
+            baseline["teacher_cache"] = None  # for a teacher that stays as it is and gives targets
+        runs.setdefault(method, [replace(args, **baseline)])
     with args.main_process_first(desc="data"):
         train, heldout = load_data(recipe, tokenizer)
     pipeline = {
@@ -130,45 +113,44 @@ def main():
         "eval_dataset": heldout,
         "processing_class": tokenizer,
         "data_collator": MaskedBlocksCollator(tokenizer, recipe.mlm_probability, fixed_count=True),
-        "compute_metrics": masked_accuracy,
-        "preprocess_logits_for_metrics": first_choice,
     }
     teacher = find_teacher(recipe, args, pipeline)
 
-    results = []
-    for run in runs.values():
-        results.append(distil(recipe, run, pipeline))
-        if args.should_save:
-            write_results(args.output_dir, results)
+    results = train_all(runs, partial(distil, recipe, pipeline), args.output_dir)
     if args.should_save:
         print("\n" + format_table([teacher, *results]))
         finite = [result for result in results if result["finite"]]
         if len(finite) > 1:
-            plot = os.path.join(args.output_dir, "comparison.png")
+            plot = os.path.join(args.output_dir, PLOT_FILE)
             plot_comparison(finite, plot, f"{recipe.student} from {recipe.teacher}")
             print(f"\nplot: {plot}")
     if broken := [result for result in results if not result["finite"]]:
         raise SystemExit("\n".join(f"{result['path']}: {result['error']}" for result in broken))
 
 
-def distil(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:
+def distil(recipe: RecipeArguments, pipeline: dict, args: TrainingConfig, method: str) -> dict:
     """Train one student; returns its object in results.json."""
     set_seed(args.seed)
     student = make_model(recipe.student, recipe.dropout, pipeline["processing_class"])
     trainer = CurriculumDistillationTrainer(model=student, args=args, teacher_model=recipe.teacher, **pipeline)
     logger.info("%s: %s", args.output_dir, " -> ".join(stage.name for stage in trainer.stages))
-    return train_student(trainer, args.method)
+    return train_student(trainer, method)
 
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:
     """The teacher's own accuracy; with --teacher_size, after training it on the labels if it is not there yet."""
     args = replace(
-        args, output_dir=recipe.teacher + "-training", save_strategy="no", eval_strategy="no", teacher_cache=None
+        args,
+        output_dir=recipe.teacher + "-training",
+        stages=LABELS_ALONE,
+        save_strategy="no",
+        eval_strategy="no",
+        teacher_cache=None,
     )
     if recipe.teacher_size is not None:
         set_seed(args.seed)
         wanted = make_model(recipe.teacher_size, recipe.dropout, pipeline["processing_class"])
-        if os.path.isfile(os.path.join(recipe.teacher, "config.json")):
+        if os.path.isfile(os.path.join(recipe.teacher, CONFIG_NAME)):
             there = AutoConfig.from_pretrained(recipe.teacher)
             for size in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
                 if getattr(there, size) != getattr(wanted.config, size):
@@ -178,15 +160,13 @@ def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) 
                     )
         else:
             logger.info("%s: training a %s teacher on the labels", recipe.teacher, recipe.teacher_size)
-            labels = [{"label_weight": 1.0}]
-            steps, rate = recipe.teacher_steps, args.teacher_learning_rate
-            teacher_args = replace(args, stages=labels, max_steps=steps, learning_rate=rate)
+            teacher_args = replace(args, max_steps=recipe.teacher_steps, learning_rate=args.teacher_learning_rate)
             trainer = CurriculumDistillationTrainer(model=wanted, args=teacher_args, **pipeline)
             trainer.train()
             trainer.save_model(recipe.teacher)
             trainer.accelerator.wait_for_everyone()
     model = AutoModelForMaskedLM.from_pretrained(recipe.teacher)
-    metrics = CurriculumDistillationTrainer(model=model, args=replace(args, stages=None), **pipeline).evaluate()
+    metrics = CurriculumDistillationTrainer(model=model, args=args, **pipeline).evaluate()
     return {"method": "(teacher)", "eval_accuracy": metrics["eval_accuracy"]}
 
 
@@ -232,15 +212,6 @@ def load_data(recipe: RecipeArguments, tokenizer) -> tuple[Dataset | IterableDat
     if not blocks:
         raise SystemExit(f"The held-out text fills no block of {recipe.block_size} tokens; raise --heldout_documents.")
     return train, mask_once(blocks, tokenizer, recipe.mlm_probability, seed=0)
-
-
-def first_choice(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.argmax(-1)
-
-
-def masked_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    flat = {"predictions": prediction.predictions.ravel(), "references": prediction.label_ids.ravel()}
-    return CountedAccuracy().compute(**flat)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ def main():
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)
     for sentence in SENTENCES:
-        answers = ", ".join(f"{answer['token_str']} ({answer['score']:.2f})" for answer in fill(sentence))
-        print(f"{sentence}  ->  {answers}")
+        tokens = ", ".join(f"{guess['token_str']} ({guess['score']:.2f})" for guess in fill(sentence))
+        print(f"{sentence}  ->  {tokens}")
 
 
 if __name__ == "__main__":

@@ -11,22 +11,27 @@ are held out, each masked once: settings are chosen with --evaluate_on validatio
 Nothing that is trained sees a sentence of either.
 """
 
-import json
 import logging
 import os
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import pyarrow
 import pyarrow.compute
-import transformers
 from datasets import Dataset
-from transformers import BertConfig, BertForMaskedLM, PrinterCallback, TrainerCallback, set_seed
+from transformers import BertConfig, BertForMaskedLM, PrinterCallback, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
-from hf_curriculum_distill.report import format_summary
-from hf_curriculum_distill.runs import plan_runs, train_all, train_student
+from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill.runs import (
+    LABELS_ALONE,
+    check_kept_teacher,
+    compare_methods,
+    num_examples,
+    teacher_arguments,
+    train_student,
+)
 from hf_curriculum_distill.tasks.pcfg import GRAMMARS, LETTER_IDS, Grammar, pcfg_dataset, pcfg_tokenizer
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once
 
@@ -35,11 +40,10 @@ logger = logging.getLogger("pcfg")
 # No student's seed draws the same sentences.
 HELDOUT_SEEDS = {"validation": 2**40, "test": 2**40 + 1}
 TEACHER_SEED = 2**41
-LABELS = [{"label_weight": 1.0}]
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(ComparisonOptions):
     grammar: str = field(default="cfg3b", metadata={"help": f"One of {', '.join(GRAMMARS)}."})
     start: int | None = field(default=None, metadata={"help": "Symbol that becomes a sentence; the grammar's first."})
     max_length: int = field(default=512, metadata={"help": "Letters after which a sentence is cut."})
@@ -70,14 +74,6 @@ class RecipeArguments:
             "help": "Steps of the checkpoints (0: untrained) that teach before the last, if teacher_schedule is a list."
         },
     )
-    methods: list[str] = field(
-        default_factory=lambda: ["curriculum", "one_shot"],
-        metadata={"help": "What to compare: methods of the library, or names from `variants`."},
-    )
-    variants: dict | str | None = field(
-        default=None, metadata={"help": "Name -> training arguments in which it differs (JSON on the command line)."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of students and their data."})
 
     def __post_init__(self):
         if self.grammar not in GRAMMARS:
@@ -121,100 +117,77 @@ class TrainingConfig(CurriculumDistillationConfig):
 
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
-    logging.basicConfig(format="%(message)s")
-    for name in (logger.name, "hf_curriculum_distill.runs"):
-        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()  # one line a run says more here than a bar a checkpoint
-    try:
-        runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
-    except (ValueError, TypeError) as error:
-        raise SystemExit(str(error)) from error
-    logger.info(
-        "%s from %d on: sentences of %.0f letters on average",
-        recipe.grammar, recipe.start, recipe.sentences_of.mean_length(),
-    )  # fmt: skip
-    find_teacher(recipe, args)
-
-    results = train_all(runs, partial(distil, recipe), args.output_dir)
-    if args.should_save:
-        print("\n" + format_summary(results))
-        print(f"\nplot: hf-curriculum-distill compare {args.output_dir}")
+    compare_methods(recipe, args, find_teacher, distil, logger)
 
 
-def distil(recipe: RecipeArguments, args: TrainingConfig, method: str) -> dict:
+def distil(recipe: RecipeArguments, teacher: str, args: TrainingConfig, method: str) -> dict:
     """Train one student on its seed's sentences."""
     set_seed(args.seed)
     trainer = CurriculumDistillationTrainer(
         model=make_model(recipe, recipe.student_heads),
         args=args,
-        teacher_model=who_teaches(recipe, args),
-        **data(recipe, recipe.evaluate_on, recipe.train_sentences or num_sentences(args), args.seed),
+        teacher_model=who_teaches(recipe, teacher, args),
+        **data(recipe, recipe.evaluate_on, recipe.train_sentences or num_examples(args, args.max_steps), args.seed),
     )
     trainer.remove_callback(PrinterCallback)
     return train_student(trainer, method)
 
 
-def who_teaches(recipe: RecipeArguments, args: TrainingConfig) -> str | list[str] | BertForMaskedLM:
+def who_teaches(recipe: RecipeArguments, teacher: str, args: TrainingConfig) -> str | list[str] | BertForMaskedLM:
     """The trained teacher; for `progressive` all its checkpoints or a few, for `online` one that is yet to learn."""
     if args.method == "online":
         return make_model(recipe, recipe.teacher_heads)
     if args.method == "progressive" and isinstance(args.teacher_schedule, list):
         steps = [*recipe.earlier_teachers, recipe.teacher_steps]
-        return [os.path.join(recipe.teacher, f"checkpoint-{step}") for step in steps]
-    return recipe.teacher
+        return [os.path.join(teacher, f"checkpoint-{step}") for step in steps]
+    return teacher
 
 
-def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
-    """Train the teacher if it is not there yet, check that it is the one asked for, say how good it is."""
+def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> str:
+    """The teacher's folder, after training it if it is not there yet; logs how good it is."""
+    logger.info(
+        "%s from %d on: sentences of %.0f letters on average",
+        recipe.grammar, recipe.start, recipe.sentences_of.mean_length(),
+    )  # fmt: skip
     set_seed(recipe.teacher_seed)
     model = make_model(recipe, recipe.teacher_heads)
-    state = os.path.join(recipe.teacher, "trainer_state.json")
+    state = os.path.join(recipe.teacher, TRAINER_STATE_NAME)
     if not os.path.isfile(state):
         train_teacher(recipe, args, model)
-    with open(state, encoding="utf-8") as file:
-        there = BertConfig.from_pretrained(recipe.teacher).to_dict() | {"steps": json.load(file)["global_step"]}
+    steps = TrainerState.load_from_json(state).global_step
+    there = BertConfig.from_pretrained(recipe.teacher).to_dict() | {"steps": steps}
     wanted = model.config.to_dict() | {"steps": recipe.teacher_steps}
-    for name in ("grammar", "start", "hidden_size", "num_hidden_layers", "num_attention_heads", "steps"):
-        if there.get(name) != wanted[name]:
-            raise SystemExit(
-                f"{recipe.teacher} holds a teacher with {name}={there.get(name)}, but the options ask for "
-                f"{wanted[name]}; name another folder in --teacher."
-            )
+    names = ("grammar", "start", "hidden_size", "num_hidden_layers", "num_attention_heads", "steps")
+    check_kept_teacher(recipe.teacher, {name: (there.get(name), wanted[name]) for name in names})
     trainer = CurriculumDistillationTrainer(
         model=BertForMaskedLM.from_pretrained(recipe.teacher),
-        args=replace(args, output_dir=recipe.teacher, stages=LABELS, eval_strategy="no"),
+        args=replace(args, output_dir=recipe.teacher, stages=LABELS_ALONE, eval_strategy="no"),
         **data(recipe, recipe.evaluate_on),
     )
     trainer.remove_callback(PrinterCallback)
     accuracy = trainer.evaluate()["eval_accuracy"]
     logger.info("Teacher: masked top-1 %.4f on the %s set", accuracy, recipe.evaluate_on)
+    return recipe.teacher
 
 
 def train_teacher(recipe: RecipeArguments, args: TrainingConfig, model: BertForMaskedLM) -> None:
     """Train on the labels of fresh sentences, with a checkpoint before it and every --teacher_save_steps."""
-    teacher_args = replace(
+    teacher_args = teacher_arguments(
         args,
-        output_dir=recipe.teacher,
-        stages=LABELS,
+        recipe.teacher,
+        recipe.teacher_steps,
+        recipe.teacher_batch_size,
+        recipe.teacher_save_steps,
         seed=recipe.teacher_seed,
-        max_steps=recipe.teacher_steps,
-        per_device_train_batch_size=recipe.teacher_batch_size,
-        learning_rate=args.teacher_learning_rate,
-        restart_schedule_per_stage=False,
-        eval_strategy="steps",
-        eval_steps=recipe.teacher_save_steps,
-        logging_steps=recipe.teacher_save_steps,
-        save_strategy="steps",
-        save_steps=recipe.teacher_save_steps,
         save_total_limit=None,
-        save_only_model=True,
     )
     logger.info("%s: training a teacher on labels", recipe.teacher)
+    num_train, seed = num_examples(teacher_args, recipe.teacher_steps), TEACHER_SEED + recipe.teacher_seed
     trainer = CurriculumDistillationTrainer(
         model=model,
         args=teacher_args,
         callbacks=[SayAccuracy()],
-        **data(recipe, "validation", num_sentences(teacher_args), TEACHER_SEED + recipe.teacher_seed),
+        **data(recipe, "validation", num_train, seed),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.save_model(os.path.join(recipe.teacher, "checkpoint-0"))
@@ -222,11 +195,6 @@ def train_teacher(recipe: RecipeArguments, args: TrainingConfig, model: BertForM
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()
-
-
-def num_sentences(args: TrainingConfig) -> int:
-    """What a training takes."""
-    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 class SayAccuracy(TrainerCallback):

@@ -5,25 +5,37 @@ Teacher, three methods, three seeds each, (50, 6)-parity, two CPU cores, under 2
 Then a plot:
     hf-curriculum-distill compare runs/sparse_parity/demo --threshold 0.99
 
-The label is the parity of `sparsity` of `dimension` random bits. A network of finite width sees nothing of it in the
-loss for a long time and then learns it in a short transition. Every example is fresh; the teacher is trained on labels
-alone until it is right on --teacher_accuracy of held-out examples and some way beyond, and is kept for the next launch.
+The label is the parity of `sparsity` of `dimension` random bits. The loss of a network of finite width stays the same
+for a long time and then falls in a short transition. Every example is fresh; the teacher is trained on labels alone
+until it is right on --teacher_accuracy of held-out examples and some way beyond, and is kept for the next launch.
 """
 
-import json
 import logging
 import os
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
-import transformers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
-from hf_curriculum_distill.report import format_summary
-from hf_curriculum_distill.runs import plan_runs, train_all, train_student
+from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill.runs import (
+    check_kept_teacher,
+    compare_methods,
+    num_examples,
+    teacher_arguments,
+    train_student,
+)
 from hf_curriculum_distill.tasks.parity import (
     ParityMLPConfig,
     ParityMLPForSequenceClassification,
@@ -38,7 +50,7 @@ HELDOUT_SEED, TEACHER_SEED = 2**40, 2**41  # no student's seed draws the same ex
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(ComparisonOptions):
     dimension: int = field(default=50, metadata={"help": "Bits of an example."})
     sparsity: int = field(default=6, metadata={"help": "Bits whose parity is the label."})
     support: list[int] | None = field(default=None, metadata={"help": "Those bits, counted from 0; drawn by default."})
@@ -59,7 +71,7 @@ class RecipeArguments:
     teacher_accuracy: float = field(default=0.995, metadata={"help": "Held-out accuracy at which it is trained."})
     teacher_finish_samples: int = field(
         default=500_000,
-        metadata={"help": "Examples it goes on with after that: right behind the transition its logits tell more."},
+        metadata={"help": "Examples it goes on with after that: right after the transition its logits tell more."},
     )
     teacher_batch_size: int = field(default=64, metadata={"help": "Examples a step of the teacher's training."})
     first_checkpoint: str = field(
@@ -70,14 +82,6 @@ class RecipeArguments:
         default=False, metadata={"help": "Whether hidden states are matched with those of another example (a control)."}
     )
     heldout_examples: int = field(default=4096, metadata={"help": "Examples of every evaluation."})
-    methods: list[str] = field(
-        default_factory=lambda: ["curriculum", "one_shot"],
-        metadata={"help": "What to compare: methods of the library, or names from `variants`."},
-    )
-    variants: dict | str | None = field(
-        default=None, metadata={"help": "Name -> training arguments in which it differs (JSON on the command line)."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of students and their data."})
 
     def __post_init__(self):
         if self.support is None:
@@ -122,21 +126,7 @@ class TrainingConfig(CurriculumDistillationConfig):
 
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
-    logging.basicConfig(format="%(message)s")
-    for name in (logger.name, "hf_curriculum_distill.runs"):
-        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()  # one line a run says more here than a bar a checkpoint
-    try:
-        runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
-    except (ValueError, TypeError) as error:
-        raise SystemExit(str(error)) from error
-    logger.info("(%d, %d)-parity of bits %s", recipe.dimension, recipe.sparsity, recipe.support)
-    checkpoints = trained_teacher(recipe, args)
-
-    results = train_all(runs, partial(distil, recipe, checkpoints), args.output_dir)
-    if args.should_save:
-        print("\n" + format_summary(results, threshold=0.99))
-        print(f"\nplot: hf-curriculum-distill compare {args.output_dir} --threshold 0.99")
+    compare_methods(recipe, args, find_teacher, distil, logger, threshold=0.99)
 
 
 def distil(recipe: RecipeArguments, checkpoints: list[str], args: TrainingConfig, method: str) -> dict:
@@ -146,33 +136,29 @@ def distil(recipe: RecipeArguments, checkpoints: list[str], args: TrainingConfig
         teacher = make_model(recipe, recipe.teacher_width)
     if recipe.shuffle_features:
         teacher = ShuffledFeatures.from_pretrained(checkpoints[-1])
-    num_examples = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     set_seed(args.seed)
     trainer = CurriculumDistillationTrainer(
         model=make_model(recipe, recipe.student_width),
         args=args,
         teacher_model=teacher,
-        **data(recipe, num_examples, args.seed),
+        **data(recipe, num_examples(args, args.max_steps), args.seed),
     )
     trainer.remove_callback(PrinterCallback)
     return train_student(trainer, method)
 
 
-def trained_teacher(recipe: RecipeArguments, args: TrainingConfig) -> list[str]:
-    """Two checkpoints of the teacher: --first_checkpoint and the last."""
-    state = os.path.join(recipe.teacher, "trainer_state.json")
+def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> list[str]:
+    """Two checkpoints of the teacher, which is trained if it is not there yet: --first_checkpoint and the last."""
+    logger.info("(%d, %d)-parity of bits %s", recipe.dimension, recipe.sparsity, recipe.support)
+    state = os.path.join(recipe.teacher, TRAINER_STATE_NAME)
     if not os.path.isfile(state):
         train_teacher(recipe, args)
     wanted = make_model(recipe, recipe.teacher_width).config
     there = type(wanted).from_pretrained(recipe.teacher)
-    for name in ("support", "input_size", "n_positions", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if getattr(there, name, None) != getattr(wanted, name, None):
-            raise SystemExit(
-                f"{recipe.teacher} holds a teacher with {name}={getattr(there, name, None)}, but the options ask for "
-                f"{getattr(wanted, name, None)}; name another folder in --teacher."
-            )
-    with open(state, encoding="utf-8") as file:
-        accuracy = {e["step"]: e["eval_accuracy"] for e in json.load(file)["log_history"] if "eval_accuracy" in e}
+    names = ("support", "input_size", "n_positions", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    check_kept_teacher(recipe.teacher, {n: (getattr(there, n, None), getattr(wanted, n, None)) for n in names})
+    history = TrainerState.load_from_json(state).log_history
+    accuracy = {log["step"]: log["eval_accuracy"] for log in history if "eval_accuracy" in log}
     logger.info("Teacher: held-out accuracy %.4f at step %d", accuracy[max(accuracy)], max(accuracy))
     first = 0
     if recipe.first_checkpoint == "transition":
@@ -184,29 +170,12 @@ def trained_teacher(recipe: RecipeArguments, args: TrainingConfig) -> list[str]:
 def train_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
     """Train on labels until --teacher_accuracy, with a checkpoint every --teacher_save_samples."""
     batch = recipe.teacher_batch_size
-    every = max(1, recipe.teacher_save_samples // batch)
-    teacher_args = replace(
-        args,
-        output_dir=recipe.teacher,
-        stages=[{"label_weight": 1.0}],
-        max_steps=recipe.teacher_max_samples // batch,
-        per_device_train_batch_size=batch,
-        learning_rate=args.teacher_learning_rate,
-        lr_scheduler_type="constant",
-        restart_schedule_per_stage=False,
-        eval_strategy="steps",
-        eval_steps=every,
-        logging_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_only_model=True,
-        disable_tqdm=args.disable_tqdm,
-    )
+    max_steps, every = recipe.teacher_max_samples // batch, max(1, recipe.teacher_save_samples // batch)
     logger.info("%s: training a teacher on labels", recipe.teacher)
     set_seed(recipe.support_seed)
     trainer = CurriculumDistillationTrainer(
         model=make_model(recipe, recipe.teacher_width),
-        args=teacher_args,
+        args=teacher_arguments(args, recipe.teacher, max_steps, batch, every, lr_scheduler_type="constant"),
         callbacks=[StopWhenTrained(recipe.teacher_accuracy, recipe.teacher_finish_samples // batch)],
         **data(recipe, recipe.teacher_max_samples, TEACHER_SEED + recipe.support_seed),
     )
@@ -232,7 +201,7 @@ class ShuffledFeatures(ParityMLPForSequenceClassification):
 
 
 class StopWhenTrained(TrainerCallback):
-    """Ends training, with a checkpoint, so many steps after the first evaluation that is good enough."""
+    """Ends training, with a checkpoint, `num_more_steps` after the first evaluation that is good enough."""
 
     def __init__(self, accuracy: float, num_more_steps: int):
         self.accuracy, self.num_more_steps, self.end = accuracy, num_more_steps, None
@@ -266,11 +235,11 @@ def make_model(recipe: RecipeArguments, width: int) -> PreTrainedModel:
     return GPT2LMHeadModel(config)
 
 
-def data(recipe: RecipeArguments, num_examples: int, seed: int) -> dict:
+def data(recipe: RecipeArguments, num_train: int, seed: int) -> dict:
     """Fresh training examples and the held-out ones, as the Trainer's arguments."""
     task = {"dimension": recipe.dimension, "support": recipe.support, "as_tokens": recipe.model == "transformer"}
     return {
-        "train_dataset": SparseParity(num_examples, seed=seed, **task),
+        "train_dataset": SparseParity(num_train, seed=seed, **task),
         "eval_dataset": SparseParity(recipe.heldout_examples, seed=HELDOUT_SEED, **task),
         "data_collator": stack,
     }

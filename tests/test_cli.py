@@ -239,6 +239,21 @@ class Options:
     quiet: bool = False
 
 
+@dataclass
+class OtherDefaults(Options):
+    """The same options, two of which have other defaults."""
+
+    name: str = "a"
+    rate: float = 2.0
+
+
+def test_an_option_with_another_default_keeps_its_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([OtherDefaults], ["--help"])
+    assert "--name NAME A required option. (default: a)" in " ".join(capsys.readouterr().out.split())
+    assert parse_arguments([OtherDefaults], []) == (OtherDefaults(name="a", rate=2.0),)
+
+
 def parse(tmp_path, yaml, *argv):
     file = tmp_path / "options.yaml"
     file.write_text(yaml)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.config import METHODS
+from hf_curriculum_distill.runs import plan_runs
 from hf_curriculum_distill.tasks.parity import ParityMLPForSequenceClassification, draw_support
 
 ROOT = Path(__file__).parents[1]
@@ -226,7 +227,7 @@ def test_before_the_last_checkpoint_an_untrained_teacher_can_teach(finished, mai
     assert_same_weights(weights(untrained), weights(sparse_parity.make_model(recipe, 32)))
 
 
-def test_shuffled_features_are_those_of_the_example_before_and_the_answers_are_right(finished, sparse_parity):
+def test_shuffled_features_are_those_of_the_example_before_and_the_logits_are_right(finished, sparse_parity):
     folder = finished[0] / "teacher"
     plain, shuffled = (
         kind.from_pretrained(folder) for kind in (ParityMLPForSequenceClassification, sparse_parity.ShuffledFeatures)
@@ -243,7 +244,7 @@ def test_shuffled_features_are_those_of_the_example_before_and_the_answers_are_r
 def test_a_configuration_describes_only_what_it_compares(sparse_parity, path):
     kinds = [sparse_parity.RecipeArguments, sparse_parity.TrainingConfig]
     recipe, args = parse_arguments(kinds, ["--config", str(path), "--use_cpu", "true", "--bf16", "false"])
-    runs = sparse_parity.plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
+    runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
     assert list(runs) == recipe.methods
     assert set(recipe.variants or {}) <= set(recipe.methods)
     folders = [run.output_dir for seeds in runs.values() for run in seeds]

@@ -12,6 +12,7 @@ import yaml
 from transformers import BertForMaskedLM
 
 from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.runs import plan_runs
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes/configs/pcfg"
@@ -146,9 +147,9 @@ def test_no_held_out_sentence_is_trained_on_and_no_test_sentence_tuned_on(pcfg):
     test, validation = (pcfg.data(recipe, name, 4096, seed=0) for name in ("test", "validation"))
     train = as_drawn(test["train_dataset"])
     assert train == as_drawn(validation["train_dataset"]) and 2500 < len(train) < 4096
-    asked, tuned_on = as_drawn(test["eval_dataset"]), as_drawn(validation["eval_dataset"])
-    assert len(asked) == 256 and 200 < len(tuned_on) <= 256
-    assert not {*asked} & {*tuned_on} and not {*train} & {*asked, *tuned_on}
+    tested, tuned_on = as_drawn(test["eval_dataset"]), as_drawn(validation["eval_dataset"])
+    assert len(tested) == 256 and 200 < len(tuned_on) <= 256
+    assert not {*tested} & {*tuned_on} and not {*train} & {*tested, *tuned_on}
 
 
 def as_drawn(sentences):
@@ -161,6 +162,6 @@ def as_drawn(sentences):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_are_read_and_their_methods_exist(pcfg, path):
     recipe, args = parse_arguments([pcfg.RecipeArguments, pcfg.TrainingConfig], ["--config", str(path)])
-    runs = pcfg.plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
+    runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
     assert len(runs) == len(recipe.methods)
     assert yaml.safe_load(path.read_text())["output_dir"].startswith("runs/pcfg/")

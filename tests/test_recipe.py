@@ -101,7 +101,7 @@ def test_a_second_run_uses_the_teacher_that_is_there_and_resumes(finished):
     assert all((again[name] == student[name]).all() for name in student)
 
 
-def test_blocks_that_are_masked_once_are_asked_about_once_for_all_students(finished, tmp_path):
+def test_the_teacher_reads_blocks_that_are_masked_once_only_once_for_all_students(finished, tmp_path):
     folder, _ = finished
     options = ["--mask_once", "--teacher", str(folder / "teacher"), "--teacher_cache", str(tmp_path / "cache")]
     done = recipe(tmp_path, *options, "--compare_with", "one_shot", "labels")

@@ -150,11 +150,11 @@ def test_a_fixed_count_hides_four_in_five_and_replaces_half_of_the_rest(tokenize
     collator = MaskedBlocksCollator(tokenizer, 0.25, random_ids, fixed_count=True)
     batch = collator([{"input_ids": row} for row in ids.tolist()])
     counted = batch["labels"] != -100
-    answers, questions = batch["labels"][counted], batch["input_ids"][counted]
-    masked, kept = questions == tokenizer.mask_token_id, questions == answers
+    labels, inputs = batch["labels"][counted], batch["input_ids"][counted]
+    masked, kept = inputs == tokenizer.mask_token_id, inputs == labels
     assert abs(masked.float().mean() - 0.8) < 0.03  # 4.8 standard deviations
     assert abs(kept.float().mean() - 0.1) < 0.03
-    drawn = set(questions[~masked & ~kept].tolist())
+    drawn = set(inputs[~masked & ~kept].tolist())
     assert drawn == set(random_ids) if random_ids else len(drawn) > 200
 
 

@@ -19,7 +19,7 @@ class SparseParity(Dataset):
 
     Any example is a function of the seed and its number, so that a set has any length and takes no memory. The label
     is 1 where the product of the support's coordinates is +1. As tokens, for a causal language model: the bits, then
-    the parity as the one token that is asked for.
+    the parity, the only token with a label.
 
     ```python
     >>> SparseParity(1000, dimension=4, support=[0, 2], seed=32)[0]
@@ -57,7 +57,7 @@ class SparseParity(Dataset):
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A whole batch at once, stacked: what a data loader asks for, and [`stack`] lets pass."""
+        """The examples of a batch, stacked. A data loader calls this where it can, and collates with [`stack`]."""
         bits = random_bits(self.seed, np.asarray(indices, dtype=np.uint64), self.dimension)
         odd_zeros = (1 - bits[:, self.support]).sum(1) % 2
         parity = torch.from_numpy(1 - odd_zeros.astype(np.int64))
@@ -88,17 +88,27 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def draw_support(dimension: int, sparsity: int, seed: int) -> list[int]:
-    """`sparsity` different coordinates, sorted."""
+    """`sparsity` different coordinates below `dimension`, sorted.
+
+    >>> draw_support(50, 6, seed=0)
+    [2, 16, 24, 26, 32, 48]
+    """
     return sorted(random.Random(seed).sample(range(dimension), sparsity))
 
 
 def stack(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collate examples; a batch that is stacked already passes."""
+    """Collate examples into a batch; what [`SparseParity.__getitems__`] returns is one already."""
     return batch if isinstance(batch, dict) else default_data_collator(batch)
 
 
 class ParityMLPConfig(PreTrainedConfig):
-    """Sizes of a [`ParityMLPForSequenceClassification`]."""
+    """Sizes of a [`ParityMLPForSequenceClassification`].
+
+    Args:
+        input_size: coordinates of an example.
+        hidden_size: width of each block.
+        num_hidden_layers: blocks.
+    """
 
     model_type = "parity_mlp"
 

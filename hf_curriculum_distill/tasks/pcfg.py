@@ -2,7 +2,7 @@
 
 The grammars are those of Allen-Zhu & Li (2023, arXiv 2305.13673); Panigrahi et al. (2025, arXiv 2410.05464) distil
 masked language models of `cfg3b`. To predict a masked letter well, a model has to parse the sentence around it. A
-random letter in place of a masked one is drawn from `LETTER_IDS`: of all 8 tokens, 5 would not look like a letter.
+random letter in place of a masked one is drawn from `LETTER_IDS`, because 5 of the 8 tokens are no letters.
 
 ```python
 tokenizer, grammar = pcfg_tokenizer(), GRAMMARS["cfg3b"]

@@ -27,6 +27,13 @@ def pack_blocks(
     One row: `{"input_ids": [CLS] the cat sat [SEP] a new document ... [SEP]}`, `block_size` token ids. Documents are
     joined 1,000 at a time; what does not fill a last block is left out, less than one block in 1,000 documents.
 
+    Args:
+        documents: rows with a text.
+        tokenizer: of a masked language model.
+        block_size: tokens of a block, [CLS] and [SEP] included.
+        text_column: the column that holds the text.
+        num_proc: processes that tokenize; a stream is tokenized in the process that reads it.
+
     Raises:
         ValueError: there is no such column, the tokenizer has no [CLS] and [SEP], or the block is too small for them.
     """
@@ -55,13 +62,18 @@ class MaskedBlocksCollator:
     """Blocks or sentences -> `input_ids` and `labels`, `[batch, length]`; examples that have labels stay as they are.
 
     Of the tokens that are not special, a share `mlm_probability` is to be predicted: 80 % of them become [MASK], 10 %
-    a random token, 10 % stay; every other label is -100. The random token is any of the vocabulary, special ones too,
-    which matters if it is tiny: `random_ids` are then those to draw from.
-
-    With `fixed_count` an example's number of labels is no matter of chance but [`labels_per_example`], as in the
-    original BERT: shapes are then the same from batch to batch, and the trainer knows them without asking the device.
+    a random token, 10 % stay; every other label is -100. The random token is any of the vocabulary, special ones too:
+    set `random_ids` if the vocabulary is so small that this matters.
 
     Examples of different lengths are padded to the longest, with label -100 there and an `attention_mask`.
+
+    Args:
+        tokenizer: knows the special tokens.
+        mlm_probability: share of the tokens that is to be predicted.
+        random_ids: ids that the random token is drawn from; None: all of the vocabulary.
+        fixed_count: whether an example's number of labels is [`labels_per_example`] instead of random, as in the
+            original BERT. Shapes are then the same from batch to batch, and the trainer knows them without waiting for
+            the device.
 
     Raises:
         ValueError: `random_ids` are not in the vocabulary, lengths differ and the tokenizer has no [PAD] token, or an
@@ -105,7 +117,7 @@ class MaskedBlocksCollator:
         return batch
 
     def labels_per_example(self, length: int) -> int | None:
-        """How many labels an example of so many tokens, special ones included, gets; None: that is drawn."""
+        """Labels of an example of `length` tokens, special ones included; None: their number is random."""
         return max(1, round(self.mlm_probability * length)) if self.fixed_count else None
 
     def _mask(self, ids: Tensor, lengths: Tensor) -> dict[str, Tensor]:
@@ -120,7 +132,7 @@ class MaskedBlocksCollator:
         return {"input_ids": input_ids, "labels": labels}
 
     def _choose(self, maskable: Tensor, lengths: Tensor) -> Tensor:
-        """Of the maskable tokens as many of each example as its length says, each as likely as any other."""
+        """Draw `labels_per_example` of each example's maskable tokens, all equally likely: `[batch, length]`, bool."""
         counts = torch.tensor([self.labels_per_example(length) for length in lengths.tolist()])
         if (lacking := counts > maskable.sum(1)).any():
             example = int(lacking.nonzero()[0])
@@ -135,7 +147,7 @@ class MaskedBlocksCollator:
 
 
 def _padded(examples: Sequence[dict[str, Any]], name: str, padding: int | None) -> Tensor:
-    # by NumPy: torch takes three times as long for a list
+    # through NumPy: torch takes three times as long to read a list
     rows = [torch.from_numpy(np.array(example[name], np.int64)) for example in examples]
     return pad_sequence(rows, batch_first=True, padding_value=0 if padding is None else padding)
 
@@ -147,7 +159,18 @@ def mask_once(
     seed: int,
     random_ids: Sequence[int] | None = None,
 ) -> Dataset:
-    """A held-out set masked once and for all, so that every evaluation of every method asks the same questions."""
+    """Mask a held-out set once, so that every evaluation of every method predicts the same tokens.
+
+    Args:
+        blocks: rows with `input_ids`; all are held in memory.
+        tokenizer: knows the special tokens.
+        mlm_probability: share of the tokens that is to be predicted.
+        seed: of the draws.
+        random_ids: see [`MaskedBlocksCollator`].
+
+    Returns:
+        Rows with `input_ids` and `labels`, each as long as its block.
+    """
     blocks = list(blocks)
     with preserved_random_state(seed):
         masked = MaskedBlocksCollator(tokenizer, mlm_probability, random_ids)(blocks)

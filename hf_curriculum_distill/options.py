@@ -1,0 +1,53 @@
+"""Options that several command lines share: those of the recipes and of `hf-curriculum-distill plan`.
+
+A subclass changes a default by declaring the field again; the help stays what it is here, see `cli.parse_arguments`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelOptions:
+    """Which models a run of `bert_large.py`, or a plan of a run, consists of, and on how much of a text."""
+
+    student: str | None = field(
+        default=None,
+        metadata={
+            "help": "Student: a size as bert-large or bert-LAYERS-HIDDEN, or a config.json (both randomly "
+            "initialised), or a model's folder (its weights are the start). A plan takes Hub models, too."
+        },
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Teacher: a Hub model or a folder. A plan takes a size or a config.json, too."},
+    )
+    teacher_size: str | None = field(
+        default=None,
+        metadata={"help": "Train a teacher of this size (as --student) into the folder --teacher, unless it is there."},
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the teacher's."})
+    block_size: int = field(default=512, metadata={"help": "Tokens of an example: of a block of packed text."})
+    mlm_probability: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the tokens that is masked, whose labels count: 0.15 for a masked language model. A plan "
+            "of another task counts all by default."
+        },
+    )
+    dropout: float = field(default=0.1, metadata={"help": "Dropout of models that are made by size."})
+
+
+@dataclass
+class ComparisonOptions:
+    """Which students a comparison trains: the arguments of `runs.plan_runs`."""
+
+    methods: list[str] = field(
+        default_factory=lambda: ["curriculum", "one_shot"],
+        metadata={"help": "What to compare: methods of the library, or names from `variants`."},
+    )
+    variants: dict | str | None = field(
+        default=None, metadata={"help": "Name -> training arguments in which it differs (JSON on the command line)."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of students and their data."})
