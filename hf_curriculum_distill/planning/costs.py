@@ -33,7 +33,13 @@ class RunCosts:
     rate: float | None = None
 
     def __post_init__(self):
-        self._parameters = dict(self.run.student.model.named_parameters())
+        model = self.run.student.model
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        self._parameters = dict(model.named_parameters())
+        self._states = {
+            name: self.optimizer.measure(parameter, embeds=id(parameter) in embeddings)
+            for name, parameter in self._parameters.items()
+        }
 
     def of_stages(self, scheduler: StageScheduler, online: bool = False) -> list[dict[str, Any]]:
         """Count each stage.
@@ -43,7 +49,7 @@ class RunCosts:
             online: the teacher learns, too.
 
         Returns:
-            A dictionary a stage: `name`, `first_step` and `last_step` (from 1), `trained_parameters`,
+            One dictionary per stage: `name`, `first_step` and `last_step` (from 1), `trained_parameters`,
             `student_flops`, `teacher_flops` and `flops` of all processes, `seconds` (None: not known), and `memory`,
             the most bytes that one process holds: `teacher`, `student`, `gradients`, `optimizer`, `activations`,
             `logits`, each at its own worst moment, and `total`, at the worst of all.
@@ -52,14 +58,11 @@ class RunCosts:
             ValueError: a stage cannot be run without values.
         """
         args, stages = self.run.args, scheduler.stages
-        frozen = [
-            num_frozen_layers(stages, index, args.train_prefix, args.freeze_matched_layers)
-            for index in range(len(stages))
-        ]
         teacher, costs, stepped = self._teacher_bytes(stages, online), [], set()
         for index, stage in enumerate(stages):
             first, end = scheduler.span(index)
-            *flops, trained, peak = self._try(stage, frozen[index], online)
+            frozen = num_frozen_layers(stages, index, args.train_prefix, args.freeze_matched_layers)
+            *flops, trained, peak = self._try(stage, frozen, online)
             passes = (end - first) * args.gradient_accumulation_steps * self.num_processes
             student_flops, teacher_flops = (passes * each for each in flops)
             stepped |= trained  # an optimizer keeps its states for parameters that later stages leave alone
@@ -101,21 +104,20 @@ class RunCosts:
     def _memory(
         self, trained: Collection[str], stepped: Collection[str], peak: PeakMemory, teacher: int, teacher_gradients: int
     ) -> dict[str, int]:
-        """Bytes while a stage trains some parameters, after it or earlier stages took steps on some.
+        """The most bytes that a stage holds, by what they are for.
 
         Args:
-            trained, stepped: names of the student's parameters.
+            trained, stepped: names of the parameters that this stage trains, and that it or earlier stages trained.
             peak: of the passes of a micro-batch.
             teacher, teacher_gradients: bytes.
         """
-        states = self._optimizer_bytes()
-        student, held = _model_bytes(self.run.student.model), sum(states[name][0] for name in stepped)
+        student, held = _model_bytes(self.run.student.model), sum(self._states[name][0] for name in stepped)
         gradients = sum(self._parameters[name].nbytes for name in trained)
         if self.run.args.gradient_accumulation_steps == 1:
             passes = peak.peak_with_gradients
         else:  # gradients of the first micro-batch are there while later ones are computed
             passes = peak.peak + gradients + teacher_gradients
-        step = gradients + max((states[name][1] for name in trained), default=0)
+        step = gradients + max((self._states[name][1] for name in trained), default=0)
         return {
             "teacher": teacher + teacher_gradients,
             "student": student,
@@ -125,12 +127,6 @@ class RunCosts:
             "logits": peak.peak_of_size,
             "total": teacher + student + held + max(passes, step),
         }
-
-    def _optimizer_bytes(self) -> dict[str, tuple[int, int]]:
-        """Of each of the student's parameters: see [`OptimizerMemory.measure`]."""
-        embeddings = {id(m.weight) for m in self.run.student.model.modules() if isinstance(m, nn.Embedding)}
-        parameters = self._parameters.items()
-        return {name: self.optimizer.measure(p, embeds=id(p) in embeddings) for name, p in parameters}
 
 
 def add_up(name: str, costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
