@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, HfArgumentP
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.batches import seeded
-from hf_curriculum_distill.plan import PlanArguments, make_plan
+from hf_curriculum_distill.planning import PlanArguments, make_plan
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator
 
 TOKENIZER = Path(__file__).parents[1] / "recipes/data/bert_uncased"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_curriculum_distill.batch import Batch
 from hf_curriculum_distill.chunks import RowLogits
-from hf_curriculum_distill.stages import Stage
+from hf_curriculum_distill.stages import Stage, matched_pairs
 from hf_curriculum_distill.target_store import Examples, TargetStore
 from hf_curriculum_distill.teachers import Targets, Teacher
 
@@ -37,8 +37,7 @@ class CachedTeacher:
 
     def __init__(self, teacher: Teacher, store: TargetStore, stages: Sequence[Stage]):
         self._teacher, self._store = teacher, store
-        pairs = dict.fromkeys(pair for stage in stages for pair in stage.hidden)
-        self._wanted = Stage(hidden=pairs, kl_weight=float(any(stage.kl_weight for stage in stages)))
+        self._wanted = Stage(matched_pairs(stages), kl_weight=float(any(stage.kl_weight for stage in stages)))
         self._seen = self._found = 0
 
     def wanted(self, stage: Stage) -> Stage:

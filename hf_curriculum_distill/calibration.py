@@ -11,16 +11,7 @@ from hf_curriculum_distill.batch import Batch, BatchReader
 from hf_curriculum_distill.checks import check_batch, naming_batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.stages import LayerPair, Stage, parse_layer_pairs
-
-
-def layer_pairs(stages: Sequence[Stage]) -> tuple[LayerPair, ...]:
-    """All pairs of layers that the stages match.
-
-    Raises:
-        ValueError: two of them name a student layer with different targets.
-    """
-    return parse_layer_pairs(dict.fromkeys(pair for stage in stages for pair in stage.hidden))
+from hf_curriculum_distill.stages import LayerPair
 
 
 def make_bank(

@@ -21,7 +21,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_curriculum_distill.files import write_files
-from hf_curriculum_distill.plan import RECIPE_OPTIONS, PlanArguments, PlannedConfig, format_plan, make_plan
+from hf_curriculum_distill.planning import RECIPE_OPTIONS, PlanArguments, PlannedConfig, format_plan, make_plan
 from hf_curriculum_distill.report import PLOT_FILE, format_summary, plot_comparison
 from hf_curriculum_distill.results import is_checkpoint, printable, read_results
 

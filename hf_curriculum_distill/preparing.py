@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hf_curriculum_distill.adapted import transformers_model
 from hf_curriculum_distill.batch import Batch, BatchReader
 from hf_curriculum_distill.cached import CachedTeacher
-from hf_curriculum_distill.calibration import bank_settings, checked, layer_pairs, make_bank, sample
+from hf_curriculum_distill.calibration import bank_settings, checked, make_bank, sample
 from hf_curriculum_distill.checks import (
     check_cache,
     check_launch,
@@ -36,6 +36,7 @@ from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.randomness import preserved_random_state
 from hf_curriculum_distill.resume import ResumableTrainer
 from hf_curriculum_distill.schedules import restarted_schedule
+from hf_curriculum_distill.stages import matched_pairs, parse_layer_pairs
 from hf_curriculum_distill.target_store import TargetStore
 from hf_curriculum_distill.trial import try_out
 
@@ -116,7 +117,7 @@ class PreparedTrainer(ResumableTrainer):
 
     def _make_bank(self) -> ProjectionBank | None:
         """The given bank, the one of a training before where it is still the right one, or a new one."""
-        given, pairs = self._given_bank, layer_pairs(self._declared_stages)
+        given, pairs = self._given_bank, parse_layer_pairs(matched_pairs(self._declared_stages))
         if not pairs:
             if given is not None:
                 raise ValueError("projection_bank was given, but no stage matches hidden states; leave it out.")

@@ -264,6 +264,25 @@ def resolve_layer_map(
     return pairs
 
 
+def matched_pairs(stages: Sequence[Stage]) -> list[LayerPair]:
+    """List the layer pairs that stages match.
+
+    Args:
+        stages: in any order.
+
+    Returns:
+        `(student layer, teacher layer)`, each once, in the order in which stages first match them.
+
+    Example:
+
+    ```python
+    >>> matched_pairs([Stage(hidden=[(1, 2)]), Stage(hidden=[(2, 4), (1, 2)])])
+    [(1, 2), (2, 4)]
+    ```
+    """
+    return list(dict.fromkeys(pair for stage in stages for pair in stage.hidden))
+
+
 def check_layer_range(pairs: Iterable[LayerPair], student_depth: int, teacher_depth: int) -> None:
     """Raise a `ValueError` for a layer that a model of this number of blocks does not have."""
     for student, teacher in pairs:

@@ -14,7 +14,7 @@ from hf_curriculum_distill.checks import label_loss_mismatch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.counting import LABEL_POSITIONS
 from hf_curriculum_distill.objective import Objective
-from hf_curriculum_distill.stages import Stage
+from hf_curriculum_distill.stages import Stage, matched_pairs
 from hf_curriculum_distill.teachers import Targets, Teacher
 
 
@@ -30,9 +30,8 @@ def try_out(
             library compares.
     """
     student, args = objective.student.model, read.args
-    pairs = dict.fromkeys(pair for stage in stages for pair in stage.hidden)
     weights = {f"{n}_weight": float(any(getattr(s, f"{n}_weight") for s in stages)) for n in ("kl", "label")}
-    every = Stage(hidden=pairs, **weights)
+    every = Stage(matched_pairs(stages), **weights)
     batch = read(_few_examples(batch, every.needs_logits), whole_logits=True)
     packed = is_quantised(student)  # on some CPUs bitsandbytes packs anew what evaluates, and it gets no gradient then
     student.train(packed)

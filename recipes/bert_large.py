@@ -33,7 +33,7 @@ from transformers import (
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.options import ModelOptions
-from hf_curriculum_distill.plan import SIZES, find_config, find_size
+from hf_curriculum_distill.planning import SIZES, find_config, find_size
 from hf_curriculum_distill.report import PLOT_FILE, format_table, plot_comparison
 from hf_curriculum_distill.runs import LABELS_ALONE, train_all, train_student
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks

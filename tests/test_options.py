@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_curriculum_distill.options import ComparisonOptions, ModelOptions
-from hf_curriculum_distill.plan import PlanArguments
+from hf_curriculum_distill.planning import PlanArguments
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

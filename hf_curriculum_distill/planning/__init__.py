@@ -1,0 +1,18 @@
+"""What a run will cost, before it runs: checks, stages, operations, time and memory, found on models without values."""
+
+from hf_curriculum_distill.planning.arguments import RECIPE_OPTIONS, PlanArguments, PlannedConfig
+from hf_curriculum_distill.planning.models import SIZES, find_config, find_size
+from hf_curriculum_distill.planning.plan import Plan, make_plan
+from hf_curriculum_distill.planning.table import format_plan
+
+__all__ = [
+    "RECIPE_OPTIONS",
+    "SIZES",
+    "Plan",
+    "PlanArguments",
+    "PlannedConfig",
+    "find_config",
+    "find_size",
+    "format_plan",
+    "make_plan",
+]

@@ -1,0 +1,71 @@
+from itertools import accumulate
+
+import pytest
+from conftest import STUDENT_DEPTH, tiny_bert
+from transformers import BertForSequenceClassification
+
+from hf_curriculum_distill import CurriculumDistillationTrainer
+
+from .plans import Watch, examples_for, planned, tiny_gpt
+
+BLOCKWISE = {"train_prefix": "block", "freeze_matched_layers": True}
+
+RUNS = {
+    "curriculum": {},
+    "blocks": BLOCKWISE,
+    "cumulative": {"layer_order": "cumulative", "hidden_weight_in_logit_stage": 0.5, "label_loss_weight": 1.0},
+    "whole models": {"truncate": False},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "embeddings": {"stages": [{"hidden": [[0, 0]], "until": 2}, {"hidden": [[2, 1]], "until": 5}, {"kl_weight": 1.0}]},
+    "one_shot": {"method": "one_shot"},
+    "online": {"method": "online"},
+    "labels": {"method": "labels"},
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "make"),
+    [(run, tiny_bert) for run in RUNS]
+    + [("curriculum", tiny_gpt), ("curriculum", lambda d: tiny_bert(d, model_class=BertForSequenceClassification))],
+)
+def test_a_plan_says_what_the_run_then_books_and_trains(tmp_path, config, run, make):
+    student, teacher = make(STUDENT_DEPTH), make(4)
+    plan = planned(tmp_path, student, teacher, **RUNS[run])
+    watch = Watch()
+    trainer = CurriculumDistillationTrainer(
+        model=student,
+        args=config(**RUNS[run]),
+        train_dataset=examples_for(student),
+        teacher_model=teacher,
+        callbacks=[watch],
+    )
+    watch.trainer = trainer
+    trainer.train()
+    assert not plan.errors and [row["name"] for row in plan.stages] == [stage.name for stage in trainer.stages]
+    spent = {log["step"]: log for log in trainer.state.log_history if "student_flops" in log}
+    for name in ("student_flops", "teacher_flops"):
+        sums = list(accumulate(row[name] for row in plan.stages))
+        assert [round(spent[row["last_step"]][name]) for row in plan.stages] == sums
+        assert plan.total[name] == sums[-1]
+    assert [row["trained_parameters"] for row in plan.stages] == list(watch.trained.values())
+    assert [row["memory"]["gradients"] for row in plan.stages] == [4 * n for n in watch.trained.values()]
+    assert [row["memory"]["optimizer"] for row in plan.stages] == list(watch.states.values())
+
+
+def test_weights_states_and_projections_are_counted_to_the_byte(tmp_path):
+    student, teacher = tiny_bert(2), tiny_bert(4, width=24)
+    numbers = [sum(tensor.numel() for tensor in model.parameters()) for model in (student, teacher)]
+    positions = 2 * 32 * 8  # buffers: positions and token types
+    projections = 2 * (16 * 24 + 2 * 16) * 4
+    row = planned(tmp_path, student, teacher, gradient_accumulation_steps=2).total["memory"]
+    assert row["teacher"] == 4 * numbers[1] + positions + projections
+    assert row["student"] == 4 * numbers[0] + positions
+    assert row["optimizer"] == 2 * row["gradients"] == 8 * numbers[0]
+    assert row["total"] == sum(size for name, size in row.items() if name != "total")
+    alone = planned(tmp_path, student, teacher).total["memory"]  # whose gradients come as activations go
+    assert alone | {"total": row["total"]} == row and alone["total"] < row["total"]
+    half = planned(tmp_path, student, teacher, teacher_dtype="bfloat16", optim="sgd").total["memory"]
+    assert half["teacher"] == 2 * numbers[1] + positions + projections and half["optimizer"] == 0
+    online = planned(tmp_path, student, teacher, method="online").total["memory"]
+    assert online["teacher"] == 16 * numbers[1] + positions  # with gradients and two states each
+    assert online["activations"] > planned(tmp_path, student, teacher, method="one_shot").total["memory"]["activations"]
