@@ -6,8 +6,6 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_curriculum_distill.comparison import TeacherComparison as TeacherComparison
-
 
 class CountedAccuracy(evaluate.Metric):
     """Share of predictions equal to their reference, over references that are not -100.

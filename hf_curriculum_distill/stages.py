@@ -273,11 +273,10 @@ def matched_pairs(stages: Sequence[Stage]) -> list[LayerPair]:
     Returns:
         `(student layer, teacher layer)`, each once, in the order in which stages first match them.
 
-    Example:
-
     ```python
     >>> matched_pairs([Stage(hidden=[(1, 2)]), Stage(hidden=[(2, 4), (1, 2)])])
     [(1, 2), (2, 4)]
+
     ```
     """
     return list(dict.fromkeys(pair for stage in stages for pair in stage.hidden))

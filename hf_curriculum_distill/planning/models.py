@@ -33,11 +33,10 @@ def find_size(name: str) -> tuple[int, int] | None:
     Returns:
         `(blocks, hidden size)`; None if the name is no size, or a file or folder has this name.
 
-    Example:
-
     ```python
     >>> find_size("bert-6-768"), find_size("bert-base"), find_size("gpt2")
     ((6, 768), (12, 768), None)
+
     ```
     """
     size = re.fullmatch(r"bert-(\d+)-(\d+)", name)

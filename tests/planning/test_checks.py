@@ -170,7 +170,7 @@ SMALL |= {"num_attention_heads": 2, "max_position_embeddings": 32}
     ],
     ids=["BERT", "RoBERTa", "OPT", "Llama"],
 )
-def test_a_block_has_as_many_tokens_as_the_model_has_positions(tmp_path, model, longest):
+def test_an_example_has_no_more_tokens_than_the_model_has_positions(tmp_path, model, longest):
     length = longest or 64
     model.eval()(input_ids=torch.full((1, length), 5))
     path = saved(tmp_path / "model", model)

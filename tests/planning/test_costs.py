@@ -5,14 +5,13 @@ from conftest import STUDENT_DEPTH, tiny_bert
 from transformers import BertForSequenceClassification
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill.planning.costs import add_up
 
 from .plans import Watch, examples_for, planned, tiny_gpt
 
-BLOCKWISE = {"train_prefix": "block", "freeze_matched_layers": True}
-
 RUNS = {
     "curriculum": {},
-    "blocks": BLOCKWISE,
+    "blocks": {"train_prefix": "block", "freeze_matched_layers": True},
     "cumulative": {"layer_order": "cumulative", "hidden_weight_in_logit_stage": 0.5, "label_loss_weight": 1.0},
     "whole models": {"truncate": False},
     "accumulated": {"gradient_accumulation_steps": 2},
@@ -69,3 +68,20 @@ def test_weights_states_and_projections_are_counted_to_the_byte(tmp_path):
     online = planned(tmp_path, student, teacher, method="online").total["memory"]
     assert online["teacher"] == 16 * numbers[1] + positions  # with gradients and two states each
     assert online["activations"] > planned(tmp_path, student, teacher, method="one_shot").total["memory"]["activations"]
+
+
+def test_a_total_sums_what_is_spent_and_keeps_the_stage_that_holds_most():
+    first, second, third = (
+        {"name": f"stage {n}", "first_step": 10 * n + 1, "last_step": 10 * n + 10, "trained_parameters": 7 - n}
+        | {
+            "student_flops": n,
+            "teacher_flops": 2,
+            "flops": n + 2,
+            "seconds": 0.5,
+            "memory": {"student": n, "total": most},
+        }
+        for n, most in enumerate((3, 9, 5))
+    )
+    spent = {"student_flops": 3, "teacher_flops": 6, "flops": 9, "seconds": 1.5, "memory": {"student": 1, "total": 9}}
+    steps = {"name": "all", "first_step": 1, "last_step": 30, "trained_parameters": 7}
+    assert add_up("all", [first, second, third]) == steps | spent
