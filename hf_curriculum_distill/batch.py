@@ -12,13 +12,13 @@ from hf_curriculum_distill.chunks import chunk_size
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.counting import (
     LABEL_POSITIONS,
-    answers_per_example,
-    answers_per_token,
     count,
     counted_rows,
     decodes_labels,
+    has_rows_per_token,
     label_weights,
     num_classes,
+    num_rows_per_example,
     position_weights,
     shifted_right,
 )
@@ -136,11 +136,11 @@ class Batch:
 
     @cached_property
     def row_per_token(self) -> bool:
-        return answers_per_token(self.model, self.inputs)
+        return has_rows_per_token(self.model, self.inputs)
 
     @cached_property
     def rows_per_example(self) -> int:
-        return answers_per_example(self.model, self.inputs)
+        return num_rows_per_example(self.model, self.inputs)
 
     @cached_property
     def chunk_size(self) -> int | None:

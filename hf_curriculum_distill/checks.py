@@ -18,8 +18,8 @@ from hf_curriculum_distill.adapted import stored_tensors, transformers_model
 from hf_curriculum_distill.batch import Batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.counting import (
-    ONE_ANSWER_PER_EXAMPLE,
-    answers_per_frame,
+    ONE_ROW_PER_EXAMPLE,
+    is_ctc,
     num_classes,
     predicts_next_token,
 )
@@ -27,7 +27,7 @@ from hf_curriculum_distill.layers import PartialForward, auxiliary_loss
 from hf_curriculum_distill.losses import cross_entropy
 from hf_curriculum_distill.stages import Stage, num_frozen_layers
 
-_ONE_ANSWER_PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
+_ONE_ROW_PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
 
 def check_launch(args: CurriculumDistillationConfig, compute_loss_func: Callable | None) -> None:
@@ -99,7 +99,7 @@ def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
             f"{type(model).__name__} has no head, but stage {logit_stages[0]!r} needs logits; load the student with "
             "the AutoModelFor class of its task, or match hidden states only, with explicit `stages`."
         )
-    if not answers_per_frame(model):
+    if not is_ctc(model):
         return
     if labelled := [stage.name for stage in stages if stage.label_weight]:
         raise ValueError(
@@ -218,7 +218,7 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
             )
     elif main.device.type == "cpu" and not main.isfinite().all():
         raise ValueError(f"{name} have values that are nan or inf; check the data and its preprocessing.")
-    if labels is None or not reads_labels or answers_per_frame(model):
+    if labels is None or not reads_labels or is_ctc(model):
         return
     if not isinstance(labels, Tensor):
         raise ValueError(
@@ -230,8 +230,8 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
             f"labels are {_describe(labels)}; class numbers of shape [batch] or [batch, length] are needed to match "
             "the teacher's class probabilities."
         )
-    per_token = predicts_next_token(model) or _is_for(type(model), _ONE_ANSWER_PER_TOKEN)
-    wanted = main.shape if per_token else main.shape[: 1 if _is_for(type(model), ONE_ANSWER_PER_EXAMPLE) else 0]
+    per_token = predicts_next_token(model) or _is_for(type(model), _ONE_ROW_PER_TOKEN)
+    wanted = main.shape if per_token else main.shape[: 1 if _is_for(type(model), ONE_ROW_PER_EXAMPLE) else 0]
     if len(labels) != len(main) or (wanted and labels.shape != wanted):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} but {name} {tuple(main.shape)}; {type(model).__name__} needs one "

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_curriculum_distill.adapted import transformers_model
 
 LABEL_POSITIONS = "label_positions"
-ONE_ANSWER_PER_EXAMPLE = tuple(f"{kind}Classification" for kind in ("Sequence", "Image", "Audio", "Video"))
+ONE_ROW_PER_EXAMPLE = tuple(f"{kind}Classification" for kind in ("Sequence", "Image", "Audio", "Video"))
 _CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 # Causal language models whose own loss compares position `i` with label `i`, so that the data have to be shifted.
 _LABELS_IN_PLACE = {
@@ -62,7 +62,7 @@ def decodes_labels(model: nn.Module) -> bool:
     return getattr(model.config, "is_encoder_decoder", False) and not classifies
 
 
-def answers_per_frame(model: nn.Module) -> bool:
+def is_ctc(model: nn.Module) -> bool:
     """Whether the model transcribes audio by CTC: logits are one row a frame, and no label belongs to a frame."""
     return any(name.endswith("ForCTC") for name in _class_names(model))
 
@@ -85,20 +85,20 @@ def num_classes(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
-def answers_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+def has_rows_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Whether the model's logits have one row a token or frame, `[batch, length, classes]`, not one an example."""
-    if answers_per_frame(model):
+    if is_ctc(model):
         return True
     if (labels := inputs.get("labels")) is not None:
         return labels.dim() > 1
-    return not any(task in type(transformers_model(model)).__name__ for task in ONE_ANSWER_PER_EXAMPLE)
+    return not any(task in type(transformers_model(model)).__name__ for task in ONE_ROW_PER_EXAMPLE)
 
 
-def answers_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+def num_rows_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """How many rows of logits an example has: one, or one a token (of the labels, where there are any)."""
-    if not answers_per_token(model, inputs):
+    if not has_rows_per_token(model, inputs):
         return 1
-    if answers_per_frame(model):
+    if is_ctc(model):
         return _num_frames(model, inputs)
     return inputs.get("labels", inputs[model.main_input_name]).shape[1]
 
@@ -115,7 +115,7 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
     Raises:
         ValueError: the labels are no class numbers.
     """
-    if answers_per_frame(model):
+    if is_ctc(model):
         attention = inputs.get("attention_mask")
         if attention is None:
             return None, None
@@ -135,8 +135,8 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
             "labels choose; check the collator."
         )
     mask = _token_mask(inputs)
-    if mask is None or not answers_per_token(model, inputs):
-        if "input_ids" not in inputs and answers_per_token(model, inputs):
+    if mask is None or not has_rows_per_token(model, inputs):
+        if "input_ids" not in inputs and has_rows_per_token(model, inputs):
             raise ValueError(
                 f"The batch has no labels, which say how many rows of logits {type(model).__name__} has for an "
                 "example; check the collator, or match hidden states only, with explicit `stages`."
@@ -191,7 +191,7 @@ def count(model: nn.Module, inputs: Mapping[str, Any], stack: str = "encoder") -
     labels, mask = _aligned_labels(model, inputs), _token_mask(inputs, stack)
     main = inputs[model.main_input_name]
     positions = mask.sum() if mask is not None else torch.full((), _num_units(inputs, main, stack), device=main.device)
-    if answers_per_frame(model):
+    if is_ctc(model):
         num_frames = _num_frames(model, inputs)
         if (attention := inputs.get("attention_mask")) is not None:
             rows = _frame_mask(model, attention, num_frames).sum()
@@ -200,7 +200,7 @@ def count(model: nn.Module, inputs: Mapping[str, Any], stack: str = "encoder") -
     elif labels is not None:
         rows = labels.ne(-100).sum()
     else:
-        rows = positions if answers_per_token(model, inputs) else torch.full((), len(main), device=main.device)
+        rows = positions if has_rows_per_token(model, inputs) else torch.full((), len(main), device=main.device)
     return torch.stack([positions, rows])
 
 
@@ -284,7 +284,7 @@ def _frame_mask(model: nn.Module, attention_mask: Tensor, num_frames: int) -> Te
 def _aligned_labels(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
     """Labels in the place of the logits that predict them."""
     labels = inputs.get("labels")
-    if labels is None or answers_per_frame(model):  # transcripts belong to whole recordings
+    if labels is None or is_ctc(model):  # transcripts belong to whole recordings
         return None
     if not isinstance(labels, Tensor):
         raise ValueError(

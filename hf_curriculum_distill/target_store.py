@@ -31,7 +31,7 @@ from hf_curriculum_distill.teachers import Targets, Teacher, weights_fingerprint
 
 _FORMAT_VERSION = 1
 _LOGITS = "logits"  # the name of their target; hidden states have their student layer's number
-_SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # in a config, about the targets
+_WITHOUT_EFFECT = ("architectures", "dtype", "torch_dtype", "transformers_version")  # in a config, about the targets
 
 
 class Examples:
@@ -83,7 +83,7 @@ class TargetStore:
         self.folder = args.teacher_cache
         os.makedirs(self.folder, exist_ok=True)
         self._bank, self._k, self._temperature = bank, args.teacher_cache_logits, args.temperature
-        config = {n: v for n, v in teacher.model.config.to_dict().items() if n[0] != "_" and n not in _SAYS_NOTHING}
+        config = {n: v for n, v in teacher.model.config.to_dict().items() if n[0] != "_" and n not in _WITHOUT_EFFECT}
         self._teacher = {
             "format_version": _FORMAT_VERSION,
             "teacher": weights_fingerprint(teacher.model, samples=2**62),  # every value: the folder outlives the run

@@ -37,7 +37,7 @@ from hf_curriculum_distill.checks import (
 )
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import flop_rates, flop_units
-from hf_curriculum_distill.counting import answers_per_frame, with_label_positions
+from hf_curriculum_distill.counting import is_ctc, with_label_positions
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.loading import TeacherModel, check_teacher, prepare_teacher
 from hf_curriculum_distill.metrics import TeacherComparison
@@ -593,7 +593,7 @@ class CurriculumDistillationTrainer(ResumableTrainer):
             if mismatch:
                 logger.warning("%s Evaluations have no accuracy, agreement and divergence.", mismatch)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
-        if logits is None or not self._comparable or not ("labels" in batch.inputs or answers_per_frame(self.model)):
+        if logits is None or not self._comparable or not ("labels" in batch.inputs or is_ctc(self.model)):
             return
         student_logits = logits.flatten(0, -2)
         rows = torch.arange(len(student_logits), device=logits.device) if batch.rows is None else batch.rows

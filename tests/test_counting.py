@@ -17,9 +17,9 @@ from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadMo
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.counting import (
     LABEL_POSITIONS,
-    answers_per_token,
     count,
     counted_rows,
+    has_rows_per_token,
     label_weights,
     position_weights,
     predicts_next_token,
@@ -68,7 +68,7 @@ def test_others_answer_in_place(name):
     ],
 )
 def test_answers_are_one_a_token_or_one_an_example(name, labels, per_token):
-    assert answers_per_token(MODELS[name], text(labels=labels)) == per_token
+    assert has_rows_per_token(MODELS[name], text(labels=labels)) == per_token
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
@@ -171,7 +171,7 @@ def batches(draw, name, size=4, length=6):
     else:
         inputs, states = text(size, length, draw(st.integers(0, 10**6)), None, draw(st.booleans())), length
     if MODELS[name].config.is_encoder_decoder or draw(st.booleans()):  # only labels say what a decoder answers
-        per_token = answers_per_token(MODELS[name], inputs)
+        per_token = has_rows_per_token(MODELS[name], inputs)
         labels = torch.randint(-2, 2, (size, length) if per_token else (size,), generator=generator)
         inputs["labels"] = torch.where(labels < 0, -100, labels)
     return inputs, torch.zeros(size, states, 8)
@@ -184,7 +184,7 @@ def test_what_counts_in_the_parts_of_a_batch_is_what_counts_in_the_whole(name, d
     inputs, hidden = data.draw(batches(name))
     model, edges = MODELS[name], [0, *sorted(cuts), len(hidden)]
     rows, labels = counted_rows(model, inputs)
-    rows_an_example = hidden.shape[1] if answers_per_token(model, inputs) else 1
+    rows_an_example = hidden.shape[1] if has_rows_per_token(model, inputs) else 1
     counts, part_rows, part_labels, part_weights = [], [], [], []
     for start, end in itertools.pairwise(edges):
         part = {name: tensor[start:end] for name, tensor in inputs.items()}
