@@ -1,4 +1,4 @@
-"""What cannot work, said before it is tried: launches, stages, data sets, weights, batches."""
+"""Checks that find what cannot work before it is tried: launches, stages, data sets, weights, batches."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _ONE_ROW_PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
 
 def check_launch(args: CurriculumDistillationConfig, compute_loss_func: Callable | None) -> None:
-    """Raise a `ValueError` for arguments of Trainer under which the losses would be wrong."""
+    """Raise a `ValueError` for Trainer's arguments with which losses would be wrong."""
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process would run as nn.DataParallel, which this trainer doesn't support; "
             "launch one process a GPU with `accelerate launch` or `torchrun`."
         )
-    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old name, the new one
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old and the new name
         if (getattr(args, name, None) or {}).get("use_reentrant"):
             raise ValueError(
                 f"{name} has use_reentrant=True, with which blocks run outside of the graph that hidden states are "
@@ -58,7 +58,11 @@ def check_launch(args: CurriculumDistillationConfig, compute_loss_func: Callable
 def check_stages(
     stages: Sequence[Stage], args: CurriculumDistillationConfig, student: PartialForward, deepspeed: bool
 ) -> None:
-    """Raise a `ValueError` for stages that the method, the student or the launch cannot train."""
+    """Raise a `ValueError` for stages that the method, the student or the launch cannot train.
+
+    Args:
+        deepspeed: whether the launch uses DeepSpeed.
+    """
     _check_trained(stages, args, student)
     _check_logit_stages(stages, student.model)
     if args.method == "online" and args.standardize_targets and any(stage.hidden for stage in stages):
@@ -114,11 +118,11 @@ def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
 
 
 def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, model: nn.Module) -> None:
-    """Raise a `ValueError` for targets that cannot be kept."""
+    """Raise a `ValueError` if no targets can be cached, or the divergence needs more than the cache keeps."""
     if args.teacher_cache is None:
         return
     if not any(stage.needs_teacher for stage in stages):
-        raise ValueError("teacher_cache was given, but no stage asks the teacher; leave it out.")
+        raise ValueError("teacher_cache was given, but no stage needs the teacher; leave it out.")
     k, classes = args.teacher_cache_logits, num_classes(model)
     whole = k is None or (classes is not None and k >= classes)
     if args.divergence != "forward_kl" and not whole and any(stage.kl_weight for stage in stages):
@@ -129,7 +133,7 @@ def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, mod
 
 
 def make_cache_folder(args: CurriculumDistillationConfig) -> None:
-    """Make the folder of the teacher's targets, or raise an `OSError` if they cannot be written there."""
+    """Create the folder of `args.teacher_cache`; raise an `OSError` if it cannot be written."""
     if args.teacher_cache is None:
         return
     try:
@@ -142,7 +146,7 @@ def make_cache_folder(args: CurriculumDistillationConfig) -> None:
 
 
 def check_training_data(data: Any, args: CurriculumDistillationConfig) -> None:
-    """Raise a `ValueError` for a data set from which no stage can be trained."""
+    """Raise a `ValueError` for a data set that cannot be trained on."""
     if not hasattr(data, "__len__"):
         if args.max_steps <= 0:
             raise ValueError(
@@ -160,23 +164,31 @@ def check_training_data(data: Any, args: CurriculumDistillationConfig) -> None:
 
 
 def check_finite_weights(model: nn.Module, who: str) -> None:
-    """Raise a `ValueError` that names the first parameter with values that are nan, inf or not there at all."""
+    """Raise a `ValueError` that names the first parameter with values that are nan, inf or missing.
+
+    Args:
+        who: the model, as the message names it.
+    """
     named = [(name, tensor) for name, tensor in stored_tensors(model) if tensor.is_floating_point()]
     if missing := [name for name, tensor in named if tensor.is_meta]:
         raise ValueError(f"{missing[0]} of the {who} has no values yet (device 'meta'); load its weights first.")
-    # a sum is finite only if all of it is, and needs no second tensor as large
+    # a sum is finite only if all its terms are, and needs no second tensor of the same size
     finite = [tensor.sum(dtype=torch.float32).isfinite() for _, tensor in named]
-    if finite and not torch.stack([flag.to(finite[0].device) for flag in finite]).all():  # one wait for the device
+    if finite and not torch.stack([flag.to(finite[0].device) for flag in finite]).all():  # waits once
         name = next(name for (name, _), flag in zip(named, finite, strict=True) if not flag)
         raise ValueError(
-            f"{name} of the {who} has values that are nan or inf, and answers would be too; take a sound checkpoint "
-            "or, where a cast to float16 overflowed, another dtype."
+            f"{name} of the {who} has values that are nan or inf, and so would be its logits; take a sound "
+            "checkpoint or, where a cast to float16 overflowed, another dtype."
         )
 
 
 @contextmanager
 def naming_batch(where: str) -> Iterator[None]:
-    """Says of which batch something is wrong; data sets and collators raise errors of all kinds."""
+    """Turn errors into a `ValueError` that names the batch; data sets and collators raise errors of all kinds.
+
+    Args:
+        where: the batch, as the message names it.
+    """
     try:
         yield
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
@@ -186,12 +198,13 @@ def naming_batch(where: str) -> Iterator[None]:
 
 
 def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool = True) -> None:
-    """Whether the losses read a batch as it was meant.
+    """Check that a batch means what the losses take it to mean.
 
-    Shapes are compared always, values only where they lie in host memory: nothing waits for the device.
+    Shapes are always checked, values only if they are in host memory: nothing waits for the device.
 
     Args:
-        reads_labels: whether any loss does.
+        inputs: the batch.
+        reads_labels: whether a loss needs its labels.
 
     Raises:
         ValueError: an input is missing or empty, or tokens, attention mask and labels do not fit each other or the
@@ -241,13 +254,16 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
 
 
 def label_loss_mismatch(batch: Batch, outputs: Mapping[str, Any] | Sequence[Any], tolerance: float) -> str | None:
-    """How a model's own loss on a batch differs from the cross-entropy of the rows that count; None: it does not.
+    """Compare a model's own loss on a batch with the cross-entropy of the rows that count.
 
-    The two differ where labels belong to other rows of the logits than [`counted_rows`] says, or are no classes.
+    They differ if labels belong to other rows of the logits than [`counted_rows`] assumes, or are not classes.
 
     Args:
-        outputs: the student's, in evaluation mode, for a batch with labels.
-        tolerance: relative, of what the precision of the losses allows.
+        outputs: the model's outputs in evaluation mode.
+        tolerance: the relative difference that the precision of the losses allows.
+
+    Returns:
+        a sentence that says how they differ; None if they do not, or cannot be compared.
     """
     if not isinstance(outputs, Mapping):
         outputs = dict(zip(("loss", "logits"), outputs, strict=False))

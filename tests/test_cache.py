@@ -622,7 +622,7 @@ def test_the_rest_may_be_as_unlikely_as_it_likes():
         ({"method": "online", "standardize_targets": False}, "method='online', in which the teacher changes"),
         ({"method": "progressive"}, "method='progressive', in which the teacher changes"),
         ({"method": "labels"}, "method='labels', in which no teacher is asked"),
-        ({"stages": [{"label_weight": 1.0}]}, "no stage asks the teacher"),
+        ({"stages": [{"label_weight": 1.0}]}, "no stage needs the teacher"),
         ({"divergence": "reverse_kl"}, f"'reverse_kl', but of {VOCAB_SIZE} classes teacher_cache keeps 8"),
         ({"teacher_cache_logits": 0}, "teacher_cache_logits is 0; it must be a number between 1"),
         ({"teacher_cache_logits": 2.5}, "teacher_cache_logits is 2.5"),

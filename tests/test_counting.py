@@ -153,7 +153,7 @@ def test_a_mask_of_another_length_is_refused():
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_without_labels_nothing_says_what_a_decoder_answers(name):
-    with pytest.raises(ValueError, match=f"no labels, but the logits of {type(MODELS[name]).__name__} answer"):
+    with pytest.raises(ValueError, match=f"no labels, but the logits of {type(MODELS[name]).__name__} predict"):
         counted_rows(MODELS[name], text(labels=None))
 
 

@@ -14,7 +14,8 @@ from architectures import ARCHITECTURES, DEPTH, build
 from torch import nn
 from transformers import BertConfig, BertForPreTraining, BertModel
 
-from hf_curriculum_distill.layers import PartialForward, find_block_stack
+from hf_curriculum_distill.blocks import find_block_stack
+from hf_curriculum_distill.layers import PartialForward
 
 LAYERS = range(DEPTH + 1)
 TOKEN_LOGITS = [name for name, entry in ARCHITECTURES.items() if "Classification" not in entry[0].__name__]
