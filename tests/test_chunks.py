@@ -26,19 +26,19 @@ BEHIND_THE_HEAD = ("bert-to-bert", "bert-tagger")
 class Head(nn.Module):
     """A language model's head: its last weight may also be used before and after the last module."""
 
-    def __init__(self, bias, tied, used_behind):
+    def __init__(self, bias, tied, used_after):
         super().__init__()
         self.dense, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES, bias=bias)
         self.offset = nn.Parameter(torch.randn(CLASSES))
         self.unused = nn.Parameter(torch.randn(3))
-        self.tied, self.used_behind = tied, used_behind
+        self.tied, self.used_after = tied, used_after
 
     def forward(self, hidden):
         hidden = torch.tanh(self.dense(hidden))
         if self.tied:
             hidden = hidden + self.last.weight[:1]
         logits = self.last(hidden) + self.offset
-        return logits + self.last.weight.sum(1) if self.used_behind else logits
+        return logits + self.last.weight.sum(1) if self.used_after else logits
 
 
 def losses_of(name, teacher, labels):
@@ -61,20 +61,20 @@ def gradients_of(total, tensors):
     factor=st.sampled_from([1.0, 0.25]),
     bias=st.booleans(),
     tied=st.booleans(),
-    used_behind=st.booleans(),
+    used_after=st.booleans(),
     frozen=st.booleans(),
     lazy_teacher=st.booleans(),
 )
 def test_chunks_have_the_sum_and_the_gradients_of_all_rows_at_once(
-    name, num_rows, size, seed, factor, bias, tied, used_behind, frozen, lazy_teacher
+    name, num_rows, size, seed, factor, bias, tied, used_after, frozen, lazy_teacher
 ):
     torch.manual_seed(seed)
-    head, labels = Head(bias, tied, used_behind), torch.randint(CLASSES, (num_rows,))
+    head, labels = Head(bias, tied, used_after), torch.randint(CLASSES, (num_rows,))
     body = torch.randn(num_rows, WIDTH, requires_grad=not frozen)
     teacher, read = torch.randn(num_rows, CLASSES), torch.randn(num_rows, WIDTH)
     if lazy_teacher:
         with torch.no_grad():
-            teaching = Head(bias, tied, used_behind)
+            teaching = Head(bias, tied, used_after)
             teacher, whole = RowLogits(read, teaching, teaching.last, size), teaching(read)
     else:
         whole = teacher

@@ -13,7 +13,7 @@ ACCELERATOR = Accelerator(cpu=True)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([-100, 0, 1, 2, 3])), min_size=1, max_size=30))
-def test_counted_accuracy_is_the_share_of_right_answers_that_count(pairs):
+def test_counted_accuracy_is_the_share_of_right_predictions_that_count(pairs):
     counted = [(prediction, reference) for prediction, reference in pairs if reference != -100]
     predictions, references = zip(*pairs, strict=True)
     if counted:
@@ -38,8 +38,8 @@ def test_the_comparison_is_the_slow_mean_over_all_rows(cut, with_teacher):
         examples = torch.repeat_interleave(
             torch.arange(size), torch.tensor(rows_of[example : example + size], dtype=torch.long)
         )
-        answers = teacher[start:end] if with_teacher else None
-        comparison.update(ACCELERATOR, student[start:end], answers, labels[start:end], examples, size)
+        target_logits = teacher[start:end] if with_teacher else None
+        comparison.update(ACCELERATOR, student[start:end], target_logits, labels[start:end], examples, size)
         example += size
 
     right, agree, kl = [], [], []
