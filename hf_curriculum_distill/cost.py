@@ -124,6 +124,9 @@ def flop_rates(
 def flop_units(teacher: Teacher | CachedTeacher | None, batch: Batch, stage: Stage) -> tuple[int, float, int]:
     """The numbers that a batch's operations grow with.
 
+    Args:
+        teacher: says what it computes, which is more than the stage needs if it fills a cache; None without one.
+
     Returns:
         the number of elements of its main input; the sum over examples of the square of that number; and the number of
         rows of logits, 0 if none are computed.

@@ -102,6 +102,9 @@ def num_rows_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """The number of rows of logits of an example, padding included.
 
     It is 1, or the number of frames, or that of tokens (of the labels, if there are any).
+
+    Args:
+        inputs: a batch, with its labels if it has any.
     """
     if not has_rows_per_token(model, inputs):
         return 1
@@ -115,6 +118,9 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
 
     With `labels` (`[batch]` or `[batch, length]`), those whose label is not -100; without labels, and for CTC, all that
     are not padding.
+
+    Args:
+        inputs: a batch, with its labels and their positions if it has any.
 
     Returns:
         row numbers `[rows]` into `logits.flatten(0, -2)`, None for all rows; and their labels `[rows]`, None without
@@ -182,6 +188,9 @@ def with_label_positions(
 
     These `label_positions`, `[batch, labels per example]`, are computed from the labels while they are in host memory.
     They are not an input of any model: with them, [`counted_rows`] need not wait for the device.
+
+    Args:
+        collate: makes a batch of examples, with labels or not.
     """
     batch = collate(examples)
     labels = batch.get("labels")

@@ -28,6 +28,9 @@ def auxiliary_loss(model: nn.Module, outputs: Mapping[str, Any]) -> Tensor | flo
     """The load-balancing loss that a mixture of experts adds to its task loss, with its weight.
 
     It is a scalar, with gradients; 0 for other models, and unless the configuration sets `output_router_logits`.
+
+    Args:
+        outputs: what the model's forward returned.
     """
     config = model.config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", 0.0)
@@ -113,10 +116,12 @@ class PartialForward:
 
     @property
     def depth(self) -> int:
+        """The number of blocks."""
         return len(self.blocks)
 
     @property
     def hidden_size(self) -> int:
+        """The width of the hidden states."""
         return backbone_config(self.model, self.stack).hidden_size
 
     def check_training(self, freezes: bool) -> None:

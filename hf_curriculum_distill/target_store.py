@@ -183,6 +183,10 @@ class TargetStore:
     def write(self, examples: Examples, missing: Mapping[int | str, list[int]], targets: Targets) -> None:
         """Write the missing records.
 
+        Args:
+            missing: see [`missing`].
+            targets: those of all examples, of at least the missing targets.
+
         Raises:
             OSError: the folder cannot be written.
         """
@@ -219,7 +223,11 @@ class TargetStore:
         return torch.cat([top.log_probabilities, top.classes.int().view(torch.float32)], -1)
 
     def read(self, examples: Examples, stage: Stage, device: torch.device) -> Targets | None:
-        """The targets of a stage; None if a record is missing or damaged, which is then forgotten."""
+        """The targets of a stage; None if a record is missing or damaged, which is then forgotten.
+
+        Args:
+            device: where the targets are needed.
+        """
         records = {
             t: [self._records_of(t).read(key) for key in self._keys(t, examples)] for t in self._targets_of(stage)
         }

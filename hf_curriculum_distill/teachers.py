@@ -124,7 +124,12 @@ class Teacher:
             )
 
     def fit(self, bank: ProjectionBank, batches: Iterable[Batch]) -> None:
-        """Measure a bank on the hidden states of some batches, and freeze it: see [`ProjectionBank.fit`]."""
+        """Measure a bank on the hidden states of some batches, and freeze it: see [`ProjectionBank.fit`].
+
+        Args:
+            bank: not yet frozen.
+            batches: batches of the training data, on the teacher's device.
+        """
 
         def states(batch: Batch, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
             with self._autocast():
@@ -257,7 +262,11 @@ class CheckpointTeacher(Teacher):
 
 
 def check_schedule(folders: Sequence[str], schedule: str | Sequence[int | float]) -> None:
-    """Raise a `ValueError` if the schedule does not say when each of the checkpoints teaches."""
+    """Raise a `ValueError` if the schedule does not say when each of the checkpoints teaches.
+
+    Args:
+        folders, schedule: see [`CheckpointTeacher`].
+    """
     if not isinstance(schedule, str):
         if len(schedule) != len(folders) - 1:
             raise ValueError(

@@ -25,6 +25,8 @@ def try_out(
     """Run both models on two examples of a batch, for every output that any stage needs.
 
     Args:
+        objective: runs the student.
+        teacher: computes targets; None if no stage needs any.
         read: makes a [`Batch`] of these examples.
         batch: the batch that they are taken from.
 
