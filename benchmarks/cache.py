@@ -5,9 +5,9 @@
         --sequence_length 128 --batches 6           # BERT-large to a 6-layer BERT-base as they are: half an hour
 
 The three train the same student on the same batches, masked once, beforehand. The empty cache is filled in the first
-epoch, in which the teacher answers for all stages at once; a filled one is what a second student finds. Steps are timed
-from end to end, but for each stage's first, in which operations are counted, once a stage; the losses of the two with a
-cache must be the same to the bit.
+epoch, in which the teacher computes the targets of all stages at once; a filled one is what a second student finds.
+Steps are timed from end to end, but for each stage's first, in which operations are counted, once a stage; the losses
+of the two with a cache must be the same to the bit.
 """
 
 from __future__ import annotations
@@ -122,17 +122,17 @@ def main() -> None:
 
 
 def report(seconds: dict[str, list[float]], trainer, size: int, options: Options) -> None:
-    """By stage: steps without cache, those that asked (an empty cache, first epoch), and those that read."""
+    """By stage: steps without cache, those that fill an empty cache (first epoch), and those that read."""
     spans = [trainer.stage_scheduler.span(index) for index in range(len(trainer.stages))]
     plain, empty, filled = (seconds[way] for way in WAYS)
     rows = []
-    print(f"\nms a step |{'no cache':>10}{'asked':>10}{'read':>10}  |{'no cache / read':>16}")
+    print(f"\nms a step |{'no cache':>10}{'filling':>10}{'read':>10}  |{'no cache / read':>16}")
     for stage, (begin, end) in zip(trainer.stages, spans, strict=True):
         steps = range(begin + 1, end)
-        asked = [empty[step] for step in steps if step < options.batches]
+        filling = [empty[step] for step in steps if step < options.batches]
         read = [filled[step] for step in steps] + [empty[step] for step in steps if step >= options.batches]
         rows.append([statistics.median(plain[step] for step in steps), statistics.median(read)])
-        first = f"{1000 * statistics.median(asked):10.1f}" if asked else f"{'':10}"
+        first = f"{1000 * statistics.median(filling):10.1f}" if filling else f"{'':10}"
         print(f"{stage.name:10}|{1000 * rows[-1][0]:10.1f}{first}{1000 * rows[-1][1]:10.1f}  |", end="")
         print(f"{rows[-1][0] / rows[-1][1]:16.2f}")
     lengths = [end - begin for begin, end in spans]

@@ -185,8 +185,8 @@ class AllRows(WholeModelsInStages):
         counts = inputs.pop("labels").ne(-100)
         outputs = model(**inputs, output_hidden_states=True)
         with torch.no_grad(), self.accelerator.autocast():
-            answers = self.teacher(**inputs, output_hidden_states=True)
-        logits, target = (o.logits.float().log_softmax(-1) for o in (outputs, answers))
+            teacher_outputs = self.teacher(**inputs, output_hidden_states=True)
+        logits, target = (o.logits.float().log_softmax(-1) for o in (outputs, teacher_outputs))
         rows = F.kl_div(logits, target, reduction="none", log_target=True).sum(-1)
         return (rows * counts).sum() / counts.sum()
 
@@ -233,7 +233,7 @@ class TextBrewer:
                 max_grad_norm=self.args.max_grad_norm,
                 output_hidden_states=bool(self.pairs),
             )
-        self.teacher.eval()  # which it leaves in training mode; the others ask the same teacher
+        self.teacher.eval()  # which it leaves in training mode; the others use the same teacher
 
 
 class Torchdistill:
@@ -260,18 +260,18 @@ class Torchdistill:
             loss = box.forward_process(batch, targets=batch["input_ids"].eq(MASK))
             box.post_forward_process(loss=loss)
         for _, hook in box.target_teacher_pairs + box.target_student_pairs:
-            hook.remove()  # the others ask the same teacher
+            hook.remove()  # the others use the same teacher
         self.teacher.eval()
 
     def settings(self) -> dict:
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args, self.student)
         blocks = {s: f"student_model.model.bert.encoder.layer.{s - 1}" for s, _ in self.pairs}
-        answers = {s: f"model.bert.encoder.layer.{t - 1}" for s, t in self.pairs}
+        targets = {s: f"model.bert.encoder.layer.{t - 1}" for s, t in self.pairs}
         terms = {"kd": {"criterion": {"key": "MaskedKDLoss", "kwargs": {"temperature": 1.0}}, "weight": 1.0}}
         for layer in blocks:
             sides = {
                 "input": {"is_from_teacher": False, "module_path": f"regressors.{layer}", "io": "output"},
-                "target": {"is_from_teacher": True, "module_path": answers[layer], "io": "output"},
+                "target": {"is_from_teacher": True, "module_path": targets[layer], "io": "output"},
             }
             terms[f"hint {layer}"] = {
                 "criterion": {"key": "MSELoss", "kwargs": {}},
@@ -291,7 +291,7 @@ class Torchdistill:
             },
             "teacher": {
                 "forward_proc": "forward_batch_only_as_kwargs",
-                "forward_hook": {"output": list(answers.values())},
+                "forward_hook": {"output": list(targets.values())},
                 "requires_grad": False,
             },
             "student": {
@@ -419,10 +419,10 @@ def line_up(options: Options, args, student, teacher, dataset, clock) -> list[Co
     enter(TRAINER, AllRows, phases, **same)
     enter(PICKED, WholeModelsInStages, phases, **same)
     count = (2 * options.steps + 1) * args.train_batch_size
-    questions = [{"input_ids": example["input_ids"]} for example in dataset[:count]]
+    examples = [{"input_ids": example["input_ids"]} for example in dataset[:count]]
     for matched, phase in ((pairs, WHOLE), ([], KL)):
         given = {
-            "train_dataset": questions,
+            "train_dataset": examples,
             "teacher": teacher,
             "phases": {phase: range(2 * options.steps + 1)},
             "pairs": matched,

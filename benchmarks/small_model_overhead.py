@@ -74,11 +74,11 @@ class ByHand:
     def __call__(self, student, inputs: torch.Tensor) -> torch.Tensor:
         if self.stage.hidden:
             with torch.inference_mode():
-                answer = self.teacher.blocks[0](inputs)
-            return F.mse_loss(student.blocks[0](inputs), F.linear(answer, *self.projection))
+                target = self.teacher.blocks[0](inputs)
+            return F.mse_loss(student.blocks[0](inputs), F.linear(target, *self.projection))
         with torch.inference_mode():
-            answer = self.teacher(inputs).logits
-        logits, target = (scores.log_softmax(-1) for scores in (student(inputs).logits, answer))
+            target = self.teacher(inputs).logits
+        logits, target = (logits.log_softmax(-1) for logits in (student(inputs).logits, target))
         return F.kl_div(logits, target, reduction="batchmean", log_target=True)
 
 

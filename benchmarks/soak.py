@@ -136,7 +136,7 @@ def masked_lm_examples() -> list[dict[str, Tensor]]:
     masked = torch.rand(EXAMPLES, LENGTH) < 0.3
     masked[:, 0] = True
     inputs, labels = torch.where(masked, 4, tokens), torch.where(masked, tokens, -100)
-    return [{"input_ids": ids, "labels": answers} for ids, answers in zip(inputs, labels, strict=True)]
+    return [{"input_ids": ids, "labels": targets} for ids, targets in zip(inputs, labels, strict=True)]
 
 
 def plan(options: Options) -> list[dict]:

@@ -157,15 +157,15 @@ class BareLoop:
         ((student_layer, teacher_layer),) = self.stage.hidden
         hidden = self.run_prefix(self.student, batch, student_layer)
         with torch.inference_mode():
-            answer = self.run_prefix(self.teacher, batch, teacher_layer)
-        return F.mse_loss(hidden.float(), F.linear(answer.float(), *self.projection))
+            target = self.run_prefix(self.teacher, batch, teacher_layer)
+        return F.mse_loss(hidden.float(), F.linear(target.float(), *self.projection))
 
     def logit_loss(self, batch):
         rows = batch["labels"].flatten().ne(-100).nonzero().squeeze(1)
         logits = self.run_with_head(self.student, batch, rows)
         with torch.inference_mode():
-            answer = self.run_with_head(self.teacher, batch, rows)
-        logits, target = (scores.float().log_softmax(-1) for scores in (logits, answer))
+            target = self.run_with_head(self.teacher, batch, rows)
+        logits, target = (each.float().log_softmax(-1) for each in (logits, target))
         return F.kl_div(logits, target, reduction="sum", log_target=True) / len(rows)
 
     def run_prefix(self, model, batch, depth):
@@ -195,13 +195,13 @@ class WholeModels(Trainer):
         labels = inputs.pop("labels")
         outputs = model(**inputs, output_hidden_states=True)
         with torch.no_grad(), self.accelerator.autocast():
-            answers = self.teacher(**inputs, output_hidden_states=True)
+            teacher_outputs = self.teacher(**inputs, output_hidden_states=True)
         if self.stage.hidden:
             ((student_layer, teacher_layer),) = self.stage.hidden
-            target = self.bank.project(student_layer, answers.hidden_states[teacher_layer])
+            target = self.bank.project(student_layer, teacher_outputs.hidden_states[teacher_layer])
             return F.mse_loss(outputs.hidden_states[student_layer].float(), target)
         rows = labels.ne(-100)
-        logits, target = (o.logits[rows].float().log_softmax(-1) for o in (outputs, answers))
+        logits, target = (o.logits[rows].float().log_softmax(-1) for o in (outputs, teacher_outputs))
         return F.kl_div(logits, target, reduction="sum", log_target=True) / rows.sum()
 
 

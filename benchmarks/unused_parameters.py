@@ -7,7 +7,7 @@
 A student's steps in each stage (prefix, loss, backward pass with its reduction over processes, clipping, AdamW; no
 teacher), four ways that take turns on equal weights and batches; their gradient norms must agree:
 
-    searched   DDP(find_unused_parameters=True), wrapped once: what the library's configuration asks for
+    searched   DDP(find_unused_parameters=True), wrapped once: what the library's configuration sets
     skipping   the same with a communication hook that leaves out buckets in which the stage trains nothing
     re-wrapped requires_grad=False beyond the stage and a new DDP at its start
     static     DDP(static_graph=True), a new one at the stage's start
@@ -45,7 +45,9 @@ class Options:
     vocab_size: int = field(default=8192, metadata={"help": "Entries of the vocabulary."})
     batch_size: int = field(default=8, metadata={"help": "Sequences a step and process."})
     sequence_length: int = field(default=64, metadata={"help": "Tokens a sequence."})
-    masked_share: float = field(default=0.15, metadata={"help": "Share of the tokens that the logit stage answers."})
+    masked_share: float = field(
+        default=0.15, metadata={"help": "Share of the tokens whose logits the logit stage compares."}
+    )
     bucket_cap_mb: float = field(
         default=3, metadata={"help": "Largest bucket of gradients: 3 is a block of this student, 25 one of BERT-base."}
     )
@@ -63,7 +65,7 @@ class Way:
         self.model, self.reduced = None, 0
 
     def enter(self, layer: int) -> None:
-        """Wrap for a stage that stops behind this block; 0: the logit stage, which trains everything."""
+        """Wrap for a stage that stops after this block; 0 is the logit stage, which trains everything."""
         beyond = [p for block in self.forward.blocks[layer:] for p in block.parameters()] if layer else []
         beyond += self.head() if layer else []
         self.unused = {id(parameter) for parameter in beyond}
@@ -98,8 +100,8 @@ class Way:
         for batch in batches:
             rows, targets = batch["rows"], batch["targets"]
             self.reduced = 0
-            ask = {"layers": (layer,)} if layer else {"logits": True, "rows": rows}
-            hidden, logits = self.forward(self.model, {"input_ids": batch["input_ids"]}, **ask)
+            kwargs = {"layers": (layer,)} if layer else {"logits": True, "rows": rows}
+            hidden, logits = self.forward(self.model, {"input_ids": batch["input_ids"]}, **kwargs)
             if layer:
                 loss = losses.hidden_state_mse(hidden[layer], targets) / targets[..., 0].numel()
             else:

@@ -1,4 +1,4 @@
-"""Models as other libraries leave them: wrapped by PEFT, or with weights that a quantiser has packed."""
+"""Models that other libraries have changed: wrapped by PEFT, or with quantised weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# kinds of adapters in whose company a model's layers and losses are not what they are without
+# kinds of adapters with which a model's layers or losses are not its own
 _UNFIT = {
     "ADALORA": "adds a term to the model's own loss that no stage has",
     "ADAPTION_PROMPT": "calls the model's forward past every wrapper, so that it runs to its end in every stage",
@@ -17,12 +17,12 @@ _UNFIT = {
 
 
 def transformers_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model, whose adapters are part of it; any other model is returned as it is.
+    """The transformers model inside a PEFT model, adapters included; any other model is returned as it is.
 
-    Its class, forward and configuration say what the model does; PEFT's own class and forward do not.
+    Code that looks at a model's class, forward or configuration needs this model, not PEFT's wrapper.
 
     Raises:
-        ValueError: with these adapters there are no hidden states to match, or nothing to resume from.
+        ValueError: the adapters change the hidden states or the loss, or PEFT cannot save them for a resume.
     """
     if isinstance(model, PreTrainedModel) or not hasattr(model, "peft_config"):
         return model
@@ -41,17 +41,21 @@ def transformers_model(model: Any) -> Any:
 
 
 def is_quantised(model: nn.Module) -> bool:
+    """Whether transformers loaded the model with quantised weights."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by its name; what a packed one consists of, and of a quantised model the buffers, too."""
+    """All parameters, with their names and without gradients.
+
+    Of packed parameters, these are the tensors that they consist of; of quantised models, also the buffers.
+    """
     named = [*model.named_parameters(), *(model.named_buffers() if is_quantised(model) else ())]
     for name, tensor in named:
         if hasattr(tensor, "__tensor_flatten__"):
             yield from ((f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
         elif hasattr(tensor, "quant_state"):
-            # 4 bits of bitsandbytes, which reorders them when they are first used on some CPUs: how often each occurs
+            # bitsandbytes in 4 bits reorders weights at their first use on some CPUs: take how often each code occurs
             codes = tensor.detach().flatten().view(torch.uint8)
             yield name, torch.bincount(codes & 15, minlength=16) + torch.bincount(codes >> 4, minlength=16)
         else:

@@ -1,4 +1,4 @@
-"""One micro-batch: each fact about it is worked out once, when it is first needed."""
+"""One micro-batch: each fact about it is computed once, when it is first needed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hf_curriculum_distill.chunks import chunk_size
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.counting import (
     LABEL_POSITIONS,
-    answers_per_example,
-    answers_per_token,
     count,
     counted_rows,
     decodes_labels,
+    has_rows_per_token,
     label_weights,
     num_classes,
+    num_rows_per_example,
     position_weights,
     shifted_right,
 )
@@ -29,10 +29,10 @@ class BatchReader:
     """Reads what a collator made as a [`Batch`], for the models of a run.
 
     Args:
-        student, teacher: whose inputs they are; the student's class says which rows of logits count.
-        args: which positions count, and how many rows of logits to have at a time.
-        label_names: inputs that are labels.
-        reads_labels: whether any loss does; labels that none reads may be of any kind.
+        student, teacher: the models of the run; the student's class says which rows of logits count.
+        args: which positions count, and how many rows of logits a chunk has.
+        label_names: the names of the inputs that are labels.
+        reads_labels: whether a loss needs labels; otherwise they may be anything.
         whole_logits: whether logits are never cut into chunks.
     """
 
@@ -56,17 +56,17 @@ class BatchReader:
 class Batch:
     """The inputs of one micro-batch and what follows from them. Made by a [`BatchReader`].
 
-    To know `rows` and `labels` waits for the device, once, unless the collator says where the labels are.
+    The first access to `rows` or `labels` waits for the device, unless the collator gave the labels' positions.
 
     Attributes:
         inputs: what the collator made.
-        model_inputs: those without labels: no model computes a loss of its own.
-        rows: row numbers `[rows]`, into the flattened logits, of those that count; None for all of them.
-        labels: `[rows]`, theirs; None where the batch has none.
-        counts: `[number of positions, number of rows]` that count, without a wait for the device.
-        row_per_token: whether logits have one row a token or frame, not one an example.
-        rows_per_example: how many rows of logits an example has, padding included.
-        chunk_size: how many rows of logits to have at a time; None for all.
+        model_inputs: the inputs without labels, so that no model computes its own loss.
+        rows: numbers `[rows]` of the rows that count in the flattened logits; None if all do.
+        labels: the labels of these rows, `[rows]`; None if the batch has none.
+        counts: `[number of positions, number of rows]` that count, computed without waiting for the device.
+        row_per_token: whether logits have one row for each token or frame, not one for each example.
+        rows_per_example: the number of rows of logits of an example, padding included.
+        chunk_size: the number of rows of logits in a chunk; None for all at once.
     """
 
     def __init__(self, inputs: Mapping[str, Any], reader: BatchReader, whole_logits: bool = False):
@@ -75,11 +75,12 @@ class Batch:
 
     @property
     def model(self) -> nn.Module:
-        """The student, whose class says what a batch means."""
+        """The student, whose class says which rows of logits count."""
         return self._reader.student.model
 
     @property
     def main_input(self) -> Tensor:
+        """The model's main input, such as `input_ids` `[batch, length]` or `pixel_values`."""
         return self.inputs[self.model.main_input_name]
 
     def __len__(self) -> int:
@@ -96,11 +97,11 @@ class Batch:
 
     @cached_property
     def student_inputs(self) -> dict[str, Any]:
-        """The model inputs without those that only the teacher's forward names."""
+        """The model inputs without those that only the teacher's forward accepts."""
         return self.for_student(self.model_inputs)
 
     def for_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs without those that only the teacher's forward names; the rest is the student's, as in Trainer."""
+        """Inputs without those that only the teacher's forward accepts; all others are passed on, as in Trainer."""
         student, teacher = self._reader.student, self._reader.teacher or self._reader.student
         return {name: value for name, value in inputs.items() if student.accepts(name) or not teacher.accepts(name)}
 
@@ -118,11 +119,16 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
-        """How many rows count, where that is not all of them, else 0."""
+        """The number of rows that count; 0 if all do."""
         return 0 if self.rows is None else len(self.rows)
 
     def with_rows(self, rows: Tensor, labels: Tensor | None = None) -> Batch:
-        """The same inputs, of whose logits other rows count."""
+        """The same inputs, with other rows of logits that count.
+
+        Args:
+            rows: their numbers in the flattened logits, `[rows]`.
+            labels: their labels, `[rows]`.
+        """
         batch = Batch(self.inputs, self._reader, self._whole_logits)
         batch._counted, batch.model_inputs = (rows, labels), self.model_inputs
         return batch
@@ -136,11 +142,11 @@ class Batch:
 
     @cached_property
     def row_per_token(self) -> bool:
-        return answers_per_token(self.model, self.inputs)
+        return has_rows_per_token(self.model, self.inputs)
 
     @cached_property
     def rows_per_example(self) -> int:
-        return answers_per_example(self.model, self.inputs)
+        return num_rows_per_example(self.model, self.inputs)
 
     @cached_property
     def chunk_size(self) -> int | None:
@@ -149,7 +155,14 @@ class Batch:
         return chunk_size(self._reader.args, len(self.rows), num_classes(self.model) or 0)
 
     def weights(self, hidden: Tensor) -> Tensor:
-        """How much each hidden state `[batch, length]` counts."""
+        """The weight of each hidden state, `[batch, length]`: at tokens, or where labels count.
+
+        Args:
+            hidden: `[batch, length, hidden]`, of which only the shape is read.
+
+        Raises:
+            ValueError: the mask or the labels do not fit the hidden states.
+        """
         if (shape := hidden.shape[:2]) not in self._weights:
             args = self._reader.args
             if args.hidden_positions == "labels":

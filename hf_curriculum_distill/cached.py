@@ -1,4 +1,4 @@
-"""A teacher whose targets are kept: what it computed once is read in later epochs, and by other students."""
+"""A teacher whose targets are kept: they are computed once, and read in later epochs and by other students."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 class CachedTeacher:
-    """Reads a teacher's targets from a folder; computes those that are not there, and writes them.
+    """Reads targets from a folder, and runs the teacher and writes its targets for those that are missing.
 
-    What [`targets`] returns was read from the folder, whoever computed it: a target is the same the first time and
-    every later time. Where anything is missing the teacher computes what any stage wants, for the whole batch: so it
-    runs once for all stages, and its targets don't depend on what was there before.
+    What [`targets`] returns was always read from the folder, so that a target is the same the first time and every
+    later time. If one is missing, the teacher computes what any stage needs, for the whole batch. So it runs once for
+    all stages, and targets do not depend on which records existed.
 
     Args:
-        teacher: whose targets they are.
-        store: where they are kept.
-        stages: those of the run.
+        teacher: computes the targets.
+        store: keeps them.
+        stages: the stages of the run.
     """
 
     learns = False
@@ -41,18 +41,19 @@ class CachedTeacher:
         self._seen = self._found = 0
 
     def wanted(self, stage: Stage) -> Stage:
-        """What the teacher computes where it has to run: what any stage wants."""
+        """What the teacher computes if it has to run, as a stage: everything that any stage needs."""
         return self._wanted if stage.needs_teacher else stage
 
     def forward(self, batch: Batch, stage: Stage) -> tuple[dict[int, Tensor], Tensor | RowLogits | None]:
-        """The teacher's own, of what is wanted."""
+        """The teacher's own outputs, of everything that is wanted: see [`Teacher.forward`]."""
         return self._teacher.forward(self._with_rows(batch), self.wanted(stage))
 
     def targets(self, batch: Batch, stage: Stage) -> Targets:
         """The projected hidden states and the logits that a stage matches.
 
         Raises:
-            OSError: the folder cannot be written, or doesn't give back what was written.
+            ValueError: an input does not have one entry per example.
+            OSError: the folder cannot be written, or records cannot be read back.
         """
         batch = self._with_rows(batch)
         examples, computed = self._examples(batch), False
@@ -66,14 +67,14 @@ class CachedTeacher:
             if (targets := self._store.read(examples, stage, batch.main_input.device)) is not None:
                 targets.computed = computed
                 return targets
-            missing = self._store.missing(examples, self._wanted)  # what was damaged
+            missing = self._store.missing(examples, self._wanted)  # damaged records are missing now
         raise OSError(
             f"teacher_cache {self._store.folder} does not give back what was written to it; check the disk, or use "
             "another."
         )
 
     def _with_rows(self, batch: Batch) -> Batch:
-        """The batch, all of whose rows have numbers where they count."""
+        """The batch with row numbers, also if all rows count, unless no stage needs logits."""
         if not self._wanted.kl_weight or batch.rows is not None:
             return batch
         all_rows = torch.arange(batch.rows_per_example * len(batch), device=batch.main_input.device)
@@ -84,7 +85,11 @@ class CachedTeacher:
         return Examples(inputs, rows, batch.rows_per_example)
 
     def log_epoch(self, epoch: int) -> None:
-        """Say how much was found; warn where later epochs find little."""
+        """Log the share of examples that were found in this epoch; warn if a later epoch found few.
+
+        Args:
+            epoch: its number, from 0.
+        """
         share = self._found / max(1, self._seen)
         logger.info("teacher_cache: %.1f %% of epoch %d were found", 100 * share, epoch + 1)
         if epoch and self._seen and share < 0.5:
@@ -102,24 +107,27 @@ class CachedTeacher:
         again: Sequence[Batch],
         num_examples: int,
         spans: Sequence[tuple[float, Stage]],
-        aloud: bool = True,
+        log: bool = True,
     ) -> int:
-        """Say, before training, how many bytes will be written, and from which epoch on they pay; returns the bytes.
+        """Log, before training, how much will be written, and the epoch from which the cache saves time.
 
         Args:
-            sample, again: some batches of the data, loaded twice; what differs will differ in each epoch.
-            num_examples: how many different examples the run will see.
-            spans: how many epochs each stage lasts.
-            aloud: whether this process is the one that says so.
+            sample, again: the same batches, loaded twice: what differs between them will differ in each epoch.
+            num_examples: the number of different examples in the run.
+            spans: the stages, each with its length in epochs.
+            log: whether this process logs.
+
+        Returns:
+            the number of bytes that will be written.
 
         Raises:
-            OSError: there is less room than will be written.
+            OSError: the disk has less free space than will be written.
         """
         folder, first_batch = self._store.folder, self._with_rows(sample[0])
         sample, again = ([self._examples(self._with_rows(batch)) for batch in load] for load in (sample, again))
         keys, other = ([key for examples in load for key in examples.logit_keys] for load in (sample, again))
         same = sum(a == b for a, b in zip(keys, other, strict=True)) / len(keys)
-        self._teacher.targets(first_batch, self._wanted)  # warms up
+        self._teacher.targets(first_batch, self._wanted)  # a first run, to warm up
         start = time.perf_counter()
         values = self._store.encode(sample[0], self._teacher.targets(first_batch, self._wanted))
         teacher = time.perf_counter() - start
@@ -136,7 +144,7 @@ class CachedTeacher:
         costs = [(length, teacher * self._share(stage)) for length, stage in spans]  # without a cache
         epoch = epoch_that_pays(costs, first, same * read + (1 - same) * miss)
         logger.log(
-            logging.DEBUG if not aloud else logging.INFO if epoch else logging.WARNING,
+            logging.DEBUG if not log else logging.INFO if epoch else logging.WARNING,
             "teacher_cache: up to %.3f GB will be written to %s; %s of %.1f (measured on one batch of %d: teacher %.1f "
             "ms, write %.1f ms, read %.1f ms). When loaded again, %.0f %% of a sample of %d examples were the same%s.",
             size / 1e9, folder,
@@ -157,11 +165,11 @@ class CachedTeacher:
 
 
 def epoch_that_pays(spans: Sequence[tuple[float, float]], first: float, later: float) -> int | None:
-    """The first epoch after which a run with a cache is ahead of one without, or None.
+    """The first epoch after which a run with a cache has taken less time than one without; None if there is none.
 
     Args:
-        spans: for each stage, how many epochs it lasts and what the teacher costs in it an epoch, without a cache.
-        first, later: what targets cost in the first epoch and in each later one, with it.
+        spans: each stage's length in epochs, and the teacher's cost per epoch in it, without a cache.
+        first, later: the cost of targets in the first epoch and in each later one, with the cache; in the same unit.
 
     ```python
     >>> epoch_that_pays([(4, 1.0)], first=1.5, later=0.1)

@@ -1,4 +1,4 @@
-"""What cannot work, said before it is tried: launches, stages, data sets, weights, batches."""
+"""Checks that find what cannot work before it is tried: launches, stages, data sets, weights, batches."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hf_curriculum_distill.adapted import stored_tensors, transformers_model
 from hf_curriculum_distill.batch import Batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.counting import (
-    ONE_ANSWER_PER_EXAMPLE,
-    answers_per_frame,
+    ONE_ROW_PER_EXAMPLE,
+    is_ctc,
     num_classes,
     predicts_next_token,
 )
@@ -27,13 +27,13 @@ from hf_curriculum_distill.layers import PartialForward, auxiliary_loss
 from hf_curriculum_distill.losses import cross_entropy
 from hf_curriculum_distill.stages import Stage, num_frozen_layers
 
-_ONE_ANSWER_PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
+_ONE_ROW_PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
 
 def check_launch(
     args: CurriculumDistillationConfig, compute_loss_func: Callable | None, shards_parameters: bool = False
 ) -> None:
-    """Raise a `ValueError` for arguments of Trainer under which the losses would be wrong."""
+    """Raise a `ValueError` for Trainer's arguments with which losses would be wrong."""
     if args.logit_chunk_size and shards_parameters:
         raise ValueError(
             f"logit_chunk_size is {args.logit_chunk_size}, but FSDP and DeepSpeed need all logits at once; leave it "
@@ -44,7 +44,7 @@ def check_launch(
             f"{args.n_gpu} GPUs in one process would run as nn.DataParallel, which this trainer doesn't support; "
             "launch one process a GPU with `accelerate launch` or `torchrun`."
         )
-    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old name, the new one
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old and the new name
         if (getattr(args, name, None) or {}).get("use_reentrant"):
             raise ValueError(
                 f"{name} has use_reentrant=True, with which blocks run outside of the graph that hidden states are "
@@ -65,7 +65,11 @@ def check_launch(
 def check_stages(
     stages: Sequence[Stage], args: CurriculumDistillationConfig, student: PartialForward, deepspeed: bool
 ) -> None:
-    """Raise a `ValueError` for stages that the method, the student or the launch cannot train."""
+    """Raise a `ValueError` for stages that the method, the student or the launch cannot train.
+
+    Args:
+        deepspeed: whether the launch uses DeepSpeed.
+    """
     _check_trained(stages, args, student)
     _check_logit_stages(stages, student.model)
     if args.method == "online" and args.standardize_targets and any(stage.hidden for stage in stages):
@@ -106,7 +110,7 @@ def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
             f"{type(model).__name__} has no head, but stage {logit_stages[0]!r} needs logits; load the student with "
             "the AutoModelFor class of its task, or match hidden states only, with explicit `stages`."
         )
-    if not answers_per_frame(model):
+    if not is_ctc(model):
         return
     if labelled := [stage.name for stage in stages if stage.label_weight]:
         raise ValueError(
@@ -121,11 +125,11 @@ def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
 
 
 def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, model: nn.Module) -> None:
-    """Raise a `ValueError` for targets that cannot be kept."""
+    """Raise a `ValueError` if no targets can be cached, or the divergence needs more than the cache keeps."""
     if args.teacher_cache is None:
         return
     if not any(stage.needs_teacher for stage in stages):
-        raise ValueError("teacher_cache was given, but no stage asks the teacher; leave it out.")
+        raise ValueError("teacher_cache was given, but no stage needs the teacher; leave it out.")
     k, classes = args.teacher_cache_logits, num_classes(model)
     whole = k is None or (classes is not None and k >= classes)
     if args.divergence != "forward_kl" and not whole and any(stage.kl_weight for stage in stages):
@@ -136,7 +140,7 @@ def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, mod
 
 
 def make_cache_folder(args: CurriculumDistillationConfig) -> None:
-    """Make the folder of the teacher's targets, or raise an `OSError` if they cannot be written there."""
+    """Create the folder of `args.teacher_cache`; raise an `OSError` if it cannot be written."""
     if args.teacher_cache is None:
         return
     try:
@@ -149,7 +153,7 @@ def make_cache_folder(args: CurriculumDistillationConfig) -> None:
 
 
 def check_training_data(data: Any, args: CurriculumDistillationConfig) -> None:
-    """Raise a `ValueError` for a data set from which no stage can be trained."""
+    """Raise a `ValueError` for a data set that cannot be trained on."""
     if not hasattr(data, "__len__"):
         if args.max_steps <= 0:
             raise ValueError(
@@ -167,23 +171,31 @@ def check_training_data(data: Any, args: CurriculumDistillationConfig) -> None:
 
 
 def check_finite_weights(model: nn.Module, who: str) -> None:
-    """Raise a `ValueError` that names the first parameter with values that are nan, inf or not there at all."""
+    """Raise a `ValueError` that names the first parameter with values that are nan, inf or missing.
+
+    Args:
+        who: the model, as the message names it.
+    """
     named = [(name, tensor) for name, tensor in stored_tensors(model) if tensor.is_floating_point()]
     if missing := [name for name, tensor in named if tensor.is_meta]:
         raise ValueError(f"{missing[0]} of the {who} has no values yet (device 'meta'); load its weights first.")
-    # a sum is finite only if all of it is, and needs no second tensor as large
+    # a sum is finite only if all its terms are, and needs no second tensor of the same size
     finite = [tensor.sum(dtype=torch.float32).isfinite() for _, tensor in named]
-    if finite and not torch.stack([flag.to(finite[0].device) for flag in finite]).all():  # one wait for the device
+    if finite and not torch.stack([flag.to(finite[0].device) for flag in finite]).all():  # waits once
         name = next(name for (name, _), flag in zip(named, finite, strict=True) if not flag)
         raise ValueError(
-            f"{name} of the {who} has values that are nan or inf, and answers would be too; take a sound checkpoint "
-            "or, where a cast to float16 overflowed, another dtype."
+            f"{name} of the {who} has values that are nan or inf, and so would be its logits; take a sound "
+            "checkpoint or, where a cast to float16 overflowed, another dtype."
         )
 
 
 @contextmanager
 def naming_batch(where: str) -> Iterator[None]:
-    """Says of which batch something is wrong; data sets and collators raise errors of all kinds."""
+    """Turn errors into a `ValueError` that names the batch; data sets and collators raise errors of all kinds.
+
+    Args:
+        where: the batch, as the message names it.
+    """
     try:
         yield
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
@@ -193,12 +205,13 @@ def naming_batch(where: str) -> Iterator[None]:
 
 
 def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool = True) -> None:
-    """Whether the losses read a batch as it was meant.
+    """Check that a batch means what the losses take it to mean.
 
-    Shapes are compared always, values only where they lie in host memory: nothing waits for the device.
+    Shapes are always checked, values only if they are in host memory: nothing waits for the device.
 
     Args:
-        reads_labels: whether any loss does.
+        inputs: the batch.
+        reads_labels: whether a loss needs its labels.
 
     Raises:
         ValueError: an input is missing or empty, or tokens, attention mask and labels do not fit each other or the
@@ -225,7 +238,7 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
             )
     elif main.device.type == "cpu" and not main.isfinite().all():
         raise ValueError(f"{name} have values that are nan or inf; check the data and its preprocessing.")
-    if labels is None or not reads_labels or answers_per_frame(model):
+    if labels is None or not reads_labels or is_ctc(model):
         return
     if not isinstance(labels, Tensor):
         raise ValueError(
@@ -237,8 +250,8 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
             f"labels are {_describe(labels)}; class numbers of shape [batch] or [batch, length] are needed to match "
             "the teacher's class probabilities."
         )
-    per_token = predicts_next_token(model) or _is_for(type(model), _ONE_ANSWER_PER_TOKEN)
-    wanted = main.shape if per_token else main.shape[: 1 if _is_for(type(model), ONE_ANSWER_PER_EXAMPLE) else 0]
+    per_token = predicts_next_token(model) or _is_for(type(model), _ONE_ROW_PER_TOKEN)
+    wanted = main.shape if per_token else main.shape[: 1 if _is_for(type(model), ONE_ROW_PER_EXAMPLE) else 0]
     if len(labels) != len(main) or (wanted and labels.shape != wanted):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} but {name} {tuple(main.shape)}; {type(model).__name__} needs one "
@@ -248,13 +261,16 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
 
 
 def label_loss_mismatch(batch: Batch, outputs: Mapping[str, Any] | Sequence[Any], tolerance: float) -> str | None:
-    """How a model's own loss on a batch differs from the cross-entropy of the rows that count; None: it does not.
+    """Compare a model's own loss on a batch with the cross-entropy of the rows that count.
 
-    The two differ where labels belong to other rows of the logits than [`counted_rows`] says, or are no classes.
+    They differ if labels belong to other rows of the logits than [`counted_rows`] assumes, or are not classes.
 
     Args:
-        outputs: the student's, in evaluation mode, for a batch with labels.
-        tolerance: relative, of what the precision of the losses allows.
+        outputs: the model's outputs in evaluation mode.
+        tolerance: the relative difference that the precision of the losses allows.
+
+    Returns:
+        a sentence that says how they differ; None if they do not, or cannot be compared.
     """
     if not isinstance(outputs, Mapping):
         outputs = dict(zip(("loss", "logits"), outputs, strict=False))

@@ -1,9 +1,9 @@
-"""Losses of logits that are never whole in memory: a chunk of rows at a time, its gradients taken at once.
+"""Losses of logits that are never in memory as a whole: chunk by chunk of rows, with each chunk's gradients at once.
 
-The logits of a large vocabulary are the largest tensors of a step: student's, teacher's, their logarithms and their
-gradients. A loss that is a sum over rows needs none of them whole. Each chunk's head, loss and gradients (with respect
-to the rows that the head reads and the head's parameters) are computed and left; what remains is a number whose
-gradients are known, so nothing is computed twice.
+With a large vocabulary, the largest tensors of a step are the logits of student and teacher, their logarithms and their
+gradients. A loss that is a sum over rows needs only a chunk of them at a time. For each chunk, the head runs and the
+loss and its gradients (with respect to the head's input and parameters) are computed; then the chunk is freed. What
+remains is a number with known gradients, so nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -19,30 +19,35 @@ from torch.autograd.function import once_differentiable
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 
-# of float32 logits: an accelerator needs more rows to spend its time on products rather than on adding to a gradient
+# bytes of float32 logits; on an accelerator, small chunks spend more time on adding to a gradient than on products
 _CHUNK_BYTES = {"cpu": 2**22}
 _CHUNK_BYTES_OF_ACCELERATOR = 2**27
-_LEAST_ROWS = 96  # with fewer, to read the head's weights for each chunk takes longer than the products
+_LEAST_ROWS = 96  # with fewer, reading the head's weights for each chunk takes longer than the products
 Losses = tuple[Tensor, dict[str, Tensor]]
 
 
 def chunk_size(args: CurriculumDistillationConfig, num_rows: int, num_classes: int) -> int | None:
-    """How many of so many rows of logits to have at a time; None for all."""
+    """The number of rows of logits in a chunk; None for all rows at once.
+
+    Args:
+        num_rows, num_classes: the shape of the whole logits.
+    """
     if args.torch_compile or args.fp16 or args.logit_chunk_size == 0:
-        return None  # one graph; loss scaling; asked for
+        return None  # one graph; loss scaling; turned off
     num_bytes = _CHUNK_BYTES.get(args.device.type, _CHUNK_BYTES_OF_ACCELERATOR)
     size = args.logit_chunk_size or max(_LEAST_ROWS, num_bytes // (4 * max(1, num_classes)))
     return size if size < num_rows else None
 
 
 class RowLogits:
-    """Logits of chosen rows, computed where they are asked for: `logits[start:end]` is `[end - start, classes]`.
+    """Logits of chosen rows, computed on access: `logits[start:end]` is `[end - start, classes]`.
 
     Args:
-        hidden: `[rows, hidden]`, what the head reads.
-        head: these, or some of them, to logits. Runs with the gradient mode and autocast of now.
-        last: the head's last module, which holds nearly all of its parameters.
-        chunk_size: the most rows to ask for at a time.
+        hidden: the head's input, `[rows, hidden]`.
+        head: maps (some rows of) `hidden` to logits. It runs with the gradient mode and autocast of the time of
+            construction.
+        last: the head's last module, which has nearly all of its parameters.
+        chunk_size: the largest number of rows that [`chunks`] puts in a slice.
     """
 
     def __init__(self, hidden: Tensor, head: Callable[[Tensor], Tensor], last: nn.Module, chunk_size: int):
@@ -58,34 +63,45 @@ class RowLogits:
         return self.head(self.hidden[rows])
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of other hidden rows."""
+        """Logits `[n, classes]` of any hidden states `[n, hidden]`."""
         with torch.set_grad_enabled(self._grad_enabled), torch.autocast(*self._autocast):
             return self._head(hidden)
 
     def chunks(self) -> list[slice]:
+        """Slices of at most `chunk_size` rows: see [`cut_rows`]."""
         return cut_rows(len(self), self._chunk_size)
 
     def run(self) -> None:
-        """Compute all and keep none: for what it costs."""
+        """Compute all logits and keep none, to count the operations."""
         for rows in self.chunks():
             self[rows]
 
 
 def cut_rows(num_rows: int, size: int) -> list[slice]:
-    """Slices of so many rows, as few as fit `size`, of nearly the same length; one if there are no rows."""
+    """Cut `num_rows` rows into as few slices of at most `size` rows as possible, of nearly equal length.
+
+    Without rows there is one, empty slice.
+
+    ```python
+    >>> cut_rows(10, size=4)
+    [slice(0, 3, None), slice(3, 6, None), slice(6, 10, None)]
+
+    ```
+    """
     num_chunks = max(1, -(-num_rows // size))
     ends = [num_rows * index // num_chunks for index in range(num_chunks + 1)]
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def sum_over_chunks(losses_of: Callable[[Tensor, slice], Losses], logits: Tensor | RowLogits) -> Losses:
-    """A sum over rows and its terms, from those of each chunk; of a whole tensor at once.
+    """Add up a loss and its terms over the chunks of rows; of a tensor, all rows at once.
 
     Args:
-        losses_of: a chunk's logits and its slice of the rows -> its part of the sum, and of the terms by name.
+        losses_of: called as `losses_of(logits, rows)` with a chunk's logits and its slice; returns the chunk's loss
+            and its terms by name.
 
     Returns:
-        the sum, with gradients, and the terms without. Its gradients can be taken once.
+        the sum, whose gradients can be taken once, and the terms, without gradients.
     """
     if not isinstance(logits, RowLogits):
         return losses_of(logits, slice(None))
@@ -94,12 +110,12 @@ def sum_over_chunks(losses_of: Callable[[Tensor, slice], Losses], logits: Tensor
     for rows in logits.chunks():
         chunk = logits.hidden[rows].detach().requires_grad_(logits.hidden.requires_grad)
         with gradients.watched():
-            answers = logits.head(chunk)
-        part, parts = losses_of(answers, rows)
+            chunk_logits = logits.head(chunk)
+        part, parts = losses_of(chunk_logits, rows)
         total = total + part.detach()
         terms = {name: terms.get(name, 0.0) + value.detach() for name, value in parts.items()}
         of_rows.append(gradients.add(part, chunk))
-        del answers, part, parts  # the next chunk's come in their place
+        del chunk_logits, part, parts  # before the next chunk's are made
     known = gradients.totals
     if torch.is_grad_enabled() and logits.hidden.requires_grad:
         known = known | {logits.hidden: torch.cat(of_rows)}
@@ -107,13 +123,13 @@ def sum_over_chunks(losses_of: Callable[[Tensor, slice], Losses], logits: Tensor
 
 
 class _Gradients:
-    """Adds up the gradients of all that a head's graph ends in, chunk by chunk.
+    """Adds up, chunk by chunk, the gradients of all leaves of a head's graph.
 
-    A linear last module has a gradient as large as the embeddings', and autograd would hold a second one to add. Its
-    graph is therefore cut before and behind, and its products are added in place.
+    The gradient of a linear last module is as large as the embeddings, and autograd would allocate a second one to add.
+    The graph is therefore cut before and after this module, and its products are added in place.
 
     Attributes:
-        totals: by parameter.
+        totals: the gradients so far, by parameter.
     """
 
     def __init__(self, last: nn.Module):
@@ -123,7 +139,7 @@ class _Gradients:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Inside, the head runs."""
+        """A context in which the head runs."""
         hook = self._last.register_forward_hook(self._cut) if self._last and torch.is_grad_enabled() else None
         try:
             yield
@@ -133,15 +149,15 @@ class _Gradients:
 
     def _cut(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
         self._cuts.append((args[0], output.detach().requires_grad_()))
-        return self._cuts[-1][1].view_as(output)  # hooks on what modules return need a graph behind it
+        return self._cuts[-1][1].view_as(output)  # hooks on a module's output need it to have a graph
 
     def add(self, part: Tensor, chunk: Tensor) -> Tensor | None:
-        """Add those of a chunk's part of the sum; returns that of its rows."""
+        """Add the gradients of a chunk's loss `part`; returns the gradient of `chunk`, None if it needs none."""
         found = self._backward(part)
         while self._cuts:
-            read, answer = self._cuts.pop()
-            gradient = found.pop(answer)
-            del answer
+            read, head_output = self._cuts.pop()
+            gradient = found.pop(head_output)
+            del head_output
             self._add_last(read.detach(), gradient)
             if read.requires_grad:
                 of_read = gradient @ self._last.weight.detach().to(gradient.dtype)
@@ -149,7 +165,7 @@ class _Gradients:
         return found.pop(chunk, None)
 
     def _backward(self, tensor: Tensor, gradient: Tensor | None = None) -> dict[Tensor, Tensor]:
-        """Gradients of a graph's ends: added up if these are parameters, else returned."""
+        """Take the gradients of a graph's leaves: add those of parameters to `totals`, return the others."""
         leaves = _leaves(tensor)
         found = dict(zip(leaves, torch.autograd.grad(tensor, leaves, gradient), strict=True)) if leaves else {}
         for leaf in [leaf for leaf in found if isinstance(leaf, nn.Parameter)]:
@@ -171,14 +187,14 @@ class _Gradients:
         if parameter in self.totals:
             self.totals[parameter] += gradient
             return
-        gradient = gradient.float().contiguous()  # half precision would round every addition
+        gradient = gradient.float().contiguous()  # in half precision every addition would be rounded
         held = {total.untyped_storage()._cdata for total in self.totals.values()}
-        shared = gradient.untyped_storage()._cdata in held  # as those of a sum's two operands are
+        shared = gradient.untyped_storage()._cdata in held  # as those of a sum's two operands may be
         self.totals[parameter] = gradient.clone() if shared else gradient
 
 
 class _WithGradients(torch.autograd.Function):
-    """A number whose gradients are known."""
+    """A number with known gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
@@ -188,7 +204,7 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, and given away
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place and handed on
         if gradients is None:
             raise RuntimeError("The gradients of a loss over chunks of logits were taken already; compute it again.")
         scaled = (g.mul_(factor).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
@@ -196,7 +212,7 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _leaves(tensor: Tensor) -> list[Tensor]:
-    """The tensors that gradients of this one end in."""
+    """The leaves of a tensor's graph that require gradients."""
     if tensor.is_leaf:
         return [tensor] if tensor.requires_grad else []
     found, seen, nodes = {}, set(), [tensor.grad_fn]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_curriculum_distill.batch import Batch
 from hf_curriculum_distill.checks import label_loss_mismatch
-from hf_curriculum_distill.counting import answers_per_frame
+from hf_curriculum_distill.counting import is_ctc
 from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.teachers import Teacher
 
@@ -51,7 +51,7 @@ class StudentComparison:
             if mismatch:
                 logger.warning("%s Evaluations have no accuracy, agreement and divergence.", mismatch)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
-        if logits is None or not self._knows_rows or not ("labels" in batch.inputs or answers_per_frame(batch.model)):
+        if logits is None or not self._knows_rows or not ("labels" in batch.inputs or is_ctc(batch.model)):
             return
         logits, teacher_logits = logits.flatten(0, -2), None
         rows = torch.arange(len(logits), device=logits.device) if batch.rows is None else batch.rows

@@ -380,7 +380,7 @@ class CurriculumDistillationConfig(TrainingArguments):
             raise ValueError(f"teacher_cache is {self.teacher_cache!r}; give the name of a folder.")
         self.teacher_cache = os.fspath(self.teacher_cache)
         if self.method in ("progressive", "online", "labels"):
-            why = "no teacher is asked" if self.method == "labels" else "the teacher changes while it teaches"
+            why = "no teacher is used" if self.method == "labels" else "the teacher changes while it teaches"
             raise ValueError(
                 f"teacher_cache was given with method={self.method!r}, in which {why}, so that nothing can be read "
                 "again; leave it out, or use method='curriculum' or 'one_shot'."

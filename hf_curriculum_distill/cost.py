@@ -1,4 +1,4 @@
-"""Floating-point operations of a pass, of a stage, and for each token of it: counted by torch."""
+"""Floating-point operations of a pass, of a stage, and of each of its tokens, counted by torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_curriculum_distill.randomness import preserved_random_state
 from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.teachers import Teacher
 
-# torch counts the fused attention of every accelerator, but not the CPU's
+# torch counts fused attention on accelerators, but not on the CPU
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(
         q, k, v
@@ -28,7 +28,7 @@ _CPU_ATTENTION = {
     ),
 }
 
-_OF_TOKENS = ("scaled_dot_product", "bmm")  # in the names of operations that multiply batches of matrices
+_OF_TOKENS = ("scaled_dot_product", "bmm")  # in the names of operations that multiply tokens with tokens
 
 
 def flop_counter() -> FlopCounterMode:
@@ -39,7 +39,10 @@ def flop_counter() -> FlopCounterMode:
 
 
 class _NoModules(ModuleTracker):
-    """Only totals are wanted; without gradients torch's tracker fails where a module's input is a parameter."""
+    """Does not track modules: only totals are needed.
+
+    Without gradients, torch's tracker fails if a module's input is a parameter.
+    """
 
     def __enter__(self):
         return self
@@ -50,20 +53,21 @@ class _NoModules(ModuleTracker):
 
 @torch.no_grad()
 def count_flops(forward: Callable[[], tuple[object, Tensor | RowLogits | None]]) -> np.ndarray:
-    """Floating-point operations of the matrix products in one forward pass (a multiply-add counts as two): `[2]`.
+    """Count the floating-point operations of the matrix products in one forward pass (a multiply-add counts as two).
 
-    The first number are those with weights, which grow with the number of tokens; the second those of tokens with
-    tokens, attention's, which grow with the square of their number.
-
-    The pass runs without gradients and leaves every random state as it was. A backward pass through the same blocks
-    costs twice as much: one product for the inputs' gradient and one for the weights'.
+    The pass runs without gradients and does not change any random state. A backward pass through the same blocks costs
+    twice as much: one product for the gradient of the inputs, one for that of the weights.
 
     Args:
         forward: returns hidden states and logits, as [`PartialForward`] does.
+
+    Returns:
+        `[2]`: products with weights, which grow with the number of tokens; and products of tokens with tokens, in
+        attention, which grow with its square.
     """
     with preserved_random_state(), flop_counter() as counter:
         _, logits = forward()
-        if isinstance(logits, RowLogits):  # left to be computed
+        if isinstance(logits, RowLogits):  # not computed yet
             logits.run()
     counts = counter.get_flop_counts().get("Global", {})
     attention = sum(n for operation, n in counts.items() if any(name in str(operation) for name in _OF_TOKENS))
@@ -73,12 +77,15 @@ def count_flops(forward: Callable[[], tuple[object, Tensor | RowLogits | None]])
 def stage_flops(
     objective: Objective, teacher: Teacher | CachedTeacher | None, batch: Batch, stage: Stage, frozen: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Student's (forward and backward) and teacher's operations for one batch of a stage: see [`count_flops`].
+    """Operations of the student (forward and backward) and of the teacher for one batch of a stage.
 
-    A teacher that learns trains on the same rows, beside teaching.
+    A teacher that learns also trains on the same rows.
 
     Args:
-        frozen: the student's layers up to this one get no gradient.
+        frozen: the highest layer of the student that gets no gradient; 0 for none.
+
+    Returns:
+        two arrays, each as in [`count_flops`].
     """
     student, of_teacher = objective.student.model, np.zeros(2, np.int64)
     forward = count_flops(lambda: objective.forward(student, batch, stage))
@@ -95,7 +102,14 @@ def stage_flops(
 def flop_rates(
     objective: Objective, teacher: Teacher | CachedTeacher | None, batch: Batch, stage: Stage, frozen: int = 0
 ) -> list[list[float]]:
-    """`[student's, teacher's]` operations for each of [`flop_units`], from one batch; arguments as [`stage_flops`]."""
+    """Operations for each of [`flop_units`], measured on one batch.
+
+    Args:
+        objective, teacher, batch, stage, frozen: see [`stage_flops`].
+
+    Returns:
+        `[3][2]`: for each unit, the operations of the student and of the teacher.
+    """
     num_inputs, num_squares, num_rows = flop_units(teacher, batch, stage)
     whole, per_row = np.array(stage_flops(objective, teacher, batch, stage, frozen)), np.zeros(2)
     if num_rows > 1:
@@ -108,7 +122,15 @@ def flop_rates(
 
 
 def flop_units(teacher: Teacher | CachedTeacher | None, batch: Batch, stage: Stage) -> tuple[int, float, int]:
-    """What a batch's operations grow with: elements of its main input, their square an example, rows of logits."""
+    """The numbers that a batch's operations grow with.
+
+    Args:
+        teacher: says what it computes, which is more than the stage needs if it fills a cache; None without one.
+
+    Returns:
+        the number of elements of its main input; the sum over examples of the square of that number; and the number of
+        rows of logits, 0 if none are computed.
+    """
     wanted, size = teacher.wanted(stage) if teacher else stage, batch.main_input.numel()
     computes_rows = stage.needs_logits or wanted.needs_logits or (teacher is not None and teacher.learns)
     return size, size**2 / len(batch), batch.num_rows if computes_rows else 0

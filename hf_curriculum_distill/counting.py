@@ -1,7 +1,7 @@
-"""What counts in a batch: positions for hidden states, rows for logits.
+"""What counts in a batch: positions of hidden states, and rows of logits.
 
-Losses are sums over what counts, divided by how much counted over the whole accumulated batch; these are the two
-sides of that fraction.
+A loss is a sum over the positions or rows that count, divided by their number in the whole accumulated batch. This
+module has both: which ones count, and how many.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_curriculum_distill.adapted import transformers_model
 
 LABEL_POSITIONS = "label_positions"
-ONE_ANSWER_PER_EXAMPLE = tuple(f"{kind}Classification" for kind in ("Sequence", "Image", "Audio", "Video"))
+ONE_ROW_PER_EXAMPLE = tuple(f"{kind}Classification" for kind in ("Sequence", "Image", "Audio", "Video"))
 _CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-# Causal language models whose own loss compares position `i` with label `i`, so that the data have to be shifted.
+# Causal language models whose own loss compares the logits at position `i` with label `i`: the data must be shifted.
 _LABELS_IN_PLACE = {
     "BartForCausalLM",
     "BigBirdPegasusForCausalLM",
@@ -46,8 +46,8 @@ _LABELS_IN_PLACE = {
 def predicts_next_token(model: nn.Module) -> bool:
     """Whether logits at position `i` belong to the label at `i + 1` (the model's own loss shifts the labels).
 
-    Text, vision-language and audio-language decoders do. transformers says so in no one place; the names here are
-    compared with the model's own loss before training: see [`label_loss_mismatch`].
+    Text, vision-language and audio-language decoders do. transformers has no single place that says so; before
+    training, [`label_loss_mismatch`] compares what these names say with the model's own loss.
     """
     names = _class_names(model)
     if getattr(model.config, "is_encoder_decoder", False) or not names.isdisjoint(_LABELS_IN_PLACE):
@@ -57,18 +57,18 @@ def predicts_next_token(model: nn.Module) -> bool:
 
 
 def decodes_labels(model: nn.Module) -> bool:
-    """Whether the model's labels are the tokens of its decoder, as those of classifiers are not."""
+    """Whether the labels are the decoder's tokens, as they are for encoder-decoders except classifiers."""
     classifies = any("Classification" in name for name in _class_names(model))
     return getattr(model.config, "is_encoder_decoder", False) and not classifies
 
 
-def answers_per_frame(model: nn.Module) -> bool:
-    """Whether the model transcribes audio by CTC: logits are one row a frame, and no label belongs to a frame."""
+def is_ctc(model: nn.Module) -> bool:
+    """Whether the model transcribes audio with CTC: one row of logits for each frame, and no label for a frame."""
     return any(name.endswith("ForCTC") for name in _class_names(model))
 
 
 def _class_names(model: nn.Module) -> frozenset[str]:
-    """Of the model and all bases: FSDP2 makes a class of its own of the one that it shards."""
+    """The names of the model's class and of its bases, because FSDP2 replaces the class by a subclass."""
     return _names_of(type(transformers_model(model)))
 
 
@@ -78,27 +78,37 @@ def _names_of(model_class: type) -> frozenset[str]:
 
 
 def num_classes(model: nn.Module) -> int | None:
-    """How many classes a row of the model's logits has; None where its configuration does not say."""
+    """The number of classes in a row of the model's logits; None if its configuration does not say."""
     model = transformers_model(model)
     if any("Classification" in name for name in _class_names(model)):
         return model.config.num_labels
     return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
-def answers_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether the model's logits have one row a token or frame, `[batch, length, classes]`, not one an example."""
-    if answers_per_frame(model):
+def has_rows_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether logits have one row for each token or frame, `[batch, length, classes]`, not one for each example.
+
+    Args:
+        inputs: a batch, with labels if it has any: `[batch, length]`, or `[batch]` for one row per example.
+    """
+    if is_ctc(model):
         return True
     if (labels := inputs.get("labels")) is not None:
         return labels.dim() > 1
-    return not any(task in type(transformers_model(model)).__name__ for task in ONE_ANSWER_PER_EXAMPLE)
+    return not any(task in type(transformers_model(model)).__name__ for task in ONE_ROW_PER_EXAMPLE)
 
 
-def answers_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """How many rows of logits an example has: one, or one a token (of the labels, where there are any)."""
-    if not answers_per_token(model, inputs):
+def num_rows_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """The number of rows of logits of an example, padding included.
+
+    It is 1, or the number of frames, or that of tokens (of the labels, if there are any).
+
+    Args:
+        inputs: a batch, with its labels if it has any.
+    """
+    if not has_rows_per_token(model, inputs):
         return 1
-    if answers_per_frame(model):
+    if is_ctc(model):
         return _num_frames(model, inputs)
     return inputs.get("labels", inputs[model.main_input_name]).shape[1]
 
@@ -106,16 +116,20 @@ def answers_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:
 def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """Which rows of the flattened logits count, and their labels.
 
-    With `labels` (`[batch]` or `[batch, length]`) the rows whose label is not -100; without, and for CTC, every row
-    that is not padding.
+    With `labels` (`[batch]` or `[batch, length]`), those whose label is not -100; without labels, and for CTC, all that
+    are not padding.
+
+    Args:
+        inputs: a batch, with its labels and their positions if it has any.
 
     Returns:
-        row numbers `[rows]` into `logits.flatten(0, -2)` and labels `[rows]`; None for all rows, and for no labels.
+        row numbers `[rows]` into `logits.flatten(0, -2)`, None for all rows; and their labels `[rows]`, None without
+        labels.
 
     Raises:
-        ValueError: the labels are no class numbers.
+        ValueError: labels are not class numbers, or are missing although the rows depend on them.
     """
-    if answers_per_frame(model):
+    if is_ctc(model):
         attention = inputs.get("attention_mask")
         if attention is None:
             return None, None
@@ -124,19 +138,19 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
     if labels is not None:
         positions = None if predicts_next_token(model) else inputs.get(LABEL_POSITIONS)
         if positions is None:
-            rows = labels.flatten().ne(-100).nonzero().squeeze(1)  # waits for the device, which alone knows how many
+            rows = labels.flatten().ne(-100).nonzero().squeeze(1)  # waits for the device
         else:
             starts = torch.arange(len(labels), device=labels.device) * labels.shape[1]
             rows = (positions + starts[:, None]).flatten()
         return rows, labels.flatten()[rows]
     if decodes_labels(model):
         raise ValueError(
-            f"The batch has no labels, but the logits of {type(model).__name__} answer its decoder's tokens, which "
-            "labels choose; check the collator."
+            f"The batch has no labels, but the logits of {type(model).__name__} predict its decoder's tokens, which "
+            "are made from labels; check the collator."
         )
     mask = _token_mask(inputs)
-    if mask is None or not answers_per_token(model, inputs):
-        if "input_ids" not in inputs and answers_per_token(model, inputs):
+    if mask is None or not has_rows_per_token(model, inputs):
+        if "input_ids" not in inputs and has_rows_per_token(model, inputs):
             raise ValueError(
                 f"The batch has no labels, which say how many rows of logits {type(model).__name__} has for an "
                 "example; check the collator, or match hidden states only, with explicit `stages`."
@@ -146,7 +160,14 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
 
 
 def shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
-    """The decoder's inputs `[batch, length]` that an encoder-decoder makes of its labels: each token's predecessor."""
+    """The decoder's inputs that an encoder-decoder makes from labels: each token's predecessor, `[batch, length]`.
+
+    Args:
+        labels: `[batch, length]`, -100 where none counts.
+
+    Raises:
+        ValueError: the configuration has no start token or no padding token.
+    """
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels)
     start, padding = (getattr(model.config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
@@ -163,14 +184,18 @@ def shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
 def with_label_positions(
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]], examples: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """A collator's batch and, if it made equally many labels for each example, where they are.
+    """Collate examples and, if each example got the same number of labels, add the labels' positions.
 
-    These `label_positions`, `[batch, labels an example]`, are read off the finished labels where these still lie in
-    host memory. They are no input of a model: [`counted_rows`] takes them in place of a wait for the device.
+    These `label_positions`, `[batch, labels per example]`, are computed from the labels while they are in host memory.
+    They are not an input of any model: with them, [`counted_rows`] need not wait for the device.
+
+    Args:
+        collate: makes a batch of examples, with labels or not.
     """
     batch = collate(examples)
     labels = batch.get("labels")
-    if labels is None or labels.dim() != 2 or "labels" in examples[0]:  # labels that were there promise nothing
+    # precomputed labels need not be equally many in the next batch
+    if labels is None or labels.dim() != 2 or "labels" in examples[0]:
         return batch
     counted = labels.ne(-100)
     counts = counted.sum(1).tolist()
@@ -180,18 +205,21 @@ def with_label_positions(
 
 
 def count(model: nn.Module, inputs: Mapping[str, Any], stack: str = "encoder") -> Tensor:
-    """`[number of positions, number of rows]` that count in a batch, without waiting for the device.
+    """The number of positions and of rows that count in a batch, computed without waiting for the device.
 
-    Text: positions are the tokens that are not padding. Images and audio: one an example, shared equally by its
-    hidden states (see [`position_weights`]).
+    In text, the positions are the tokens that are not padding. An image or a recording counts as one position, which
+    its hidden states share equally (see [`position_weights`]).
 
     Args:
-        stack: of an encoder-decoder, the one whose hidden states are matched.
+        stack: the stack of an encoder-decoder whose hidden states are matched.
+
+    Returns:
+        `[2]`, integers on the device of the inputs.
     """
     labels, mask = _aligned_labels(model, inputs), _token_mask(inputs, stack)
     main = inputs[model.main_input_name]
     positions = mask.sum() if mask is not None else torch.full((), _num_units(inputs, main, stack), device=main.device)
-    if answers_per_frame(model):
+    if is_ctc(model):
         num_frames = _num_frames(model, inputs)
         if (attention := inputs.get("attention_mask")) is not None:
             rows = _frame_mask(model, attention, num_frames).sum()
@@ -200,12 +228,20 @@ def count(model: nn.Module, inputs: Mapping[str, Any], stack: str = "encoder") -
     elif labels is not None:
         rows = labels.ne(-100).sum()
     else:
-        rows = positions if answers_per_token(model, inputs) else torch.full((), len(main), device=main.device)
+        rows = positions if has_rows_per_token(model, inputs) else torch.full((), len(main), device=main.device)
     return torch.stack([positions, rows])
 
 
 def position_weights(model: nn.Module, inputs: Mapping[str, Any], hidden: Tensor, stack: str = "encoder") -> Tensor:
-    """How much each hidden state `[batch, length]` counts; the weights sum to the first number of [`count`]."""
+    """The weight of each hidden state, `[batch, length]`; the weights add up to the first number of [`count`].
+
+    Args:
+        hidden: `[batch, length, hidden]`, of which only the shape is read.
+        stack: the stack of an encoder-decoder whose hidden states they are.
+
+    Raises:
+        ValueError: the mask does not fit the hidden states.
+    """
     mask = _token_mask(inputs, stack)
     if mask is None:
         main, attention = inputs[model.main_input_name], inputs.get("attention_mask")
@@ -223,7 +259,10 @@ def position_weights(model: nn.Module, inputs: Mapping[str, Any], hidden: Tensor
 
 
 def label_weights(model: nn.Module, inputs: Mapping[str, Any], hidden: Tensor) -> Tensor:
-    """1 for each hidden state `[batch, length]` that answers a label, else 0; they sum to the second of [`count`].
+    """Which hidden states predict a label that counts, `[batch, length]`; as many as the second number of [`count`].
+
+    Args:
+        hidden: `[batch, length, hidden]`, of which only the shape is read.
 
     Raises:
         ValueError: the batch has no label for each token.
@@ -254,19 +293,19 @@ def _num_units(inputs: Mapping[str, Any], main: Tensor, stack: str) -> int:
 
 
 def _num_frames(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """How many rows of logits an example has, padding included."""
+    """The number of frames of an example, and so of its rows of logits, padding included."""
     return int(model._get_feat_extract_output_lengths(torch.tensor(inputs[model.main_input_name].shape[1])))
 
 
 def _frame_mask(model: nn.Module, attention_mask: Tensor, num_frames: int) -> Tensor:
-    """Which of an audio model's `num_frames` hidden states are not padding: `[batch, frames]`.
+    """Which of an audio model's hidden states are not padding, `[batch, num_frames]`.
 
-    They are fewer than samples, and the model knows which of them a sample reaches.
+    There are fewer frames than samples; the model's own methods say how many frames a recording fills.
     """
     if hasattr(model, "_get_feature_vector_attention_mask"):
         return model._get_feature_vector_attention_mask(num_frames, attention_mask).bool()
     if hasattr(model, "_get_feat_extract_output_lengths"):
-        # of one recording at a time, for some models compute with Python's numbers
+        # one recording at a time, because some models compute this with Python integers
         lengths = [int(model._get_feat_extract_output_lengths(n)) for n in attention_mask.sum(1).tolist()]
         if min(lengths) < 1:
             raise ValueError(
@@ -282,9 +321,9 @@ def _frame_mask(model: nn.Module, attention_mask: Tensor, num_frames: int) -> Te
 
 
 def _aligned_labels(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Labels in the place of the logits that predict them."""
+    """Labels at the positions of the logits that predict them, one earlier for causal models; None without labels."""
     labels = inputs.get("labels")
-    if labels is None or answers_per_frame(model):  # transcripts belong to whole recordings
+    if labels is None or is_ctc(model):  # a transcript has no frames
         return None
     if not isinstance(labels, Tensor):
         raise ValueError(

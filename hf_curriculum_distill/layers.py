@@ -1,4 +1,4 @@
-"""Find a model's block stack; run a prefix of it; run its head on chosen rows only."""
+"""Run a prefix of a model's blocks, or its head on chosen rows only."""
 
 from __future__ import annotations
 
@@ -12,67 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_curriculum_distill.adapted import transformers_model
+from hf_curriculum_distill.blocks import backbone_config, find_block_stack
 from hf_curriculum_distill.chunks import RowLogits
 from hf_curriculum_distill.counting import predicts_next_token
-
-
-def find_block_stack(model: nn.Module, stack: str = "encoder") -> list[nn.Module]:
-    """The transformer blocks whose outputs are a model's hidden states, in the order in which they run.
-
-    They are the one `ModuleList` that is as long as the configuration says the model is deep and, where several are,
-    the one made of blocks that transformers can checkpoint. ALBERT runs each of its
-    few blocks for many layers, so that they are in the list as often.
-
-    Args:
-        stack: of an encoder-decoder, "encoder" or "decoder".
-
-    Raises:
-        ValueError: there is no such list, or more than one, or hidden states change their shape between layers.
-    """
-    config = _backbone_config(model, stack)
-    decodes = stack == "decoder" or getattr(config, "is_decoder", False)  # a configuration may be of both stacks
-    depth = getattr(config, "decoder_layers" if decodes else "", None) or getattr(config, "num_hidden_layers", None)
-    lists = [(n, m) for n, m in _backbone(model, stack).named_modules() if isinstance(m, nn.ModuleList)]
-    if getattr(config, "num_hidden_groups", None):
-        groups = next(m for name, m in lists if name.endswith("albert_layer_groups"))
-        return [groups[layer * len(groups) // depth] for layer in range(depth)]
-    if getattr(config, "depths", None) is not None:
-        raise ValueError(
-            f"The hidden states of {type(model).__name__} change their shape between its stages (depths="
-            f"{config.depths}), so that layers can't be matched; use a model whose blocks are all of one width."
-        )
-    lists = [(n, m) for n, m in lists if len(m) == depth and not any(isinstance(b, nn.ModuleList) for b in m)]
-    blocks = [(n, m) for n, m in lists if all(isinstance(block, GradientCheckpointingLayer) for block in m)]
-    found = blocks or lists
-    if len(found) != 1 or not depth:
-        seen = ", ".join(name for name, _ in found) or "none"
-        raise ValueError(
-            f"{type(model).__name__} needs exactly one ModuleList of num_hidden_layers={depth} blocks to be matched "
-            f"layer by layer, but has: {seen}. Models that are built otherwise are not supported."
-        )
-    return list(found[0][1])
-
-
-def _backbone(model: nn.Module, stack: str = "encoder") -> nn.Module:
-    if getattr(model.config, "is_encoder_decoder", False):
-        return model.get_decoder() if stack == "decoder" else model.get_encoder()
-    if stack == "decoder":
-        raise ValueError(
-            f"layer_stack is 'decoder', but {type(model).__name__} is no encoder-decoder and has one stack of blocks; "
-            "leave layer_stack out."
-        )
-    return model
-
-
-def _backbone_config(model: nn.Module, stack: str = "encoder") -> Any:
-    backbone = _backbone(model, stack)
-    config = getattr(backbone, "config", model.config)
-    if getattr(model, "main_input_name", None) == "pixel_values":  # CLIP has a text model beside the one that sees
-        return getattr(config, "vision_config", config)
-    return config.get_text_config()
 
 
 def balances_experts(model: nn.Module) -> bool:
@@ -81,9 +25,12 @@ def balances_experts(model: nn.Module) -> bool:
 
 
 def auxiliary_loss(model: nn.Module, outputs: Mapping[str, Any]) -> Tensor | float:
-    """What a mixture of experts adds to its task loss, weighted: it keeps its routers from choosing few experts.
+    """The load-balancing loss that a mixture of experts adds to its task loss, with its weight.
 
-    0 for other models, and without `output_router_logits` in the configuration.
+    It is a scalar, with gradients; 0 for other models, and unless the configuration sets `output_router_logits`.
+
+    Args:
+        outputs: what the model's forward returned.
     """
     config = model.config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", 0.0)
@@ -97,16 +44,16 @@ class Wanted:
     """What a forward pass returns of a model.
 
     Args:
-        layers: the layers whose hidden states to return.
-        logits: whether to run the blocks beyond them and the head.
-        rows: row numbers into the flattened logits to return; None for all rows.
-        gather: pick the rows before the head (logits have one row a token) rather than after it.
+        layers: the numbers of the layers whose hidden states are returned.
+        logits: whether to run the later blocks and the head, and return logits.
+        rows: row numbers `[rows]` into the flattened logits, of the logits to return; None for all.
+        gather: whether to pick the rows before the head, which needs logits with one row for each token, or after it.
         frozen: layers up to this one run without gradients.
-        truncate: stop after the last of `layers` when no logits are wanted.
-        chunk_size: stop before the head, and run it for so many rows at a time: logits are then a [`RowLogits`]; a
-            tensor all the same where rows aren't gathered before the head, or it is no language model's.
-        reduce: what to make of the logits and of the model's outputs (None where the head runs in chunks) inside the
-            model's forward, where a wrapper sees it, and to return.
+        truncate: whether to stop after the highest of `layers` if no logits are returned.
+        chunk_size: the number of rows that the head reads at a time: the model stops before its head, and logits are
+            a [`RowLogits`]. They are still a tensor if rows are not gathered before the head, and for classifiers.
+        reduce: a function of the logits and the model's outputs (None if the head runs in chunks) that is called inside
+            the model's forward, where wrappers see its gradients; its result is returned in place of the logits.
     """
 
     layers: Sequence[int] = ()
@@ -131,31 +78,31 @@ class Wanted:
 
 @dataclass
 class _Pass:
-    """A forward pass on its way."""
+    """A forward pass in progress."""
 
     wanted: Wanted
     grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    number: int = 0  # of the block that ran last
+    number: int = 0  # the layer that ran last
     gathered: bool = False
-    before_head: dict[nn.Module, Any] = field(default_factory=dict)  # outputs that the head alone runs on
+    before_head: dict[nn.Module, Any] = field(default_factory=dict)  # outputs of the modules that the head follows
 
 
 class _Stop(Exception):
-    """Raised after the last block that is needed, or before the head; caught inside the same model's forward."""
+    """Raised after the last block that is needed, or before the head; caught in the same model's forward."""
 
 
 class PartialForward:
-    """Runs a model up to a block and returns the hidden states on the way, or its head on chosen rows.
+    """Runs a model up to a block and returns hidden states, or runs it whole, with its head on chosen rows only.
 
-    `layers` are block numbers from 1, 0 the input of block 1. A forward hook on each block records its output; the
-    hook on the last one needed raises, and the model's own `forward`, replaced by [`install`], catches it and returns
-    what was recorded. The models are called as they are wrapped (DistributedDataParallel, autocast, compile): a
-    tensor that does not pass through the wrapper's `forward` gets no gradient reduction. Evaluation and activation
-    recomputation pass through untouched, because the hooks act only during [`__call__`].
+    Layers are block numbers from 1; 0 is the input of block 1. A forward hook on each block records its output. The
+    hook of the last block that is needed raises [`_Stop`]; the model's `forward`, which [`install`] replaces, catches
+    it and returns what was recorded. The call goes through whatever wraps the model (DistributedDataParallel, autocast,
+    compile): gradients of a tensor that does not leave through the wrapper's `forward` would not be reduced over
+    processes. The hooks act only during [`__call__`], so evaluation and recomputed activations are the plain model's.
 
     Args:
-        stack: of an encoder-decoder, the one whose blocks are counted; the decoder's run after the whole encoder.
+        stack: the stack of an encoder-decoder whose blocks are counted; the decoder's run after the whole encoder.
     """
 
     def __init__(self, model: nn.Module, stack: str = "encoder"):
@@ -169,17 +116,23 @@ class PartialForward:
 
     @property
     def depth(self) -> int:
+        """The number of blocks."""
         return len(self.blocks)
 
     @property
     def hidden_size(self) -> int:
-        return _backbone_config(self.model, self.stack).hidden_size
+        """The width of the hidden states."""
+        return backbone_config(self.model, self.stack).hidden_size
 
     def check_training(self, freezes: bool) -> None:
-        """Whether hidden states can be matched while the model trains, with earlier layers frozen or not.
+        """Check that hidden states can be matched while the model trains.
+
+        Args:
+            freezes: whether a stage freezes earlier layers.
 
         Raises:
-            ValueError: training leaves blocks out at random, or layers to freeze share their block with others.
+            ValueError: training skips blocks at random (layer drop), blocks run outside of autograd, or a layer to be
+                frozen shares its block with others.
         """
         for name in ("layerdrop", f"{self.stack}_layerdrop"):
             if probability := getattr(self.model.config, name, 0.0):
@@ -199,8 +152,8 @@ class PartialForward:
             )
 
     def parameters_before(self, layer: int, frozen: int = 0) -> Iterator[nn.Parameter]:
-        """The parameters that a loss on the output of block `layer` reaches, with layers up to `frozen` frozen."""
-        if not frozen:  # embeddings, and of an encoder-decoder's decoder the encoder, come before the first block
+        """The parameters that a loss on the output of block `layer` trains, with layers up to `frozen` frozen."""
+        if not frozen:  # embeddings (and, for a decoder's blocks, the encoder) come before the first block
             first = next(self.blocks[0].parameters(), None)
             yield from itertools.takewhile(lambda parameter: parameter is not first, self.model.parameters())
         for block in self.blocks[frozen:layer]:
@@ -219,28 +172,32 @@ class PartialForward:
             layers, wanted: see [`Wanted`].
 
         Returns:
-            `{layer: [batch, length, hidden]}`, and `[rows, classes]` logits (what `reduce` makes of them) or None.
+            hidden states `{layer: [batch, length, hidden]}`; and logits `[rows, classes]`, the result of `reduce`, or
+            None.
+
+        Raises:
+            ValueError: the model did not call one of the layers' blocks, or its outputs have other shapes.
         """
         if not self._handles:
             self.install()
         self._pending = _Pass(Wanted(layers, **wanted))
         try:
-            hidden, logits = wrapped(**inputs)
+            hidden, output = wrapped(**inputs)
         finally:
             self._pending = None
-        return hidden, logits
+        return hidden, output
 
     def install(self) -> None:
-        """Hook the model. Later than any wrapping that moves or shards parameters."""
+        """Hook the model and replace its `forward`, after every wrapper that moves or shards its parameters."""
         model, original = self.model, self.model.forward
 
         @functools.wraps(original)
         def forward(module, *args, **kwargs):
-            # not `original`, which is bound to this model: a deep copy shall run its own weights
+            # not `original`, which is bound to this model: a deep copy must run its own weights
             own = functools.partial(original.__func__, module) if hasattr(original, "__func__") else original
             return own(*args, **kwargs) if self._pending is None else self._run(own, args, kwargs)
 
-        # Trainer reads the inputs' names off the signature, from which binding drops the first parameter
+        # Trainer reads the names of the inputs from the signature; binding drops its first parameter
         signature = inspect.signature(original)
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
@@ -255,7 +212,7 @@ class PartialForward:
             self._handles.append(model.get_encoder().register_forward_hook(self._keep_for_head))
 
     def remove(self) -> None:
-        """Leave the model as it was found."""
+        """Remove the hooks and restore the model's `forward`."""
         if not self._handles:
             return
         for handle in self._handles:
@@ -267,7 +224,7 @@ class PartialForward:
             self.model.forward = self._original
 
     def _modules_before_head(self) -> list[nn.Module]:
-        """Modules whose `last_hidden_state` the head reads; the first that runs does the gathering."""
+        """The modules whose `last_hidden_state` the head may read; rows are gathered in the first output."""
         modules = [self.model.base_model]
         if getattr(self.model.config, "is_encoder_decoder", False) or predicts_next_token(self.model):
             modules.append(self.model.get_decoder())  # OPT and T5 bypass the base model's forward
@@ -307,11 +264,14 @@ class PartialForward:
         logits, rows = self.logits_in(outputs), active.wanted.rows
         if active.gathered and logits.shape[:-1] == (1, len(rows)):
             return logits.squeeze(0)
-        logits = logits.flatten(0, -2)  # a head of whole sequences, or one that reads them from elsewhere
+        logits = logits.flatten(0, -2)  # the head reads whole sequences, or something else
         return logits if rows is None else logits[rows]
 
     def logits_in(self, outputs: Any, has_loss: bool = False) -> Tensor:
-        """The logits of the model's outputs, where a loss may come first.
+        """The logits among the model's outputs.
+
+        Args:
+            has_loss: whether a tuple of outputs begins with a loss.
 
         Raises:
             ValueError: there are none.
@@ -324,7 +284,7 @@ class PartialForward:
         return outputs["logits"] if isinstance(outputs, Mapping) else outputs[int(has_loss)]
 
     def _logits_of_rows(self, active: _Pass, original: Callable[[], Any]) -> RowLogits:
-        """Logits by running the model's own forward around what it recorded, which leaves its head to run."""
+        """Logits from the model's own forward, in which the modules before the head return recorded outputs."""
         *_, (base, output) = active.before_head.items()
         hidden = output[0].squeeze(0)
 
@@ -342,8 +302,9 @@ class PartialForward:
                         module.forward = forward
             if logits.shape[:-1] != (1, len(rows)):
                 raise ValueError(
-                    f"The head of {type(self.model).__name__} answers {tuple(logits.shape)} to {len(rows)} rows, so it "
-                    "reads more than these and cannot be run in chunks; set logit_chunk_size=0."
+                    f"The head of {type(self.model).__name__} returns logits of shape {tuple(logits.shape)} for "
+                    f"{len(rows)} rows, so it reads more than these and cannot be run in chunks; set "
+                    "logit_chunk_size=0."
                 )
             return logits.squeeze(0)
 
@@ -389,7 +350,7 @@ class PartialForward:
         chosen = output[0].flatten(0, 1).index_select(0, active.wanted.rows).unsqueeze(0)
         output = _with_last_hidden_state(output, chosen)
         head = self.model.get_output_embeddings() if active.wanted.chunk_size else None
-        if head is not None and head not in module.modules():  # else a classifier, or rows are picked behind the head
+        if head is not None and head not in module.modules():  # otherwise a classifier, or the head is inside
             active.before_head[module] = output
             raise _Stop
         return output

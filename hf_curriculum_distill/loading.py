@@ -1,4 +1,4 @@
-"""From what was given as teacher to who teaches: loaded for the student's task, checked against it, placed."""
+"""Load the teacher for the student's task, check it against the student, and place it on its device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_curriculum_distill.teachers import CheckpointTeacher, Teacher, find_chec
 
 logger = logging.getLogger(__name__)
 
-# auto class -> the class names it stands for
+# by auto class: the model classes of its task
 _TASKS = {
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -38,7 +38,7 @@ _TASKS = {
     "AutoModelForAudioClassification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
 }
-# tasks without one row of class logits a token or an example
+# tasks whose models do not have one row of class logits for each token or example
 _OTHER_TASKS = {
     "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
@@ -56,8 +56,12 @@ def prepare_teacher(
 ) -> Teacher:
     """The teacher for `args.method`, loaded, checked against the student and placed on `args.device`.
 
+    Args:
+        teacher_model: a model, its name or folder, or for `method="progressive"` a list or folder of checkpoints.
+        processing_class: the student's tokenizer or processor, which is compared with the teacher's.
+
     Raises:
-        ValueError: it doesn't fit the student or the method, or a folder holds no checkpoints.
+        ValueError: the teacher does not fit the student or the method, or a folder has no checkpoints.
         OSError: there is no such model.
     """
     given = teacher_model
@@ -69,7 +73,7 @@ def prepare_teacher(
             "without adapters; pass its merge_and_unload()."
         )
     teacher = _make_teacher(teacher_model, student, args, processing_class)
-    teacher.fingerprint  # noqa: B018  of the weights before anything trains them
+    teacher.fingerprint  # noqa: B018  before anything trains the weights
     return teacher
 
 
@@ -124,15 +128,17 @@ def load_teacher(
     """Load a teacher for the student's task from a folder or the Hub.
 
     Args:
-        without_values: only see whether that can be done, from names and sizes of what is on this machine; of
-            safetensors files no more is read.
+        name: a folder, or a name on the Hub.
+        dtype: of its weights, for instance "bfloat16"; None for that of the checkpoint.
+        without_values: only check that the teacher could be loaded, from the names and shapes of tensors in local
+            files; of safetensors files only the header is read.
 
     Raises:
         OSError: there is no such model, or its files are damaged.
-        ValueError: it is of another task or needs code of its own, or the checkpoint has no weights for the task's
-            head, which would leave them random, or has blocks that its configuration lacks.
+        ValueError: the model is of another task or needs its own code, or the checkpoint lacks weights (of the task's
+            head, for instance), which would be random, or has blocks that its configuration leaves out.
     """
-    if os.path.isfile(name):  # transformers' own errors depend on what is installed
+    if os.path.isfile(name):  # transformers' own error for it depends on what is installed
         raise OSError(f"The teacher {name!r} cannot be loaded: it is a file; name the folder that holds it.")
     task = next((auto for auto, names in _TASKS.items() if type(student).__name__ in names.values()), None)
     auto = type(student) if task is None else getattr(transformers, task)
@@ -148,7 +154,7 @@ def load_teacher(
             f"The teacher {name!r} has pickled weights that hold more than tensors; they are not loaded, because "
             "unpickling can run any code. Use a checkpoint saved as safetensors."
         ) from error
-    except (OSError, SafetensorError, ImportError) as error:  # of a quantiser's library
+    except (OSError, SafetensorError, ImportError) as error:  # ImportError: no quantisation library
         raise OSError(f"The teacher {name!r} cannot be loaded: {error}") from error
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(
@@ -159,7 +165,7 @@ def load_teacher(
     if extra := sorted(key for key in info["unexpected_keys"] if _any_block(key) in own):
         raise ValueError(
             f"The teacher {name!r} has weights for {extra[0]}, a block that its config.json leaves out, so it would "
-            "answer as another model. Restore the configuration it was saved with."
+            "be another model. Restore the configuration it was saved with."
         )
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -173,11 +179,15 @@ def load_teacher(
 def check_teacher(
     student: PreTrainedModel, teacher: PreTrainedModel, processing_class: Any = None, name: str | None = None
 ) -> None:
-    """Whether the teacher's answers mean what the student's do.
+    """Check that the teacher's logits have the same meaning as the student's.
+
+    Args:
+        processing_class: the student's tokenizer or processor.
+        name: the name or folder that the teacher was loaded from; None if it was passed as a model.
 
     Raises:
-        ValueError: they share parameters, or their vocabularies, numbers of labels or tokenizers differ, or their
-            outputs are not classes or belong to different tasks.
+        ValueError: the models share parameters, their vocabularies, labels or tokenizers differ, their outputs are not
+            class logits, or they are of different tasks.
     """
     _check_tasks(student, teacher)
     ours = {id(parameter) for parameter in student.parameters()}
@@ -209,7 +219,7 @@ def check_teacher(
             f"The student's vocabulary has {vocabularies[0]} entries and the teacher's {vocabularies[1]}; they must "
             "read and predict the same tokens. Build the student with the teacher's tokenizer and vocab_size."
         )
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)  # processors have one
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         _check_tokenizers(tokenizer, teacher.config, name)
 
@@ -236,7 +246,7 @@ def _check_tasks(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     for who, model in (("student", student), ("teacher", teacher)):
         if not _tasks(model, _TASKS) and (other := _tasks(model, _OTHER_TASKS)):
             raise ValueError(
-                f"The {who} is a {type(model).__name__} ({min(other)}), whose answers are not one row of class logits "
+                f"The {who} is a {type(model).__name__} ({min(other)}), whose outputs are not one row of class logits "
                 f"a token or an example; use a model of one of {', '.join(_TASKS)}."
             )
     tasks = [_tasks(model, _TASKS) for model in (student, teacher)]
@@ -247,13 +257,13 @@ def _check_tasks(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             for m, t in zip((student, teacher), tasks, strict=True)
         ]
         raise ValueError(
-            f"The student is a {described[0]} and the teacher a {described[1]}; their answers mean different things. "
+            f"The student is a {described[0]} and the teacher a {described[1]}; their logits mean different things. "
             "Use two models of one task."
         )
 
 
 def _tasks(model: PreTrainedModel, known: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """The auto classes that a model, or what it is derived from, belongs to."""
+    """The auto classes whose models include the class of this model, or a base of it."""
     names = {cls.__name__ for cls in type(model).__mro__}
     return {auto for auto, classes in known.items() if not names.isdisjoint(map(str, classes.values()))}
 
@@ -263,27 +273,27 @@ def _any_block(key: str) -> str:
 
 
 def _label_names(config: PreTrainedConfig) -> list[str | None] | None:
-    """What the classes are called, by number and in lower case; None if they have only the default names."""
+    """The names of the classes, in lower case and by number; None if they are the default names."""
     for names in (config.id2label or {}, {number: name for name, number in (config.label2id or {}).items()}):
-        labels = {str(number): str(name).lower() for number, name in names.items()}  # files know no other keys
+        labels = {str(number): str(name).lower() for number, name in names.items()}  # keys from JSON are strings
         if any(name != f"label_{number}" for number, name in labels.items()):
             return [labels.get(str(number)) for number in range(config.num_labels)]
     return None
 
 
 def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedConfig, name: str | None) -> None:
-    """Compare with the tokenizer beside the teacher's weights: for a model in memory, where it says that these lay."""
+    """Compare with the teacher's tokenizer, in the folder or repository that its weights were loaded from."""
     origin, in_memory = name or getattr(teacher, "_name_or_path", ""), name is None
     folder = _tokenizer_folder(origin, getattr(teacher, "_commit_hash", None), local_files_only=in_memory)
     if folder is None:
         return
     try:
         theirs = AutoTokenizer.from_pretrained(folder if in_memory else name, trust_remote_code=False).get_vocab()
-    except Exception as error:  # of any kind: each tokenizer has its own
+    except Exception as error:  # every tokenizer raises errors of its own
         logger.warning("The tokenizer of %s cannot be read, so it is not compared with yours: %s", origin, error)
         return
     ours = tokenizer.get_vocab()
-    # to a model in memory, tokens may have been added since
+    # tokens may have been added to a model in memory since it was loaded
     if theirs != ours and not (in_memory and theirs.items() <= ours.items()):
         raise ValueError(
             f"The tokenizer of {origin} and the processing_class map tokens to different ids; teacher and student must "
@@ -294,7 +304,7 @@ def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedCon
 
 def _tokenizer_folder(name: str, revision: str | None, **kwargs: Any) -> str | None:
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    with suppress(OSError):  # neither a folder nor a name that the Hub could have
+    with suppress(OSError):  # neither a folder nor a possible name on the Hub
         for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
             if (path := cached_file(name, file, revision=revision, **lenient, **kwargs)) is not None:
                 return os.path.dirname(path)

@@ -29,9 +29,10 @@ class StageLoss:
     """A stage's loss on a batch.
 
     Args:
-        total: the weighted sum of the terms, with gradients.
-        terms: by name, each a mean over what counts in the whole accumulated batch.
-        logits: `[rows, classes]`, the student's of the rows that count, where they were whole.
+        total: the weighted sum of the terms, a scalar with gradients.
+        terms: by name, each a mean over the positions or rows that count in the whole accumulated batch.
+        logits: the student's logits of the rows that count, `[rows, classes]`; None if they were computed in chunks or
+            the stage needs none.
     """
 
     total: Tensor
@@ -42,15 +43,15 @@ class StageLoss:
 class Objective:
     """Runs the student for a stage and compares its outputs with the targets.
 
-    The student is called through what wraps it, so that autocast, DistributedDataParallel and torch.compile see its
-    whole forward pass; a tensor that leaves a wrapper's forward unseen gets no gradient reduction. Therefore the loss
-    of logits that are never whole cannot be taken out here: [`PartialForward`] hands the head to `reduce` inside the
-    model's forward, which runs it chunk by chunk and returns the sum over rows. Hidden states and whole logits are
-    outputs of the wrapper, and their losses are taken after it.
+    The student is called through its wrappers, so that autocast, DistributedDataParallel and torch.compile see its
+    whole forward pass; gradients of a tensor that does not leave through a wrapper's forward would not be reduced over
+    processes. Therefore a loss in chunks of logits must be computed inside: [`PartialForward`] calls `reduce` in the
+    model's forward, which runs the head chunk by chunk and returns the sum over rows. Hidden states and whole logits
+    are outputs of the wrapper, and their losses are computed after it.
 
     Args:
         student: runs the student.
-        args: weights, divergence, temperature, what to run.
+        args: weights, divergence, temperature, and what the student runs.
     """
 
     def __init__(self, student: PartialForward, args: CurriculumDistillationConfig):
@@ -60,16 +61,16 @@ class Objective:
     def __call__(
         self, model: Callable[..., Any], batch: Batch, stage: Stage, targets: Targets, counts: Tensor, frozen: int = 0
     ) -> StageLoss:
-        """The stage's loss.
+        """The stage's loss on a batch.
 
         Args:
-            model: the student, or what wraps it.
-            counts: `[number of positions, number of rows]` that the sums are divided by: those that count in the
-                whole accumulated batch.
-            frozen: the student's layers up to this one get no gradient.
+            model: the student, or its outermost wrapper.
+            counts: the divisors of the sums, `[number of positions, number of rows]` that count in the whole
+                accumulated batch.
+            frozen: the highest layer of the student that gets no gradient; 0 for none.
 
         Raises:
-            ValueError: the stage learns from labels and the batch has none.
+            ValueError: the stage learns from labels and the batch has none, or hidden states do not fit the batch.
         """
         if stage.label_weight and batch.labels is None:
             raise ValueError(f"Stage {stage.name!r} learns from labels, but the batch has none; check the collator.")
@@ -95,7 +96,7 @@ class Objective:
             total += stage.hidden_weight * terms["hidden_mse"]
         if adds_balance:
             logits, balance = logits
-            terms["aux_loss"] = batch.num_rows * balance / num_rows  # a mean over tokens, weighted as these rows are
+            terms["aux_loss"] = batch.num_rows * balance / num_rows  # weight a mean over tokens by the rows
             total += stage.label_weight * terms["aux_loss"]
         if stage.needs_logits:
             of_rows, sums = logits if in_chunks else logit_losses(stage, self._args, targets.logits, labels, logits)
@@ -106,10 +107,20 @@ class Objective:
     def forward(
         self, model: Callable[..., Any], batch: Batch, stage: Stage, frozen: int = 0, reduce: Callable | None = None
     ) -> tuple[dict[int, Tensor], Any]:
-        """The student's hidden states and logits that a stage matches, or what `reduce` makes of the logits."""
+        """Run the student for the outputs that a stage matches.
+
+        Args:
+            model: the student, or its outermost wrapper.
+            frozen: the highest layer of the student that gets no gradient; 0 for none.
+            reduce: see [`Wanted`].
+
+        Returns:
+            hidden states `{student_layer: [batch, length, hidden]}`; and the logits of the rows that count,
+            `[rows, classes]`, or the result of `reduce`; None if the stage needs none.
+        """
         rows = batch.rows if stage.needs_logits else None
         if self._args.torch_compile and rows is not None and LABEL_POSITIONS not in batch.inputs:
-            torch._dynamo.maybe_mark_dynamic(rows, 0)  # how many count differs from batch to batch: one graph for all
+            torch._dynamo.maybe_mark_dynamic(rows, 0)  # one graph although the number of rows varies
         return self.student(
             model,
             batch.student_inputs,
@@ -135,8 +146,13 @@ def logit_losses(
     """A stage's weighted sum over rows of the student's logits, and its terms.
 
     Args:
-        logits: `[rows, classes]`, the student's.
+        target_logits: the teacher's logits of all rows, `[all rows, classes]`; None without a divergence.
+        labels: `[all rows]`; None without a label term.
+        logits: the student's, `[rows, classes]`, of all rows or of one chunk.
         rows: selects the matching rows of `target_logits` and `labels`.
+
+    Returns:
+        the weighted sum; and the terms by name, each a sum over rows without its weight.
     """
     terms, total = {}, 0.0
     if stage.kl_weight:

@@ -23,14 +23,20 @@ from hf_curriculum_distill.teachers import Teacher
 from hf_curriculum_distill.weights import load_weights
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-_FOLDER = "_teacher"  # the underscore keeps it from the Hub
+_FOLDER = "_teacher"  # Trainer does not push folders that begin with an underscore
 
 
 class OnlineTeacher(Teacher):
-    """A teacher that learns the task from the labels while it teaches, with an optimizer of its own.
+    """A teacher that learns the task from labels while it teaches (Harutyunyan et al., 2023, arXiv 2301.12245).
 
-    It teaches in eval mode and without gradients, then trains on the same micro-batch; its gradients are summed over
-    processes here, because nothing wraps it.
+    For each micro-batch it first computes targets in eval mode without gradients, and then trains, with an optimizer of
+    its own. This class reduces its gradients over processes, because nothing wraps the model.
+
+    Args:
+        model, name, stack: see [`Teacher`]. Parameters that require gradients are trained, in float32.
+
+    Raises:
+        ValueError: no parameter requires gradients.
     """
 
     learns = True
@@ -49,10 +55,11 @@ class OnlineTeacher(Teacher):
         self._step = 0
 
     def start(self, args: CurriculumDistillationConfig, max_steps: int, decayed: Collection[str]) -> None:
-        """Begin training: optimizer and schedule are the student's, but for `args.teacher_learning_rate`.
+        """Make optimizer and schedule: those of the student, except for `args.teacher_learning_rate`.
 
         Args:
-            decayed: names of the parameters that weight decay applies to.
+            max_steps: the student's number of optimizer steps.
+            decayed: names of the parameters with weight decay.
         """
         self._args, args = args, copy.copy(args)
         args.learning_rate = args.teacher_learning_rate or args.learning_rate
@@ -74,7 +81,10 @@ class OnlineTeacher(Teacher):
         self._step = 0
 
     def task_loss(self, batch: Batch, num_rows: Tensor | int, label_smoothing: float = 0.0) -> Tensor:
-        """The model's own loss on a micro-batch, in training mode: its share of the mean over `num_rows`.
+        """The model's own loss on a micro-batch, in training mode: a sum over its rows, divided by `num_rows`.
+
+        Args:
+            num_rows: the number of rows that count in the whole accumulated batch.
 
         Raises:
             ValueError: the batch has no labels.
@@ -91,11 +101,18 @@ class OnlineTeacher(Teacher):
                 gather=batch.row_per_token,
                 reduce=lambda logits, outputs: (logits, auxiliary_loss(self.model, outputs)),
             )
-        # the routers' loss is a mean over tokens, weighted as these rows are
+        # the routers' loss is a mean over tokens: weight it by the number of rows
         return (losses.cross_entropy(logits, batch.labels, label_smoothing) + batch.num_rows * balance) / num_rows
 
     def learn(self, batch: Batch, num_rows: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:
-        """Train on a micro-batch, with an optimizer step on the last one; returns its share of the mean loss."""
+        """Train on a micro-batch, and take an optimizer step after the last one of an accumulated batch.
+
+        Args:
+            num_rows: the number of rows that count in the whole accumulated batch.
+
+        Returns:
+            the micro-batch's part of the mean loss, as `teacher_loss`.
+        """
         args = self._args
         loss = self.task_loss(batch, num_rows, args.label_smoothing_factor)
         loss.backward()
@@ -103,8 +120,9 @@ class OnlineTeacher(Teacher):
         if accelerator.sync_gradients:
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             if args.world_size > 1:
-                over = "sum" if args.average_tokens_across_devices else "mean"  # num_rows is global, or this process's
-                for parameter in parameters:  # all, for with layerdrop processes differ in which have a gradient
+                # num_rows counts the rows of all processes, or of this one
+                over = "sum" if args.average_tokens_across_devices else "mean"
+                for parameter in parameters:  # all: with layer drop, processes differ in which ones have a gradient
                     own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     parameter.grad = accelerator.reduce(own, over)
             if args.max_grad_norm:
@@ -150,6 +168,6 @@ class OnlineTeacher(Teacher):
 
 
 def _teacher_folder(checkpoint: str) -> str:
-    """Where an online teacher's state lies beside a student's checkpoint folder."""
+    """The folder of an online teacher's state that belongs to a student's checkpoint folder."""
     output_dir, name = os.path.split(os.path.normpath(checkpoint))
     return os.path.join(output_dir, _FOLDER, name)

@@ -77,7 +77,7 @@ class RecordStore:
     def forget(self, key: bytes) -> None:
         """Treat a damaged record as missing, until another is written."""
         name = self._rows.pop(key)[0]
-        logger.warning("A cached target in %s is damaged; it is asked for anew", os.path.join(self.folder, name))
+        logger.warning("A cached target in %s is damaged; it is computed again", os.path.join(self.folder, name))
 
     def write(self, records: Mapping[bytes, bytes]) -> None:
         """Append records by key (16 bytes each).

@@ -1,8 +1,8 @@
 """A teacher's targets on disk, by example.
 
-A record is what one target holds of one example, under a hash of what the teacher read of it; so neither the order of
-the data nor batches nor trailing padding matter. Records of other teachers, matrices or precisions lie in folders of
-other names.
+A record is one target of one example. Its key is a hash of the example's inputs to the teacher, so the order of the
+data, the batches and padding after the example do not matter. Each teacher, projection matrix and precision has its own
+folder.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ from hf_curriculum_distill.store import ROW_SIZE, RecordStore
 from hf_curriculum_distill.teachers import Targets, Teacher, weights_fingerprint
 
 _FORMAT_VERSION = 1
-_LOGITS = "logits"  # the name of their target; hidden states have their student layer's number
-_SAYS_NOTHING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # in a config, about the targets
+_LOGITS = "logits"  # a target is named "logits" or by the number of its student layer
+_WITHOUT_EFFECT = ("architectures", "dtype", "torch_dtype", "transformers_version")  # in a config, on the targets
 
 
 class Examples:
-    """The examples of a batch: their keys, and how much of each target is theirs.
+    """The examples of a batch: their keys, and how many positions and rows each has.
 
     Args:
-        inputs: what the teacher reads.
-        rows: of the flattened logits, those that count; None where no logits are wanted.
-        rows_per_example: of the logits, padding included.
+        inputs: the teacher's inputs.
+        rows: numbers `[rows]` of the rows that count in the flattened logits; None if no logits are wanted.
+        rows_per_example: the number of rows of logits of an example, padding included.
+
+    Raises:
+        ValueError: an input does not have one entry per example.
     """
 
     def __init__(self, inputs: Mapping[str, Any], rows: Tensor | None, rows_per_example: int):
@@ -55,7 +58,7 @@ class Examples:
         self.length = None if tokens is None else tokens[1]
         self.lengths = [self.length] * self.size
         mask = tensors.get("attention_mask")
-        if mask is not None and mask.shape == tokens:  # what trails the last token of the mask, nobody sees
+        if mask is not None and mask.shape == tokens:  # no token sees the padding after these
             self.lengths = (mask.ne(0) * torch.arange(1, self.length + 1)).amax(1).tolist()
         rows = torch.empty(0, dtype=torch.long) if rows is None else rows.cpu()
         self.counts = torch.bincount(rows // rows_per_example, minlength=self.size).tolist()
@@ -75,25 +78,30 @@ class Examples:
 class TargetStore:
     """Writes targets to a folder and reads them.
 
-    Hidden states are stored projected, in bfloat16; logits as the `teacher_cache_logits` likeliest classes and the
-    weight of the rest, or whole, in float32.
+    Hidden states are stored projected, in bfloat16; logits in float32, as the `teacher_cache_logits` likeliest classes
+    and all others as one, or as a whole.
+
+    Args:
+        teacher: computes the targets; its weights, configuration and dtype are part of the records' folders' names.
+        bank: projects the hidden states; None if no stage matches any.
+        args: the folder, what is stored of logits, and the precision.
     """
 
     def __init__(self, teacher: Teacher, bank: ProjectionBank | None, args: CurriculumDistillationConfig):
         self.folder = args.teacher_cache
         os.makedirs(self.folder, exist_ok=True)
         self._bank, self._k, self._temperature = bank, args.teacher_cache_logits, args.temperature
-        config = {n: v for n, v in teacher.model.config.to_dict().items() if n[0] != "_" and n not in _SAYS_NOTHING}
+        config = {n: v for n, v in teacher.model.config.to_dict().items() if n[0] != "_" and n not in _WITHOUT_EFFECT}
         self._teacher = {
             "format_version": _FORMAT_VERSION,
-            "teacher": weights_fingerprint(teacher.model, samples=2**62),  # every value: the folder outlives the run
+            "teacher": weights_fingerprint(teacher.model, samples=2**62),  # every value: other runs use the folder
             "class": type(teacher.model).__name__,
             "config": json.loads(json.dumps(config, default=str)),
             "dtype": str(teacher.model.dtype),
             "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
         }
         self._records: dict[int | str, RecordStore] = {}
-        self._row_sizes: dict[int | str, int] = {}  # in bytes, once the teacher's are known
+        self._row_sizes: dict[int | str, int] = {}  # in bytes, known once the teacher has run
 
     def _records_of(self, target: int | str) -> RecordStore:
         if target not in self._records:
@@ -110,11 +118,20 @@ class TargetStore:
             self._records[target] = RecordStore(folder)
             description = os.path.join(folder, "description.json")
             with replacing(description) as path, open(path, "w", encoding="utf-8") as file:
-                file.write(described)  # for who looks; nothing reads it
+                file.write(described)  # for people; no code reads it
         return self._records[target]
 
     def measure(self, values: Mapping[int | str, Sequence[bytes]], keys: Sequence[bytes]) -> tuple[float, float]:
-        """Seconds to write records and to read them, elsewhere in the folder."""
+        """Measure how long it takes to write and to read the records of some examples.
+
+        They are written to a temporary folder on the same disk.
+
+        Args:
+            values: the examples' records, by target.
+
+        Returns:
+            seconds to write them, and to read them.
+        """
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             moments = [time.perf_counter()]
             for target, own in values.items():
@@ -131,7 +148,12 @@ class TargetStore:
     def expected_bytes(
         self, examples: Examples, missing: Mapping[int | str, list[int]], row_bytes: Mapping[int | str, float]
     ) -> float:
-        """What the records of what is missing will take, given what one row of each target does."""
+        """The bytes that the missing records will take.
+
+        Args:
+            missing: see [`missing`].
+            row_bytes: the bytes of one row of each target.
+        """
         return sum(
             ROW_SIZE + row_bytes[target] * self.num_rows(target, examples)[index]
             for target, lacking in missing.items()
@@ -145,24 +167,28 @@ class TargetStore:
         return examples.logit_keys if target == _LOGITS else examples.keys
 
     def missing(self, examples: Examples, stage: Stage) -> dict[int | str, list[int]]:
-        """For each of a stage's targets, the numbers of the examples without a record."""
+        """The numbers of the examples without a record, by target of the stage."""
 
         def look() -> dict[int | str, list[int]]:
             keys = {target: self._keys(target, examples) for target in self._targets_of(stage)}
             return {t: [i for i, key in enumerate(own) if key not in self._records_of(t)] for t, own in keys.items()}
 
         missing = look()
-        if any(missing.values()):  # another process may have them by now
+        if any(missing.values()):  # another process may have written them since
             for target in missing:
                 self._records_of(target).refresh()
             missing = look()
         return missing
 
     def write(self, examples: Examples, missing: Mapping[int | str, list[int]], targets: Targets) -> None:
-        """Write the records of what is missing.
+        """Write the missing records.
+
+        Args:
+            missing: see [`missing`].
+            targets: those of all examples, of at least the missing targets.
 
         Raises:
-            OSError: there is no room.
+            OSError: the folder cannot be written.
         """
         values = self.encode(examples, targets)
         for target, lacking in missing.items():
@@ -176,7 +202,7 @@ class TargetStore:
                 ) from error
 
     def encode(self, examples: Examples, targets: Targets) -> dict[int | str, list[bytes]]:
-        """Each example's record, by target."""
+        """The record of each example, by target."""
         values: dict[int | str, list[bytes]] = {}
         for layer, states in targets.hidden.items():
             states = states.bfloat16().cpu()
@@ -197,7 +223,11 @@ class TargetStore:
         return torch.cat([top.log_probabilities, top.classes.int().view(torch.float32)], -1)
 
     def read(self, examples: Examples, stage: Stage, device: torch.device) -> Targets | None:
-        """A stage's targets; None if a record is damaged, which is then forgotten."""
+        """The targets of a stage; None if a record is missing or damaged, which is then forgotten.
+
+        Args:
+            device: where the targets are needed.
+        """
         records = {
             t: [self._records_of(t).read(key) for key in self._keys(t, examples)] for t in self._targets_of(stage)
         }
@@ -219,14 +249,14 @@ class TargetStore:
             arrays = [np.frombuffer(record, np.int16).reshape(-1, width) for record in own]
             states = np.zeros((examples.size, examples.length or len(arrays[0]), width), np.int16)
             for index, array in enumerate(arrays):
-                states[index, : len(array)] = array  # the rest is padding, which counts nowhere
+                states[index, : len(array)] = array  # the rest is padding, which no loss counts
             targets.hidden[target] = torch.from_numpy(states).view(torch.bfloat16).to(device).float()
         return targets
 
     def _row_size(self, target: int | str, examples: Examples, records: Sequence[memoryview]) -> int | None:
-        """Bytes of each row of these records; None if that cannot be, or is not the same for all of them."""
+        """The size of a row of these records in bytes; None if it is impossible, or not the same in all of them."""
         lengths = self.num_rows(target, examples)
-        # what the teacher's own rows had or, before it was asked, what these have on average
+        # the size of the rows that the teacher computed or, before it ran, the mean size of these
         size = self._row_sizes.get(target, sum(map(len, records)) // max(1, sum(lengths)))
         if target == _LOGITS:
             whole = size % 4 == 0 and (self._k is None or size // 4 <= self._k or size // 4 == 2 * self._k + 1)
@@ -242,7 +272,7 @@ class TargetStore:
         return TopLogits(log_probabilities, classes.contiguous().view(torch.int32).long())
 
     def num_rows(self, target: int | str, examples: Examples) -> list[int]:
-        """The number of rows of each example's record; without tokens all have equally many."""
+        """The number of rows in the record of each example; without tokens records have one length, counted as 1."""
         if target == _LOGITS:
             return examples.counts
         return [1 if length is None else length for length in examples.lengths]

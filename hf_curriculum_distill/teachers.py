@@ -1,4 +1,4 @@
-"""Who teaches: a frozen model, or its checkpoints one after another."""
+"""Teachers: a frozen model, or its checkpoints one after another."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from hf_curriculum_distill.stages import Stage
 
 @dataclass
 class Targets:
-    """What a teacher says about a batch in a stage.
+    """A teacher's outputs that a stage matches on a batch.
 
     Args:
-        hidden: `{student_layer: [batch, length, student_dim]}`, projected, float32.
-        logits: `[rows, classes]` of the rows that count, whole, in chunks, or their likeliest classes; None where the
-            stage needs none.
+        hidden: projected hidden states `{student_layer: [batch, length, student_dim]}`, float32.
+        logits: `[rows, classes]` of the rows that count: a tensor, computed in chunks, or only the likeliest classes;
+            None if the stage needs none.
         computed: whether the teacher ran for them.
     """
 
@@ -45,14 +45,14 @@ class Targets:
 
 
 class Teacher:
-    """A trained model to learn from: in eval mode, without gradients, never part of the student.
+    """A trained model that computes targets: in eval mode, without gradients, and never part of the student.
 
-    Teachers whose weights change override what does nothing here.
+    Teachers whose weights change override the methods that do nothing here.
 
     Args:
         model: the teacher. It is put into eval mode and its parameters stop requiring gradients.
-        name: where it came from, for the records of a run.
-        stack: of an encoder-decoder, the one whose blocks are matched.
+        name: the name or folder that it was loaded from, for `curriculum.json` and messages.
+        stack: the stack of an encoder-decoder whose blocks are matched.
 
     Attributes:
         learns: whether it trains alongside the student.
@@ -69,15 +69,15 @@ class Teacher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all weights that it teaches with."""
+        """A hash of all the weights that it teaches with: see [`weights_fingerprint`]."""
         return weights_fingerprint(self.model)
 
     @cached_property
     def identity(self) -> dict[str, str | None]:
-        """What a projection bank notes of the model that it is measured on.
+        """How a projection bank describes the model that it was measured on.
 
-        Its name is that of a model on the Hub, where the bank may go too, never a folder of this machine. The
-        fingerprint is None where weights change while they teach.
+        `fingerprint` is None if the weights change while it teaches. `name` and `revision` are those on the Hub, else
+        None: a bank may be published, so it never has the name of a local folder.
         """
         origin = getattr(self.model.config, "_name_or_path", "")
         on_hub = self.revision is not None and not os.path.exists(origin)
@@ -90,12 +90,12 @@ class Teacher:
         truncate: bool = True,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        """Take what [`targets`] needs beside the batch.
+        """Set what [`targets`] needs besides the batch.
 
         Args:
-            projection_bank: projects the hidden states; None where no stage matches any.
-            truncate: whether to run no more blocks than a stage needs.
-            autocast: makes the context in which the model runs.
+            projection_bank: projects the hidden states; None if no stage matches any.
+            truncate: whether to run only the blocks that a stage needs.
+            autocast: returns the context in which the model runs.
         """
         self._bank, self._truncate, self._autocast = projection_bank, truncate, autocast
 
@@ -105,7 +105,12 @@ class Teacher:
         return Targets({s: self._bank.project(s, hidden[t]) for s, t in stage.hidden}, logits)
 
     def forward(self, batch: Batch, stage: Stage) -> tuple[dict[int, Tensor], Tensor | RowLogits | None]:
-        """The hidden states that a stage matches, by the teacher's layers, and its logits of the rows that count."""
+        """The model's outputs that a stage matches.
+
+        Returns:
+            hidden states, not projected, `{teacher_layer: [batch, length, teacher_dim]}`; and the logits of the rows
+            that count, `[rows, classes]`, None if the stage has no divergence.
+        """
         rows = batch.rows if stage.needs_logits else None
         with self._autocast():
             return self(
@@ -119,7 +124,12 @@ class Teacher:
             )
 
     def fit(self, bank: ProjectionBank, batches: Iterable[Batch]) -> None:
-        """Measure a bank on the hidden states of some batches, and freeze it: see [`ProjectionBank.fit`]."""
+        """Measure a bank on the hidden states of some batches, and freeze it: see [`ProjectionBank.fit`].
+
+        Args:
+            bank: not yet frozen.
+            batches: batches of the training data, on the teacher's device.
+        """
 
         def states(batch: Batch, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
             with self._autocast():
@@ -132,39 +142,54 @@ class Teacher:
     def __call__(
         self, inputs: Mapping[str, Any], layers: Sequence[int] = (), **wanted: Any
     ) -> tuple[dict[int, Tensor], Tensor | RowLogits | None]:
-        """Hidden states at `layers` and what else is wanted: see [`PartialForward`]. Inputs it lacks are dropped.
+        """Hidden states at `layers` and whatever else is `wanted`: see [`PartialForward`].
+
+        Args:
+            inputs: those that the model's forward lacks are dropped.
 
         Raises:
-            RuntimeError: someone has put the model into training mode meanwhile.
+            RuntimeError: the model was put into training mode since construction.
         """
         if self.model.training:
             raise RuntimeError(
                 f"The teacher {self.name} was put into training mode after the trainer had got it, so that dropout "
-                "would change its answers; call its eval(), and if it was trained meanwhile make a new trainer."
+                "would change its outputs; call its eval(), and if it was trained meanwhile make a new trainer."
             )
         return self.partial_forward(self.model, self.known(inputs), layers, **wanted)
 
     def wanted(self, stage: Stage) -> Stage:
-        """What it computes where a stage needs its targets."""
+        """What the teacher computes when a stage needs targets, as a stage."""
         return stage
 
     def known(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs that its forward has, without a cache of keys and values."""
+        """The inputs that the model's forward accepts, with its cache of keys and values turned off."""
         accepts = self.partial_forward.accepts
         inputs = {name: value for name, value in inputs.items() if accepts(name)}
         return inputs | {"use_cache": False} if accepts("use_cache") else inputs
 
     def plan(self, max_steps: int) -> None:
-        """Learn how long the student's training is."""
+        """Set the length of the student's training in optimizer steps."""
 
     def start(self, args: CurriculumDistillationConfig, max_steps: int, decayed: Collection[str]) -> None:
-        """Begin a training of the student."""
+        """Begin a training of the student.
+
+        Args:
+            max_steps: its number of optimizer steps.
+            decayed: names of the teacher's parameters with weight decay.
+        """
 
     def advance(self, step: int | None) -> None:
-        """Become the teacher of this optimizer step; None: the one that evaluations compare with."""
+        """Load the weights that teach at this optimizer step; None: those that evaluations compare with."""
 
     def learn(self, batch: Batch, num_rows: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:
-        """Train on a micro-batch after teaching it; returns what to log."""
+        """Train on a micro-batch, after its targets were computed.
+
+        Args:
+            num_rows: the number of rows that count in the whole accumulated batch.
+
+        Returns:
+            what to log: scalars by name.
+        """
         return {}
 
     def save(self, checkpoint: str) -> list[str]:
@@ -172,10 +197,10 @@ class Teacher:
         return []
 
     def load(self, checkpoint: str, step: int) -> None:
-        """Continue from what [`save`] wrote after so many optimizer steps; [`start`] comes first."""
+        """Continue after `step` optimizer steps from what [`save`] wrote. Call [`start`] first."""
 
     def remove_old_files(self, output_dir: str) -> None:
-        """Remove what [`save`] wrote beside checkpoints that are gone."""
+        """Remove what [`save`] wrote for checkpoints that were removed."""
 
 
 FrozenTeacher = Teacher  # its name before 0.2
@@ -184,12 +209,13 @@ FrozenTeacher = Teacher  # its name before 0.2
 class CheckpointTeacher(Teacher):
     """Checkpoints of a teacher's own training, one after another (Panigrahi et al., 2025).
 
-    One model in memory, whose weights are exchanged. Evaluations compare with the last checkpoint.
+    One model is in memory, and its weights are replaced. Evaluations compare with the last checkpoint.
 
     Args:
         folders: the checkpoints, in the order of their training.
-        load: reads one of them as a checked model, in its place.
+        load: loads the model of one folder, checked and on its device.
         schedule: see the config's `teacher_schedule`.
+        stack: see [`Teacher`].
 
     Raises:
         ValueError: the checkpoints are of different sizes, or the schedule doesn't fit them.
@@ -228,12 +254,16 @@ class CheckpointTeacher(Teacher):
             self._index = index
 
     def plan(self, max_steps: int) -> None:
-        """Fix the student's step at which each checkpoint but the last stops teaching."""
+        """Compute the student's step at which each checkpoint but the last stops teaching."""
         self._ends = schedule_ends(self._folders, self._schedule, max_steps)
 
 
 def check_schedule(folders: Sequence[str], schedule: str | Sequence[int | float]) -> None:
-    """Raise a `ValueError` unless the schedule says when each of the checkpoints teaches."""
+    """Raise a `ValueError` if the schedule does not say when each of the checkpoints teaches.
+
+    Args:
+        folders, schedule: see [`CheckpointTeacher`].
+    """
     if not isinstance(schedule, str):
         if len(schedule) != len(folders) - 1:
             raise ValueError(
@@ -253,8 +283,18 @@ def check_schedule(folders: Sequence[str], schedule: str | Sequence[int | float]
 def schedule_ends(folders: Sequence[str], schedule: str | Sequence[int | float], max_steps: int) -> list[int]:
     """The student's step at which each checkpoint but the last stops teaching.
 
+    Args:
+        folders, schedule: see [`CheckpointTeacher`].
+        max_steps: the student's number of optimizer steps.
+
     Raises:
-        ValueError: these are not in order, or beyond the student's steps.
+        ValueError: the steps are not in increasing order, or not below `max_steps`.
+
+    ```python
+    >>> schedule_ends(["checkpoint-10", "checkpoint-30", "checkpoint-40"], "fraction", max_steps=80)
+    [20, 60]
+
+    ```
     """
     if len(folders) == 1:
         return []
@@ -271,10 +311,10 @@ def schedule_ends(folders: Sequence[str], schedule: str | Sequence[int | float],
 
 
 def find_checkpoints(name: str) -> list[str]:
-    """The `checkpoint-STEP` folders in a folder, by step; the name itself where it is one model.
+    """The `checkpoint-STEP` folders in a folder, in the order of their steps; `[name]` if it is a model itself.
 
     Raises:
-        ValueError: the folder holds neither.
+        ValueError: the folder has neither checkpoints nor a model.
     """
     if not os.path.isdir(name):
         return [name]
@@ -296,7 +336,12 @@ def _steps_of(folder: str) -> int | None:
 
 
 def weights_fingerprint(model: nn.Module, samples: int = 64, leave_out: Collection[str] = ()) -> str:
-    """SHA-256 over evenly spaced values of every parameter: training changes it, another device does not."""
+    """SHA-256 over evenly spaced values of every parameter: training changes it, moving to another device does not.
+
+    Args:
+        samples: about how many values of each parameter are hashed.
+        leave_out: names of parameters that are not hashed.
+    """
     digest = hashlib.sha256()
     stored = ((name, tensor) for name, tensor in stored_tensors(model) if name not in leave_out)
     for name, tensor in sorted(stored, key=lambda named: named[0]):

@@ -1,4 +1,4 @@
-"""Whether a training will have all that its stages need, tried out on two examples before its first step."""
+"""Check on two examples, before the first step, that a training will have everything that its stages need."""
 
 from __future__ import annotations
 
@@ -22,18 +22,25 @@ from hf_curriculum_distill.teachers import Targets, Teacher
 def try_out(
     objective: Objective, teacher: Teacher | None, read: BatchReader, batch: Batch, stages: Sequence[Stage]
 ) -> None:
-    """Run both models on two examples of a batch for all that any stage needs.
+    """Run both models on two examples of a batch, for every output that any stage needs.
+
+    Args:
+        objective: runs the student.
+        teacher: computes targets; None if no stage needs any.
+        read: makes a [`Batch`] of these examples.
+        batch: the batch that they are taken from.
 
     Raises:
-        ValueError: an output is missing or has another shape than it needs, the head gives other logits for some rows
-            than for all of them, or the model's own loss says that its labels are no classes of the rows that this
-            library compares.
+        ValueError: an output is missing or has a wrong shape, the head computes other logits for some rows than for all
+            of them, or the model's own loss shows that labels are not the classes of the rows that this library
+            compares.
     """
     student, args = objective.student.model, read.args
     weights = {f"{n}_weight": float(any(getattr(s, f"{n}_weight") for s in stages)) for n in ("kl", "label")}
     every = Stage(matched_pairs(stages), **weights)
     batch = read(_few_examples(batch, every.needs_logits), whole_logits=True)
-    packed = is_quantised(student)  # on some CPUs bitsandbytes packs anew what evaluates, and it gets no gradient then
+    # on some CPUs bitsandbytes repacks weights in eval mode, after which they give no gradient
+    packed = is_quantised(student)
     student.train(packed)
     try:
         tolerance = relative_error(args, student)
@@ -66,19 +73,19 @@ def try_out(
 
 
 def relative_error(args: CurriculumDistillationConfig, model: nn.Module) -> float:
-    """What the precision of the computation allows."""
+    """The relative error to expect at the precision of the computation."""
     half = args.bf16 or args.fp16 or model.dtype.itemsize < 4
     return 2**-6 if half else 1e-4
 
 
 def _are_equal(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
     largest = expected.abs().amax().item() if expected.numel() else 0.0
-    tolerance = tolerance if expected.device.type == "cpu" else 2**-6  # products there may be rounded (TF32)
+    tolerance = tolerance if expected.device.type == "cpu" else 2**-6  # accelerators may round (TF32)
     return torch.allclose(logits.float(), expected.float(), rtol=0, atol=10 * tolerance * max(1.0, largest))
 
 
 def _few_examples(batch: Batch, labelled: bool, number: int = 2) -> dict[str, object]:
-    """The `number` examples of a batch with the most labels; the batch itself where it cannot be cut."""
+    """The `number` examples of a batch with the most labels; the whole batch if it cannot be split."""
     inputs, size = batch.inputs, len(batch)
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     if len(tensors) < len(inputs) or any(not tensor.dim() or len(tensor) != size for tensor in tensors):

@@ -64,7 +64,7 @@ ARCHITECTURES = {
     "bert-classifier": (hf.BertForSequenceClassification, hf.BertConfig(**_BERT), "BertLayer", _text),
     "bert-tagger": (
         hf.BertForTokenClassification,
-        hf.BertConfig(**_BERT, classifier_dropout=0.0),  # a dropout behind the last block draws numbers for each row
+        hf.BertConfig(**_BERT, classifier_dropout=0.0),  # a dropout after the last block draws numbers for each row
         "BertLayer",
         _text,
     ),
@@ -221,7 +221,7 @@ ARCHITECTURES = {
         _text_pair,
     ),
     "bart": (hf.BartForConditionalGeneration, hf.BartConfig(**_BART), "BartEncoderLayer", _text_pair),
-    "bert-to-bert": (  # its decoder is a whole language model: rows are picked behind the head
+    "bert-to-bert": (  # its decoder is a whole language model: rows are picked after the head
         hf.EncoderDecoderModel,
         hf.EncoderDecoderConfig.from_encoder_decoder_configs(
             hf.BertConfig(**_BERT), hf.BertConfig(**_BERT | {"num_hidden_layers": 2})

@@ -105,7 +105,7 @@ def student():
 
 @pytest.fixture
 def teacher():
-    # a plain initialisation answers nearly the same everywhere; larger weights make it opinionated
+    # with the usual initialisation logits are nearly the same everywhere; larger weights make them differ
     return tiny_bert(TEACHER_DEPTH, width=24, seed=2, initializer_range=0.3)
 
 

@@ -349,7 +349,7 @@ def _inputs(model: PreTrainedModel, task: str) -> Iterator[Batch]:
 
 
 def _texts_with_image_tokens(config: PreTrainedConfig, names: Mapping[str, Any], pixels: Tensor) -> Iterator[Batch]:
-    """Text after so many tokens that stand for its image; only the model knows how many."""
+    """Text after `n` tokens that stand for its image, for several `n`; only the model knows which is right."""
     token = _number(config, "image_token_id", "image_token_index")
     if token is None:
         return
@@ -402,11 +402,11 @@ def _labels(model: PreTrainedModel, head: Head, inputs: Batch) -> Iterator[Batch
     if input_ids is not None and not input_ids.is_floating_point() and not encodes_decodes:
         # neither padding nor images, and only some
         counted = (input_ids < TOKENS) & (input_ids > 2) & (_integers(4, *input_ids.shape) > 0)
-        answers = input_ids % CLASSES if "TokenClassification" in what else input_ids
-        yield {"labels": torch.where(counted, answers, -100)} | beside
-    answers = _integers(TOKENS, BATCH, 7, low=3)
-    yield {"labels": torch.where(torch.arange(7) < torch.tensor([[7], [5], [3]]), answers, -100)} | beside
-    yield {"labels": answers} | beside
+        labels = input_ids % CLASSES if "TokenClassification" in what else input_ids
+        yield {"labels": torch.where(counted, labels, -100)} | beside
+    labels = _integers(TOKENS, BATCH, 7, low=3)
+    yield {"labels": torch.where(torch.arange(7) < torch.tensor([[7], [5], [3]]), labels, -100)} | beside
+    yield {"labels": labels} | beside
     yield {"labels": classes}
     yield {}
 
@@ -513,7 +513,7 @@ def counted_rows(model: PreTrainedModel, batch: Batch, outputs: Outputs) -> Rows
             if abs(entropy + auxiliary - outputs.loss) < 1e-5 * max(1.0, abs(outputs.loss)):
                 picked = placed != -100
                 found.append(Rows(picked, placed[picked], auxiliary))
-    if not found and labels.dim() == 1:  # another loss of one answer an example
+    if not found and labels.dim() == 1:  # another loss with one row of logits for each example
         return Rows(torch.ones(len(labels), dtype=torch.bool), labels)
     return found[0] if len(found) == 1 else None
 

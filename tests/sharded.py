@@ -117,19 +117,19 @@ def train(
 
 def stage_loss(forward, teacher, bank, stage, inputs, counts, frozen):
     rows, labels = counted_rows(forward.model, inputs) if stage.needs_logits else (None, None)
-    questions = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     hidden, logits = forward(
-        forward.model, questions, stage.student_layers, logits=stage.needs_logits, rows=rows, frozen=frozen
+        forward.model, model_inputs, stage.student_layers, logits=stage.needs_logits, rows=rows, frozen=frozen
     )
-    targets, answers = teacher(questions, stage.teacher_layers, logits=bool(stage.kl_weight), rows=rows)
+    states, target_logits = teacher(model_inputs, stage.teacher_layers, logits=bool(stage.kl_weight), rows=rows)
     loss, (num_positions, num_rows) = 0.0, counts
     for student_layer, teacher_layer in stage.hidden:
-        target = bank.project(student_layer, targets[teacher_layer])
+        target = bank.project(student_layer, states[teacher_layer])
         weights = position_weights(forward.model, inputs, target)
         error = losses.hidden_state_mse(hidden[student_layer], target, weights)
         loss += stage.hidden_weight * error / num_positions / len(stage.hidden)
     if stage.kl_weight:
-        loss += stage.kl_weight * losses.kl_divergence(logits, answers) / num_rows
+        loss += stage.kl_weight * losses.kl_divergence(logits, target_logits) / num_rows
     if stage.label_weight:
         loss += stage.label_weight * losses.cross_entropy(logits, labels) / num_rows
     return loss

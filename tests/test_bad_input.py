@@ -1,4 +1,4 @@
-"""What is wrong is said before it costs anything: no crash without a reason, no answer from damaged input.
+"""What is wrong is said before it costs anything: no crash without a reason, no result from damaged input.
 
 Every refused start happens in the folder of a finished student, which must not change by a byte.
 """
@@ -1090,7 +1090,7 @@ def as_long_as(path):
     size, other = path.stat().st_size, path.with_name("other").read_bytes()
     path.with_name("other").unlink()
     header = int.from_bytes(other[:8], "little")
-    spaces = size - len(other)  # safetensors allows them behind the header
+    spaces = size - len(other)  # safetensors allows them after the header
     return (header + spaces).to_bytes(8, "little") + other[8 : 8 + header] + b" " * spaces + other[8 + header :]
 
 

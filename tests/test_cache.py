@@ -1,4 +1,4 @@
-"""A cached target is the teacher's: whichever run computed it, whenever it is read, or it is computed anew."""
+"""A cached target is the teacher's, whichever student computed it, whenever it is read, and after damage."""
 
 import json
 import logging
@@ -142,7 +142,7 @@ def test_a_damaged_record_is_replaced_by_the_next_one_that_is_written(tmp_path):
         ("an odd byte", "some", 8),
     ],
 )
-def test_records_of_another_length_are_asked_for_anew(config, tmp_path, length, which, k):
+def test_records_of_another_length_are_computed_again(config, tmp_path, length, which, k):
     """Their checksums are right, so that nothing else is wrong with them."""
     fields = {"max_steps": 9, "teacher_cache_logits": k}
     expected = train(config, tmp_path / "cache", **fields)
@@ -400,7 +400,7 @@ def test_targets_of_another_run_are_never_taken_for_this_ones(change, config, tm
     assert logged(among, "loss") == logged(alone, "loss")
 
 
-def test_a_damaged_target_is_asked_for_anew_and_reported(config, tmp_path, caplog):
+def test_a_damaged_target_is_computed_again_and_reported(config, tmp_path, caplog):
     fields = {"train_sampling_strategy": "sequential"}
     expected = train(config, tmp_path / "cache", **fields)
     for path, size in files(tmp_path / "cache").items():
@@ -410,12 +410,12 @@ def test_a_damaged_target_is_asked_for_anew_and_reported(config, tmp_path, caplo
                 file.write(b"\xff" * 40)
     again = train(config, tmp_path / "cache", **fields)
     assert_same_weights(again.model.state_dict(), expected.model.state_dict())
-    assert "is damaged; it is asked for anew" in caplog.text
+    assert "is damaged; it is computed again" in caplog.text
     assert 0 < logged(again, "teacher_flops")[-1] < logged(expected, "teacher_flops")[-1]
 
 
 class Noise(torch.utils.data.Dataset):
-    """The same examples, of which some tokens are drawn anew each time."""
+    """The same examples, of which some tokens are drawn again each time."""
 
     def __len__(self):
         return 16
@@ -473,7 +473,7 @@ def train_killed(folder, event=None, step=None):
 
 
 def without_teacher_flops(logs):
-    """What a killed process had asked, its successor reads: that counts as no operation."""
+    """Targets that a killed process had computed are read by its successor, and count as no operations."""
     return [{n: value for n, value in log.items() if n not in ("teacher_flops", "total_flos")} for log in logs]
 
 
@@ -559,9 +559,9 @@ costs = st.floats(0.01, 10)
 @given(spans=st.lists(st.tuples(st.integers(1, 5), costs), min_size=1, max_size=4), first=costs, later=costs)
 def test_the_epoch_that_pays_is_the_first_that_ends_ahead(spans, first, later):
     each = [cost for epochs, cost in spans for _ in range(epochs)]
-    behind = [sum(each[:n]) - first - later * (n - 1) for n in range(1, len(each) + 1)]
-    if min(map(abs, behind)) > 1e-9:
-        assert epoch_that_pays(spans, first, later) == next((n + 1 for n, gain in enumerate(behind) if gain > 0), None)
+    ahead = [sum(each[:n]) - first - later * (n - 1) for n in range(1, len(each) + 1)]
+    if min(map(abs, ahead)) > 1e-9:
+        assert epoch_that_pays(spans, first, later) == next((n + 1 for n, gain in enumerate(ahead) if gain > 0), None)
 
 
 # ---- the likeliest classes ----
@@ -621,8 +621,8 @@ def test_the_rest_may_be_as_unlikely_as_it_likes():
     [
         ({"method": "online", "standardize_targets": False}, "method='online', in which the teacher changes"),
         ({"method": "progressive"}, "method='progressive', in which the teacher changes"),
-        ({"method": "labels"}, "method='labels', in which no teacher is asked"),
-        ({"stages": [{"label_weight": 1.0}]}, "no stage asks the teacher"),
+        ({"method": "labels"}, "method='labels', in which no teacher is used"),
+        ({"stages": [{"label_weight": 1.0}]}, "no stage needs the teacher"),
         ({"divergence": "reverse_kl"}, f"'reverse_kl', but of {VOCAB_SIZE} classes teacher_cache keeps 8"),
         ({"teacher_cache_logits": 0}, "teacher_cache_logits is 0; it must be a number between 1"),
         ({"teacher_cache_logits": 2.5}, "teacher_cache_logits is 2.5"),

@@ -24,21 +24,21 @@ BEHIND_THE_HEAD = ("bert-to-bert", "bert-tagger")
 
 
 class Head(nn.Module):
-    """A language model's head: its last weight may also be used before and behind the last module."""
+    """A language model's head: its last weight may also be used before and after the last module."""
 
-    def __init__(self, bias, tied, used_behind):
+    def __init__(self, bias, tied, used_after):
         super().__init__()
         self.dense, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES, bias=bias)
         self.offset = nn.Parameter(torch.randn(CLASSES))
         self.unused = nn.Parameter(torch.randn(3))
-        self.tied, self.used_behind = tied, used_behind
+        self.tied, self.used_after = tied, used_after
 
     def forward(self, hidden):
         hidden = torch.tanh(self.dense(hidden))
         if self.tied:
             hidden = hidden + self.last.weight[:1]
         logits = self.last(hidden) + self.offset
-        return logits + self.last.weight.sum(1) if self.used_behind else logits
+        return logits + self.last.weight.sum(1) if self.used_after else logits
 
 
 def losses_of(name, teacher, labels):
@@ -61,20 +61,20 @@ def gradients_of(total, tensors):
     factor=st.sampled_from([1.0, 0.25]),
     bias=st.booleans(),
     tied=st.booleans(),
-    used_behind=st.booleans(),
+    used_after=st.booleans(),
     frozen=st.booleans(),
     lazy_teacher=st.booleans(),
 )
 def test_chunks_have_the_sum_and_the_gradients_of_all_rows_at_once(
-    name, num_rows, size, seed, factor, bias, tied, used_behind, frozen, lazy_teacher
+    name, num_rows, size, seed, factor, bias, tied, used_after, frozen, lazy_teacher
 ):
     torch.manual_seed(seed)
-    head, labels = Head(bias, tied, used_behind), torch.randint(CLASSES, (num_rows,))
+    head, labels = Head(bias, tied, used_after), torch.randint(CLASSES, (num_rows,))
     body = torch.randn(num_rows, WIDTH, requires_grad=not frozen)
     teacher, read = torch.randn(num_rows, CLASSES), torch.randn(num_rows, WIDTH)
     if lazy_teacher:
         with torch.no_grad():
-            teaching = Head(bias, tied, used_behind)
+            teaching = Head(bias, tied, used_after)
             teacher, whole = RowLogits(read, teaching, teaching.last, size), teaching(read)
     else:
         whole = teacher
@@ -108,7 +108,7 @@ def test_chunks_are_all_rows_once_in_order_and_as_few_as_fit(num_rows, size):
 def test_two_operands_of_one_sum_do_not_share_the_memory_that_is_added_to():
     hidden, first, second = torch.randn(6, WIDTH), *(nn.Parameter(torch.randn(WIDTH, CLASSES)) for _ in range(2))
     logits = RowLogits(hidden, lambda rows: rows @ (first + second), nn.Identity(), 2)
-    total, _ = sum_over_chunks(lambda answers, rows: (answers.square().sum(), {}), logits)
+    total, _ = sum_over_chunks(lambda chunk_logits, rows: (chunk_logits.square().sum(), {}), logits)
     expected = gradients_of((hidden @ (first + second)).square().sum(), [first, second])
     for gradient, wanted in zip(gradients_of(total, [first, second]), expected, strict=True):
         torch.testing.assert_close(gradient, wanted)
@@ -134,7 +134,7 @@ def test_bfloat16_parameters_lose_no_more_than_one_rounding():
 
 def test_neither_the_logits_nor_a_second_gradient_of_the_last_weight_are_ever_whole():
     head, hidden = nn.Linear(4, 1000), torch.randn(200, 4, requires_grad=True)
-    of_logits = lambda answers, rows: (F.log_softmax(answers, -1)[:, 0].sum(), {})  # noqa: E731
+    of_logits = lambda chunk_logits, rows: (F.log_softmax(chunk_logits, -1)[:, 0].sum(), {})  # noqa: E731
     peaks = []
     for run in (
         lambda: of_logits(head(hidden), None)[0],
@@ -159,15 +159,15 @@ def test_neither_the_logits_nor_a_second_gradient_of_the_last_weight_are_ever_wh
 
 @pytest.mark.parametrize("name", TOKEN_LOGITS)
 @pytest.mark.parametrize("size", [1, 3])
-def test_every_head_answers_chunks_as_it_answers_all_rows(name, size):
+def test_every_head_gives_the_same_logits_in_chunks_as_for_all_rows(name, size):
     model, _, batch = build(name)
     rows, kinds, partial = torch.tensor([1, 3, 4, 8]), [], PartialForward(model)
     same_randomness()
     hidden, logits = partial(model, batch, [2], logits=True, rows=rows)
     targets = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
 
-    def losses(answers, rows):
-        total = (F.log_softmax(answers, -1) * targets[rows]).sum()
+    def losses(chunk_logits, rows):
+        total = (F.log_softmax(chunk_logits, -1) * targets[rows]).sum()
         return total, {"total": total}
 
     (losses(logits, slice(None))[0] + hidden[2].square().mean()).backward()
@@ -207,7 +207,8 @@ def test_a_head_that_reads_more_than_its_rows_says_what_to_do():
     own = model.cls.forward
     model.cls.forward = lambda hidden: own(torch.cat([hidden, hidden], dim=1))
     _, logits = PartialForward(model)(model, batch, logits=True, rows=torch.tensor([1, 2]), chunk_size=1)
-    with pytest.raises(ValueError, match=r"BertForMaskedLM answers \(1, 2, 99\) to 1 rows.*set logit_chunk_size=0"):
+    message = r"BertForMaskedLM returns logits of shape \(1, 2, 99\) for 1 rows.*set logit_chunk_size=0"
+    with pytest.raises(ValueError, match=message):
         logits.run()
 
 
@@ -272,7 +273,7 @@ def test_a_large_vocabulary_is_cut_by_default_and_a_small_one_is_not(config, mon
         assert cut == expected
 
 
-def test_chunks_asked_for_beside_what_needs_whole_logits_are_refused(config):
+def test_chunks_together_with_what_needs_whole_logits_are_refused(config):
     with pytest.raises(ValueError, match="logit_chunk_size is 8, but with torch_compile"):
         config(logit_chunk_size=8, torch_compile=True)
     with pytest.raises(ValueError, match="but with fp16 logits are computed at once"):

@@ -17,9 +17,9 @@ from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadMo
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.counting import (
     LABEL_POSITIONS,
-    answers_per_token,
     count,
     counted_rows,
+    has_rows_per_token,
     label_weights,
     position_weights,
     predicts_next_token,
@@ -51,7 +51,7 @@ def test_decoders_predict_the_next_token(name):
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-tagger", "t5", "bart", "vit", "llama-classifier"])
-def test_others_answer_in_place(name):
+def test_others_predict_in_place(name):
     assert not predicts_next_token(MODELS[name])
 
 
@@ -67,8 +67,8 @@ def test_others_answer_in_place(name):
         ("gpt2", None, True),
     ],
 )
-def test_answers_are_one_a_token_or_one_an_example(name, labels, per_token):
-    assert answers_per_token(MODELS[name], text(labels=labels)) == per_token
+def test_rows_are_one_a_token_or_one_an_example(name, labels, per_token):
+    assert has_rows_per_token(MODELS[name], text(labels=labels)) == per_token
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
@@ -152,8 +152,8 @@ def test_a_mask_of_another_length_is_refused():
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_without_labels_nothing_says_what_a_decoder_answers(name):
-    with pytest.raises(ValueError, match=f"no labels, but the logits of {type(MODELS[name]).__name__} answer"):
+def test_without_labels_nothing_says_what_a_decoder_predicts(name):
+    with pytest.raises(ValueError, match=f"no labels, but the logits of {type(MODELS[name]).__name__} predict"):
         counted_rows(MODELS[name], text(labels=None))
 
 
@@ -170,8 +170,8 @@ def batches(draw, name, size=4, length=6):
             inputs["attention_mask"] = (torch.arange(400) < samples).long()
     else:
         inputs, states = text(size, length, draw(st.integers(0, 10**6)), None, draw(st.booleans())), length
-    if MODELS[name].config.is_encoder_decoder or draw(st.booleans()):  # only labels say what a decoder answers
-        per_token = answers_per_token(MODELS[name], inputs)
+    if MODELS[name].config.is_encoder_decoder or draw(st.booleans()):  # only labels say what a decoder predicts
+        per_token = has_rows_per_token(MODELS[name], inputs)
         labels = torch.randint(-2, 2, (size, length) if per_token else (size,), generator=generator)
         inputs["labels"] = torch.where(labels < 0, -100, labels)
     return inputs, torch.zeros(size, states, 8)
@@ -184,7 +184,7 @@ def test_what_counts_in_the_parts_of_a_batch_is_what_counts_in_the_whole(name, d
     inputs, hidden = data.draw(batches(name))
     model, edges = MODELS[name], [0, *sorted(cuts), len(hidden)]
     rows, labels = counted_rows(model, inputs)
-    rows_an_example = hidden.shape[1] if answers_per_token(model, inputs) else 1
+    rows_an_example = hidden.shape[1] if has_rows_per_token(model, inputs) else 1
     counts, part_rows, part_labels, part_weights = [], [], [], []
     for start, end in itertools.pairwise(edges):
         part = {name: tensor[start:end] for name, tensor in inputs.items()}
@@ -236,7 +236,7 @@ def test_labels_that_were_there_before_and_labels_of_examples_have_no_places():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_places_are_no_rows_of_models_that_answer_one_token_earlier(name):
+def test_places_are_no_rows_of_models_that_predict_one_token_earlier(name):
     plain = text(padded=False) | {"labels": torch.ones(3, 6, dtype=torch.long)}
     batch = with_label_positions(lambda _: plain, [{}])
     for actual, expected in zip(counted_rows(MODELS[name], batch), counted_rows(MODELS[name], plain), strict=True):
@@ -283,7 +283,7 @@ def test_rows_in_any_order_and_number_are_the_full_logits_rows(name, data, seed)
 
 @pytest.mark.parametrize("name, classes", [("bert", 99), ("bert-tagger", 2), ("gpt2", 99), ("llama", 99)])
 @given(seed=st.integers(0, 1000), padded=st.booleans())
-def test_a_label_is_answered_by_the_hidden_state_its_logits_come_from(name, classes, seed, padded):
+def test_a_label_is_predicted_by_the_hidden_state_its_logits_come_from(name, classes, seed, padded):
     inputs = text(seed=seed, padded=padded, classes=classes)
     shift = 1 if name in ("gpt2", "llama") else 0
     expected = torch.zeros(3, 6)
@@ -326,7 +326,7 @@ def pair(task):
 
 
 def rows_by_hand(task, model, number, batch):
-    """The hidden states behind a block that answer a label, picked one by one: `[rows, width]`."""
+    """The hidden states after a block at positions that predict a label, picked one by one: `[rows, width]`."""
     blocks = model.transformer.h if task == "causal" else model.bert.encoder.layer
     kept = []
     hook = blocks[number - 1].register_forward_hook(lambda _, args, out: kept.append(out))
@@ -359,8 +359,8 @@ def test_matching_where_labels_count_is_a_slow_reference_s_loss_and_gradient(con
     bank, losses = trainer.projection_bank.tensors(), []
     for ours, theirs in ((1, 2), (2, 4)):
         with torch.no_grad():
-            answers = rows_by_hand(task, teacher, theirs, batch)
-        projected = answers.double() @ bank[f"layer_{ours}_{theirs}.weight"].double().T
+            states = rows_by_hand(task, teacher, theirs, batch)
+        projected = states.double() @ bank[f"layer_{ours}_{theirs}.weight"].double().T
         # what calibration measured is those positions' mean and deviation, of all 16 examples
         mean, std = projected.mean(0), projected.std(0, correction=0)
         torch.testing.assert_close(bank[f"layer_{ours}_{theirs}.mean"].double(), mean, rtol=1e-4, atol=1e-5)

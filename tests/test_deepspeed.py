@@ -56,7 +56,7 @@ def assert_same_training(actual, expected):
 
 @pytest.mark.parametrize("run", ["plain", "accumulated", "whole forward", "resumed"])
 def test_loss_gradient_norm_and_weights_are_those_of_one_process_without_it(runs, reference, run):
-    """Stopping behind a block included: ZeRO-3 gathers what is needed where the forward pass ends early, too."""
+    """Stopping after a block included: ZeRO-3 gathers what is needed where the forward pass ends early, too."""
     assert_same_training(runs / run, reference / "plain")
 
 

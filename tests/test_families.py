@@ -38,12 +38,12 @@ def labelled(model, data):
             example["labels"] = torch.tensor(index % model.config.num_labels)
             continue
         tokens = example.get("decoder_input_ids", example.get("input_ids"))
-        asked = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(index)) < 0.5
-        asked[1] = True
+        labelled = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(index)) < 0.5
+        labelled[1] = True
         if "attention_mask" in example and "decoder_input_ids" not in example:
-            asked &= example["attention_mask"].bool()
+            labelled &= example["attention_mask"].bool()
         num_classes = model.config.num_labels if "TokenClassification" in type(model).__name__ else VOCAB_SIZE
-        example["labels"] = torch.where(asked, tokens % num_classes, -100)
+        example["labels"] = torch.where(labelled, tokens % num_classes, -100)
     return data
 
 

@@ -207,7 +207,7 @@ def test_a_layer_stage_leaves_everything_above_it_untouched(config, teacher, exa
 # ---- 6 ----
 
 
-def test_the_teacher_only_answers(config, student, examples):
+def test_the_teacher_only_computes_targets(config, student, examples):
     teacher = tiny_bert(TEACHER_DEPTH, width=24, dropout=0.5, seed=2).train()
     before, modes = weights(teacher), []
     teacher.register_forward_pre_hook(lambda *_: modes.append((teacher.training, torch.is_grad_enabled())))

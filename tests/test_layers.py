@@ -14,7 +14,8 @@ from architectures import ARCHITECTURES, DEPTH, build
 from torch import nn
 from transformers import BertConfig, BertForPreTraining, BertModel
 
-from hf_curriculum_distill.layers import PartialForward, find_block_stack
+from hf_curriculum_distill.blocks import find_block_stack
+from hf_curriculum_distill.layers import PartialForward
 
 LAYERS = range(DEPTH + 1)
 TOKEN_LOGITS = [name for name, entry in ARCHITECTURES.items() if "Classification" not in entry[0].__name__]
@@ -93,7 +94,7 @@ def called_blocks(blocks, run):
 
 
 def albert(groups):
-    """ALBERT of 5 layers in so many blocks, a batch, and the list that its blocks' input and outputs go to."""
+    """ALBERT of 5 layers in `groups` groups, a batch, and the list that its blocks' input and outputs go to."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 5}
     config = hf.AlbertConfig(vocab_size=50, num_hidden_groups=groups, inner_group_num=2, **sizes)
@@ -327,7 +328,7 @@ def test_a_removed_prefix_leaves_no_trace(name):
     partial.install()
     assert inspect.signature(model.forward) == signature
     same_randomness()
-    assert torch.equal(model(**batch).logits, expected)  # installed, but nobody asked
+    assert torch.equal(model(**batch).logits, expected)  # installed, but not in use
     same_randomness()
     partial(model, batch, [1])
     partial.remove()
@@ -471,7 +472,7 @@ def test_frozen_blocks_of_a_decoder_freeze_the_encoder_before_them(name):
     assert trained <= {id(p) for p in partial.parameters_before(2, frozen=1)}
 
 
-def test_a_decoder_is_asked_of_encoder_decoders_only():
+def test_only_encoder_decoders_have_a_decoder_stack():
     with pytest.raises(ValueError, match="layer_stack is 'decoder', but BertForMaskedLM is no encoder-decoder"):
         find_block_stack(build("bert")[0], "decoder")
 

@@ -1,4 +1,4 @@
-"""A teacher is loaded for the student's task, and what it answers means what the student's answers mean."""
+"""A teacher is loaded for the student's task, and its logits have the same meaning as the student's."""
 
 import itertools
 import os
@@ -50,7 +50,7 @@ def test_a_task_without_an_auto_class_loads_the_students_class(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_teacher_is_loaded_in_the_dtype_asked_for(dtype, tmp_path):
+def test_a_teacher_is_loaded_in_the_given_dtype(dtype, tmp_path):
     tiny_bert(2).save_pretrained(tmp_path)
     loaded = load_teacher(str(tmp_path), tiny_bert(1), dtype)
     assert {parameter.dtype for parameter in loaded.parameters()} == {getattr(torch, dtype)}
@@ -100,7 +100,7 @@ def named(*labels):
         (build("vit")[0], build("dinov2")[0]),
     ],
 )
-def test_models_that_answer_the_same_question_fit(student, teacher):
+def test_models_of_the_same_task_fit(student, teacher):
     check_teacher(student, teacher)
 
 
@@ -205,14 +205,14 @@ def test_the_tokenizer_of_a_processor_is_compared(with_tokenizer):
 
 @pytest.mark.parametrize("origin", ["", "gone/folder", "/gone/folder", "a/b/c/d", "no name", "org/not-in-the-cache"])
 def test_a_model_that_lies_nowhere_within_reach_has_no_tokenizer_to_compare(with_tokenizer, origin, monkeypatch):
-    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("the network was asked"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("the network was used"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with_tokenizer.config._name_or_path = origin
     check_teacher(tiny_bert(1), with_tokenizer, tokenizer(WORDS_A_TO_H[::-1]))
 
 
 def test_a_model_of_the_hub_has_the_tokenizer_in_its_cache(with_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("the network was asked"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("the network was used"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = tmp_path / "hub/models--org--teacher/snapshots" / ("0" * 40)

@@ -9,7 +9,7 @@ from hf_curriculum_distill.metrics import CountedAccuracy
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([-100, 0, 1, 2, 3])), min_size=1, max_size=30))
-def test_counted_accuracy_is_the_share_of_right_answers_that_count(pairs):
+def test_counted_accuracy_is_the_share_of_right_predictions_that_count(pairs):
     counted = [(prediction, reference) for prediction, reference in pairs if reference != -100]
     predictions, references = zip(*pairs, strict=True)
     if counted:

@@ -118,15 +118,15 @@ def test_a_teacher_has_a_learning_rate_of_its_own(run, student, teacher):
     assert any(not torch.equal(tensor, student.state_dict()[name]) for name, tensor in weights(untaught).items())
 
 
-def test_a_teacher_drops_out_while_it_learns_and_not_while_it_answers(run, student):
+def test_a_teacher_drops_out_while_it_learns_and_not_while_it_teaches(run, student):
     modes = []
     teacher = tiny_bert(4, width=24, dropout=0.3, seed=2)
     teacher.register_forward_pre_hook(lambda *_: modes.append((teacher.training, torch.is_grad_enabled())))
     run(student, teacher, max_steps=3, gradient_accumulation_steps=2)
-    answer, lesson = (False, False), (True, True)
+    teaches, learns = (False, False), (True, True)
     # the first batch is tried, then measured, with all its rows and with one: as a student's teacher, then as a learner
-    assert modes[:5] == [answer] * 5
-    assert modes[5:] == [answer, lesson] * 6
+    assert modes[:5] == [teaches] * 5
+    assert modes[5:] == [teaches, learns] * 6
     assert not teacher.training
 
 
@@ -198,17 +198,17 @@ def test_layer_stages_match_a_teacher_that_moves_if_nothing_is_standardised(conf
     ):
         run(student, teacher, stages=stages)
     alone = run(copy.deepcopy(teacher), None, "alone", stages=LABELS)
-    answers = []
+    taught = []
 
-    class Answers(TrainerCallback):
+    class Recorder(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            answers.append(weights(teacher)["bert.encoder.layer.1.output.dense.weight"])
+            taught.append(weights(teacher)["bert.encoder.layer.1.output.dense.weight"])
 
-    trainer = run(student, teacher, "beside", stages=stages, standardize_targets=False, callbacks=[Answers()])
+    trainer = run(student, teacher, "beside", stages=stages, standardize_targets=False, callbacks=[Recorder()])
     assert_same_weights(weights(teacher), weights(alone.model))
     assert [log["stage"] for log in step_logs(trainer)] == [0] * 3 + [1] * 2
     assert all("teacher_loss" in log and ("hidden_mse" in log) == (log["stage"] == 0) for log in step_logs(trainer))
-    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(answers))
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(taught))
 
 
 def test_evaluation_compares_with_the_teacher_of_that_step(run, student, teacher):
@@ -303,7 +303,7 @@ def test_resuming_another_run_says_what_changed(run, saved, fields, message):
 
 
 def closed_form(depth, width, length, labelled):
-    """Operations of a tiny BERT's forward pass on so many examples' tokens and labelled rows."""
+    """Operations of a tiny BERT's forward pass on `length` tokens, of which `labelled` have a label."""
     tokens, rows = length, labelled
     block = 4 * width**2 + 2 * width * 2 * width + 2 * 12 * width  # an example has 12 tokens
     return 2 * (tokens * depth * block + rows * (width**2 + width * VOCAB_SIZE))
@@ -316,7 +316,7 @@ def test_operations_are_those_of_every_forward_and_backward_pass(run, student, t
     forward = [closed_form(depth, width, 64 * 12, labelled) for depth, width in ((2, 16), (4, 24))]
     log = step_logs(trainer)[0]
     assert log["student_flops"] == pytest.approx(3 * forward[0], rel=1e-6)
-    # an answer, and a forward and a backward pass of its own
+    # the targets' forward pass, and a forward and a backward pass of its training
     assert log["teacher_flops"] == pytest.approx(
         {"online": 4, "one_shot": 1, "labels": 0}[method] * forward[1], rel=1e-6
     )

@@ -55,7 +55,7 @@ def test_the_label_is_the_parity_of_the_support(task, index):
 
 @given(task=tasks(), index=st.integers(0, 999_999_999))
 @settings(max_examples=40, deadline=None)
-def test_as_tokens_a_row_is_the_bits_then_the_parity_which_alone_has_a_label(task, index):
+def test_as_tokens_a_row_is_the_bits_then_the_parity_that_alone_has_a_label(task, index):
     row = SparseParity(1_000_000_000, **task)[index]
     tokens = SparseParity(1_000_000_000, **task, as_tokens=True)[index]
     bits = [int(x > 0) for x in row["inputs"]]
@@ -252,7 +252,7 @@ STUDENT, TEACHER = 8, 16
 
 
 def forward(width, layers, head):
-    """Operations of one example's forward pass through `layers` blocks; a multiply-add is two."""
+    """Operations of one example's way through `layers` blocks; a multiply-add is two."""
     return 2 * (20 * width + (layers - 1) * width**2 + head * 2 * width)
 
 

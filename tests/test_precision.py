@@ -119,7 +119,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_loss_is_float32_arithmetic_on_what_the_models_answer(config, student, teacher, examples, name, term):
+def test_every_loss_is_float32_arithmetic_on_the_models_outputs(config, student, teacher, examples, name, term):
     trainer_class, fields, half_student = FORMATS[name]
     stage, options, reference = TERMS[term]
     if half_student:
@@ -209,7 +209,7 @@ def test_each_stages_schedule_starts_with_it_however_many_steps_were_skipped(con
     assert rates[0][0] == rates[0][4] == rates[0][8] == 0.0
 
 
-@pytest.mark.parametrize("step, restart", [(3, True), (5, False)])  # behind a skipped step; with a scale about to grow
+@pytest.mark.parametrize("step, restart", [(3, True), (5, False)])  # after a skipped step; with a scale about to grow
 def test_a_resumed_run_has_the_loss_scale_it_was_interrupted_with(config, student, teacher, examples, step, restart):
     fields = {"stages": STAGES, "max_steps": 12, "fp16": True, "optim": "adamw_torch", "save_strategy": "steps"}
     fields |= {"restart_schedule_per_stage": restart, "save_steps": step}

@@ -113,7 +113,7 @@ class Witness(TrainerCallback):
     "fields, expected",
     [
         ({}, [0] * 3 + [1] * 6 + [2] * 3),
-        ({"eval_strategy": "steps", "eval_steps": 2}, [0] * 3 + [1] * 6 + [2] * 3),  # the last answers in between
+        ({"eval_strategy": "steps", "eval_steps": 2}, [0] * 3 + [1] * 6 + [2] * 3),  # evaluations compare with the last
         ({"max_steps": 5}, [0] * 3 + [1] * 2),
         ({"teacher_schedule": "fraction"}, [0] * 4 + [1] * 7 + [2]),  # 12/10 of 3 and of 9
         ({"teacher_schedule": [2, 5]}, [0] * 2 + [1] * 3 + [2] * 7),
@@ -190,7 +190,7 @@ def test_the_checkpoints_never_learn(make, checkpoints, teachers):
         assert_same_weights(weights(BertForMaskedLM.from_pretrained(checkpoint)), tensors)
 
 
-def test_the_checkpoints_have_the_dtype_asked_for(make):
+def test_the_checkpoints_have_the_given_dtype(make):
     trainer = make(teacher_dtype="bfloat16")
     witness = Witness(trainer)
     trainer.train()

@@ -132,7 +132,7 @@ def test_what_packed_weights_cannot_do_is_refused(config, teachers, fields, mess
             train(llama(2), teacher, config(**fields), data)
 
 
-def test_a_quantised_teacher_may_be_asked_for_in_the_dtype_that_it_has(config, teachers):
+def test_a_quantised_teacher_may_be_loaded_in_the_dtype_that_it_has(config, teachers):
     train(llama(2), load(teachers[1]), config(teacher_dtype="float32", max_steps=3), task_data("causal-lm", 4))
 
 

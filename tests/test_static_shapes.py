@@ -1,4 +1,4 @@
-"""As many labels in every example: the trainer knows all shapes beforehand, and asks the device for nothing."""
+"""With as many labels in every example, the trainer knows all shapes beforehand and never waits for the device."""
 
 from contextlib import ExitStack, contextmanager, nullcontext
 
@@ -160,11 +160,11 @@ def test_each_stage_is_one_graph_whose_shapes_are_fixed_if_counts_are(config, mo
 
 SHORT_STAGES = [STAGES[0] | {"until": 2}, STAGES[1] | {"until": 4}, STAGES[2]]
 NUM_STEPS = 6
-NOWHERE = torch.device("meta")  # tensors there have no values, so that whoever asks for one gets an error
+NOWHERE = torch.device("meta")  # tensors there have no values, so that reading one raises
 
 
 class AnyValue(TorchFunctionMode):
-    """For what may ask: zeros are the values."""
+    """For code that may read values: zeros."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.item):
@@ -288,15 +288,15 @@ def test_between_two_logs_no_step_waits_for_the_device(config, monkeypatch, fiel
 
 
 @pytest.mark.parametrize(
-    "changed, asked",
+    "changed, read",
     [
         ({"fixed_count": False}, "nonzero"),  # how many labels there are
         ({"logging_nan_inf_filter": True}, "item"),  # whether a loss is finite: Trainer's default, not this library's
     ],
     ids=str,
 )
-def test_what_waits_for_the_device_is_found(config, monkeypatch, changed, asked):
-    with pytest.raises((NotImplementedError, RuntimeError, ValueError), match=asked):
+def test_what_waits_for_the_device_is_found(config, monkeypatch, changed, read):
+    with pytest.raises((NotImplementedError, RuntimeError, ValueError), match=read):
         train_nowhere(monkeypatch, config, **changed)
 
 

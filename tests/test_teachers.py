@@ -1,4 +1,4 @@
-"""The teacher only answers: frozen, in eval mode, without gradients, its own inputs alone."""
+"""The teacher only computes targets: frozen, in eval mode, without gradients, from its own inputs alone."""
 
 import copy
 
@@ -12,7 +12,7 @@ from hf_curriculum_distill.teachers import CheckpointTeacher, Teacher, weights_f
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "wav2vec2", "mixtral"])
-def test_a_frozen_teacher_answers_as_the_model_in_eval_mode(name):
+def test_a_frozen_teacher_computes_what_the_model_does_in_eval_mode(name):
     model, _, batch = build(name)
     with torch.no_grad():
         expected = copy.deepcopy(model).eval()(**batch).logits
@@ -26,7 +26,7 @@ def test_a_frozen_teacher_answers_as_the_model_in_eval_mode(name):
     assert teacher(batch, [1])[1] is None
 
 
-def test_an_answer_can_be_the_target_of_a_loss():
+def test_a_teachers_output_can_be_the_target_of_a_loss():
     model, _, batch = build("bert")
     hidden, _ = Teacher(model)(batch, [1])
     student = torch.zeros_like(hidden[1], requires_grad=True)

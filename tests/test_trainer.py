@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_curriculum_distill import CurriculumDistillationTrainer, ProjectionBank
 from hf_curriculum_distill.metrics import CountedAccuracy
 
-# one layer after the other, then both kinds of answers with the last layer as an auxiliary term
+# one layer after the other, then both kinds of targets with the last layer as an auxiliary term
 STAGES = [
     {"hidden": [[1, 2]], "until": 3},
     {"hidden": [[2, 4]], "until": 5},
@@ -230,18 +230,18 @@ def test_the_first_losses_are_those_of_a_slow_reference(config, task):
             if labels.dim() and "seq2seq" not in task:
                 inputs["labels"] = inputs["labels"][:, :length]
                 labels = labels[:length]
-        answers, states = zip(*(output_and_block(m, inputs, n) for m, n in ((student, 1), (teacher, 2))), strict=True)
+        logits, states = zip(*(output_and_block(m, inputs, n) for m, n in ((student, 1), (teacher, 2))), strict=True)
         target = states[1] @ bank["layer_1_2.weight"].T
         target = (target - bank["layer_1_2.mean"]) / bank["layer_1_2.std"]
         error = (states[0] - target).square().mean(-1)
         text = "input_ids" in inputs
         errors += error.tolist() if text else [error.mean().item()]
         if labels.dim() == 0:
-            rows = [(answers[0], answers[1])]
+            rows = [(logits[0], logits[1])]
         else:
             shift = 1 if task == "causal-lm" else 0
             positions = [i for i in range(len(labels) - shift) if labels[i + shift] != -100]
-            rows = [(answers[0][i], answers[1][i]) for i in positions]
+            rows = [(logits[0][i], logits[1][i]) for i in positions]
         for ours, theirs in rows:
             p, q = (theirs / 2.0).softmax(-1), (ours / 2.0).softmax(-1)
             divergences.append(4.0 * (p * (p / q).log()).sum().item())
@@ -539,9 +539,9 @@ def test_smoothed_labels_are_a_loss_of_their_own(config, task):
         logits, labels = logits[:, : logits.shape[1] - shift].flatten(0, 1), batch["labels"][:, shift:].flatten()
     else:
         labels = batch["labels"]
-    for answers, label in zip(logits.log_softmax(-1), labels, strict=True):
+    for own, label in zip(logits.log_softmax(-1), labels, strict=True):
         if label != -100:
-            losses.append(-0.8 * answers[label].item() - 0.2 * answers.mean().item())
+            losses.append(-0.8 * own[label].item() - 0.2 * own.mean().item())
     assert step_logs(trainer)[0]["label_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
@@ -625,7 +625,7 @@ def test_a_teachers_folder_is_the_teacher(config, student, teacher, examples, tm
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_the_teacher_has_the_dtype_asked_for(config, student, teacher, examples, tmp_path, as_folder):
+def test_the_teacher_has_the_given_dtype(config, student, teacher, examples, tmp_path, as_folder):
     teacher.save_pretrained(tmp_path / "teacher")
     given = tmp_path / "teacher" if as_folder else teacher
     trainer = train(student, given, config(stages=STAGES, teacher_dtype="bfloat16"), examples)

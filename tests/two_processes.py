@@ -1,4 +1,4 @@
-"""Train every stage on so many examples a step, on however many processes; write logs and weights to a folder.
+"""Train every stage with BATCH examples a process, on any number of processes; write logs and weights to a folder.
 
 Run by test_distributed.py: torchrun --nproc_per_node N tests/two_processes.py FOLDER BATCH ACCUMULATION
 """

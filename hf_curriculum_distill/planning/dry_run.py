@@ -1,4 +1,4 @@
-"""What a run's models do on tensors without values: operations, trained parameters, memory."""
+"""Run a run's models on fake tensors, to know operations, trained parameters and memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hf_curriculum_distill.teachers import Targets, Teacher
 
 @contextmanager
 def _unpacked() -> Iterator[None]:
-    """Position numbers without values look to transformers like several sequences in one, which need a mask."""
+    """Without values, position ids look to transformers like packed sequences, which would need a mask."""
     find = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
@@ -41,7 +41,7 @@ def _unpacked() -> Iterator[None]:
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Attention as accelerators have it: one kernel, which applies dropout itself and keeps no probabilities."""
+    """Attention as on an accelerator: one kernel, which applies dropout itself and stores no probabilities."""
     attend = F.scaled_dot_product_attention
 
     def attend_fused(*args, **kwargs):
@@ -50,7 +50,7 @@ def _fused_attention() -> Iterator[None]:
         with torch.autocast("cpu", enabled=False):
             return attend(*args, **kwargs | {"dropout_p": 0.0})
 
-    F.scaled_dot_product_attention = attend_fused  # no mode: a backward pass recomputes blocks outside of modes
+    F.scaled_dot_product_attention = attend_fused  # no torch mode: checkpointed blocks recompute outside
     try:
         yield
     finally:
@@ -58,12 +58,14 @@ def _fused_attention() -> Iterator[None]:
 
 
 class DryRun:
-    """Student and teacher without values, made under `mode`, and what a micro-batch of a stage does with them.
+    """Student and teacher as fake tensors, and the cost of a micro-batch of each stage.
 
     Args:
-        student, teacher: the models; no teacher where none is planned.
-        ids_shape, labels_shape: of the batch; labels are `[batch, length]` or `[batch]`.
-        num_rows: how many rows of logits count in it.
+        mode: the mode under which the models were made.
+        student, teacher: the models; None for a teacher that the plan does not have.
+        ids_shape: `[batch, length]`.
+        labels_shape: `[batch, length]`, or `[batch]` for one label per example.
+        num_rows: the number of rows of logits that count.
     """
 
     def __init__(
@@ -97,13 +99,15 @@ class DryRun:
             self._counts = torch.ones(2, dtype=torch.long)
 
     def measure(self, stage: Stage, frozen: int = 0, online: bool = False) -> tuple[int, int, set[str], PeakMemory]:
-        """Student's and teacher's operations, names of the parameters that get a gradient, and the worst moment.
-
-        Of the memory at the worst moment, that of logits is told apart.
+        """Measure a micro-batch of a stage.
 
         Args:
-            frozen: the student's layers up to this one get no gradient.
-            online: whether the teacher learns from the labels, beside teaching.
+            frozen: the highest layer of the student that gets no gradient; 0 for none.
+            online: whether the teacher also trains, on the labels.
+
+        Returns:
+            the operations of the student and of the teacher; the names of the student's parameters that get a gradient;
+            and the peak of memory, that of logits as `peak_of_size`.
         """
         key = replace(stage, until=None), frozen, online
         if key not in self._measured:
@@ -141,7 +145,7 @@ class DryRun:
         if teacher is not None and teacher.learns:
             teacher.task_loss(self._batch, self._counts[1]).backward()
             teacher.model.eval()
-            if self.args.gradient_accumulation_steps == 1:  # it takes its step before the student's backward pass
+            if self.args.gradient_accumulation_steps == 1:  # its step comes before the student's backward
                 teacher.model.zero_grad()
         return loss.total
 

@@ -1,4 +1,4 @@
-"""How much memory operations hold at the worst moment."""
+"""The peak of the memory of operations."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes at the worst moment of what operations inside it made; with and without values of the tensors.
+    """Measures the peak, in bytes, of the tensors that operations inside the context make, real or fake.
 
-    Not seen is what existed before, and what an operation holds only while it runs.
+    It does not see tensors that existed before, or what an operation allocates only while it runs.
+
+    Args:
+        parameters: tensors whose finished gradients are counted apart.
+        num_elements: numbers of elements of tensors that are counted apart.
 
     Attributes:
-        peak: bytes at the worst moment, leaving out gradients of `parameters` that are whole: how many there will be
-            is known, and where gradients are accumulated they were there before.
-        peak_of_size: of these, bytes of tensors with as many elements as one of `num_elements`.
-        peak_with_gradients: bytes at the worst moment, all gradients included.
+        peak: bytes at the peak, without finished gradients of `parameters`: their size is known, and with accumulation
+            they exist before.
+        peak_of_size: the part of `peak` in tensors whose number of elements is one of `num_elements`.
+        peak_with_gradients: bytes at the peak, with all gradients.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = (), num_elements: Collection[int] = ()):
