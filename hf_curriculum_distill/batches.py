@@ -1,4 +1,4 @@
-"""Batches that are the same whenever they are loaded: on resume, by other workers, beside other random draws."""
+"""Batches that are the same whenever they are loaded: after a resume, by other workers, between other random draws."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ _UNSEEDED = -1
 class SeededBatches(Dataset):
     """A dataset whose random draws, and its collator's, depend on the seed, the epoch and the batch's examples alone.
 
-    Within [`seeded`], the process that loads a batch (a worker, or the main one) seeds its generators as it begins to.
-    So masks and augmentation need no history: a resumed run skips batches without loading them.
+    Inside [`seeded`], the process that loads a batch (a worker, or the main one) first seeds its generators. Masks and
+    augmentation then need no history: a resumed run skips batches without loading them.
+
+    Args:
+        data: a dataset with `__getitem__` and `__len__`.
+        seed: any objects whose `repr` is the same in every process.
     """
 
     def __init__(self, data: Any, *seed: object):
         self.data = data
-        self.epoch = torch.tensor(_UNSEEDED).share_memory_()  # persistent workers shall see it change
+        self.epoch = torch.tensor(_UNSEEDED).share_memory_()  # so that persistent workers see it change
         self._seed = seed
 
     def __len__(self) -> int:
@@ -34,12 +38,12 @@ class SeededBatches(Dataset):
         return self.data[index]
 
     def set_epoch(self, epoch: int) -> None:
-        """What accelerate calls as an epoch begins: some data sets depend on it."""
+        """Pass on the number of the epoch, which some datasets depend on; accelerate calls this as an epoch begins."""
         if hasattr(self.data, "set_epoch"):
             self.data.set_epoch(epoch)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """What a DataLoader asks for: the examples of one batch."""
+        """The examples of one batch; a DataLoader calls this."""
         if (epoch := int(self.epoch)) != _UNSEEDED:
             seed_host(*self._seed, epoch, *map(int, indices))
         if hasattr(self.data, "__getitems__"):
@@ -50,9 +54,14 @@ class SeededBatches(Dataset):
 class SeededSampler(Sampler):
     """A sampler whose order depends on the seed and the epoch of its [`SeededBatches`] alone.
 
-    Neither how many epochs a process has run, nor with what workers, nor other random draws matter. Where the sampler
-    draws from a `torch.Generator`, as torch's and transformers' can, the order is that of accelerate's
+    The number of epochs that a process has run, its workers and other random draws do not matter. If the sampler draws
+    from a `torch.Generator`, as torch's and transformers' can, the order is that of accelerate's
     `SeedableRandomSampler`, which Trainer uses.
+
+    Args:
+        sampler: of indices into `batches`.
+        batches: what the DataLoader reads.
+        seed: of the order.
     """
 
     def __init__(self, sampler: Sampler, batches: SeededBatches, seed: int):
@@ -73,7 +82,7 @@ class SeededSampler(Sampler):
             order = iter(self._sampler)
         while True:
             with stream:
-                indices = list(itertools.islice(order, 1024))  # to change streams takes longer than to draw one
+                indices = list(itertools.islice(order, 1024))  # changing streams takes longer than drawing one
             if not indices:
                 return
             yield from indices

@@ -1,11 +1,10 @@
-"""Which checkpoints are whole: a process can be killed while it writes one."""
+"""Which checkpoints are complete: a process can be killed while it writes one."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-import tempfile
 from contextlib import suppress
 from typing import Any
 
@@ -17,36 +16,40 @@ from hf_curriculum_distill.record import FILE_NAME, read_record
 
 logger = logging.getLogger(__name__)
 
-# Written behind the list, by Trainer.
+# The record cannot list its own size, and Trainer writes its state after the record.
 _UNLISTED = (FILE_NAME, TRAINER_STATE_NAME)
 
 
-def check_writable(folder: str) -> None:
-    """Raise an `OSError` now, rather than at the first checkpoint, if nothing can be written into a folder."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(
-            f"output_dir {folder} cannot be written ({error}), and checkpoints go there; pass another one."
-        ) from error
-
-
 def list_files(checkpoint: str, *beside: str) -> dict[str, int]:
-    """Every file of a checkpoint folder, and of folders that belong to it, by relative path, with its bytes."""
+    """The files of a checkpoint, and their sizes.
+
+    Args:
+        checkpoint: its folder.
+        beside: other folders that belong to it.
+
+    Returns:
+        `path -> bytes`, paths relative to the checkpoint's folder.
+    """
     paths = [os.path.join(root, name) for f in (checkpoint, *beside) for root, _, names in os.walk(f) for name in names]
     sizes = {os.path.relpath(path, checkpoint): os.path.getsize(path) for path in sorted(paths)}
     return {path: size for path, size in sizes.items() if path not in _UNLISTED}
 
 
 def read_whole(checkpoint: str) -> dict[str, Any]:
-    """The record of a checkpoint that was written to its end.
+    """Read the record of a complete checkpoint.
 
-    `curriculum.json` lists the checkpoint's files with their sizes once all of them are written; only Trainer's own
-    state comes later, and says at which step it was written.
+    `curriculum.json` lists the checkpoint's files and their sizes once all of them are written. Only Trainer's own
+    state is written later, and it holds the step at which it was written.
+
+    Args:
+        checkpoint: its folder.
+
+    Returns:
+        What [`read_record`] reads.
 
     Raises:
-        FileNotFoundError: the folder has no record, or files were lost since.
-        ValueError: it was not written to its end, or files were cut since.
+        FileNotFoundError: the folder has no record, or a listed file is missing.
+        ValueError: the checkpoint was never completed, or a file has another size than the record says.
     """
     record = read_record(checkpoint)
     kind, wrong = ValueError, None
@@ -69,7 +72,14 @@ def read_whole(checkpoint: str) -> dict[str, Any]:
 
 
 def find_last_checkpoint(output_dir: str) -> str | None:
-    """The last checkpoint in a run's folder that is whole; those that are not are named in a warning."""
+    """Find the last complete checkpoint of a run; a warning names each later one, which is not.
+
+    Args:
+        output_dir: the run's folder.
+
+    Returns:
+        The checkpoint's folder, or None.
+    """
     for checkpoint in reversed(sort_checkpoints(output_dir)):
         try:
             read_whole(checkpoint)
@@ -81,7 +91,12 @@ def find_last_checkpoint(output_dir: str) -> str | None:
 
 
 def remove_unfinished(output_dir: str, step: int) -> None:
-    """Remove what a killed process left of later checkpoints: rotation may take them for the newest, whole ones go."""
+    """Remove incomplete checkpoints that a killed process left: rotation would keep them, and delete complete ones.
+
+    Args:
+        output_dir: the run's folder.
+        step: of the checkpoint that is resumed from; only later ones are removed.
+    """
     for checkpoint in sort_checkpoints(output_dir):
         with suppress(OSError, ValueError):
             record = read_record(checkpoint)

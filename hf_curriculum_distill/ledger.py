@@ -1,4 +1,4 @@
-"""Running totals of a training run: loss terms between two logs, floating-point operations since its start."""
+"""Running totals of a training run: loss terms since the last log, floating-point operations since the start."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 class Ledger:
-    """Adds up on the device and talks to the host once a log, so that no micro-batch waits for the device.
+    """Adds up on the device and reads the sums once per log, so that no micro-batch waits for the device.
 
     Attributes:
         flops: student's and teacher's floating-point operations since the start of the run, of this process.
         total_flops: the same of all processes, as of the last log or checkpoint.
-        rates: by stage, the same for each unit that [`add_flops`] counts: measured once.
-        unlogged: what each process has added up since the last log, as of the last checkpoint: plain JSON values.
+        rates: `stage -> [[student's, teacher's] operations for one of each unit]`, units as in [`add_flops`].
+        unlogged: the sums of each process since the last log, as of the last checkpoint, in plain JSON values.
     """
 
     def __init__(self):
@@ -33,23 +33,34 @@ class Ledger:
         self.unlogged: dict[str, Any] = {}
 
     def start(self, step: int) -> None:
-        """Forget the terms that were logged; the next log averages from `step` on."""
+        """Forget the terms, which were logged; the next log averages over the optimizer steps after `step`."""
         self._terms, self._first_step = {}, step
 
     def add_terms(self, terms: Mapping[str, Tensor]) -> None:
+        """Add a micro-batch's loss terms, scalars on the device, by name."""
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + term.detach()
 
     def set_rates(self, stage: int, rates: list[list[float]], accelerator: Accelerator) -> None:
-        """Take the mean of what the processes measured on their own batches. Every process must take part."""
+        """Set a stage's rates to the mean over the processes, each of which measured its own batch; collective.
+
+        Args:
+            stage: its index.
+            rates: as in `rates`.
+            accelerator: of this process.
+        """
         self.rates[stage] = accelerator.reduce(_on_device(rates, accelerator), "mean").tolist()
 
     def add_flops(self, stage: int, units: Sequence[float], teacher: bool = True) -> float:
-        """Book a micro-batch; returns its floating-point operations.
+        """Add a micro-batch's floating-point operations.
 
         Args:
+            stage: its index.
             units: elements of the model's main input, sum of their squared number over examples, and rows of logits.
             teacher: whether the teacher ran.
+
+        Returns:
+            The operations of student and teacher together.
         """
         per_student, per_teacher = zip(*self.rates[stage], strict=True)
         added = [sum(map(operator.mul, units, rates)) for rates in (per_student, per_teacher)]
@@ -58,22 +69,28 @@ class Ledger:
         return sum(added)
 
     def terms(self, accelerator: Accelerator, step: int) -> dict[str, float]:
-        """Mean of each term over the optimizer steps since the last [`start`] and over all processes' data."""
+        """Mean of each term over the optimizer steps since the last [`start`] and all processes' data; collective.
+
+        Args:
+            accelerator: of this process.
+            step: the present optimizer step.
+        """
         if not self._terms:
             return {}
         sums = accelerator.reduce(torch.stack(list(self._terms.values())).float(), "sum").tolist()
         return {name: total / max(1, step - self._first_step) for name, total in zip(self._terms, sums, strict=True)}
 
     def reduce_flops(self, accelerator: Accelerator) -> dict[str, float]:
-        """Bring `total_flops` up to date and return it. Every process must take part."""
+        """Bring `total_flops` up to date and return it; collective."""
         totals = accelerator.reduce(_on_device(self.flops, accelerator), "sum").tolist()
         self.total_flops = dict(zip(self.total_flops, totals, strict=True))
         return self.total_flops
 
     def collect(self, accelerator: Accelerator, loss: Tensor) -> None:
-        """Bring `unlogged` and `total_flops` up to date before a checkpoint. Every process must take part.
+        """Bring `unlogged` and `total_flops` up to date before a checkpoint; collective.
 
         Args:
+            accelerator: of this process.
             loss: this process's loss since the last log, which Trainer adds up.
         """
         self.reduce_flops(accelerator)
@@ -82,7 +99,15 @@ class Ledger:
         self.unlogged = {"first_step": self._first_step, "terms": list(self._terms), "processes": processes}
 
     def restore(self, record: Mapping[str, Any], accelerator: Accelerator) -> float:
-        """Go on from a checkpoint's record; returns this process's loss since the last log."""
+        """Go on from a checkpoint's record.
+
+        Args:
+            record: what [`read_record`] reads.
+            accelerator: of this process.
+
+        Returns:
+            This process's loss since the last log.
+        """
         self.total_flops = {name: record[name] for name in self.total_flops}
         self.rates = {int(index): rates for index, rates in record["flop_rates"].items()}
         self.start(record["unlogged"]["first_step"])

@@ -1,4 +1,4 @@
-"""Random draws kept apart, so that what one part of a run draws changes nothing in another."""
+"""Separate random states, so that what one part of a run draws changes nothing in another."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 
 @contextmanager
 def preserved_random_state(seed: int | None = None) -> Iterator[None]:
-    """Restore Python's, NumPy's and torch's random states (current accelerator included) on leaving.
+    """Restore Python's, NumPy's and torch's random states (current accelerator included) at the end of the block.
 
-    With a seed, the block inside starts from it.
+    Args:
+        seed: that the block starts from; None: from the present states.
     """
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -32,16 +33,17 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
 
 
 class RandomStream:
-    """Random states of the host that go on, whenever they are active, where they stopped the last time.
+    """Random states of the host that are active inside a `with` block, and resume in the next one where they stopped.
 
-    Loading data draws from such a stream, so that it neither changes what training draws (dropout) nor depends on it.
-    NumPy forgets the second of a pair of normal numbers when streams change.
+    Data loading draws from such a stream, so that it neither changes what training draws (dropout) nor depends on it.
+    NumPy draws normal numbers in pairs; it forgets the second of a pair when streams change.
     """
 
     def __init__(self):
         self._states = random.getstate(), np.random.MT19937(), torch.get_rng_state()
 
     def restart(self, *seed: object) -> None:
+        """Start the stream anew; `seed` is as for [`seed_host`]."""
         with self:
             seed_host(*seed)
 
@@ -53,7 +55,7 @@ class RandomStream:
 
     def _exchange(self) -> None:
         python, numpy, host = self._states
-        # NumPy's generator itself: to read and write its state takes longer than the rest together
+        # NumPy's generator as a whole: reading and writing its state takes longer than everything else here
         self._states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
         random.setstate(python)
         np.random.set_bit_generator(numpy)
@@ -61,7 +63,11 @@ class RandomStream:
 
 
 def seed_host(*seed: object) -> None:
-    """Start Python's, NumPy's and torch's generators of the host from anything that prints the same every time."""
+    """Seed Python's, NumPy's and torch's generators of the host.
+
+    Args:
+        seed: any objects whose `repr` is the same in every process.
+    """
     number = int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "big")
     random.seed(number)
     np.random.seed(number % 2**32)

@@ -1,4 +1,4 @@
-"""`curriculum.json`: what a run trains, written beside every student, compared on resume."""
+"""`curriculum.json`: what a run trains; saved with every student and compared when a run is resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_curriculum_distill.teachers import Teacher
 FILE_NAME = "curriculum.json"
 FORMAT_VERSION = 2
 
-# Settings that change what is learnt, beside the stages themselves.
+# Settings, other than the stages, that change what is learnt.
 _SETTINGS = (
     "temperature",
     "divergence",
@@ -41,8 +41,8 @@ _SETTINGS = (
     "teacher_learning_rate",
 )
 
-# How the names of arguments begin that say where, when and by what means a run reads, writes and evaluates, not what it
-# learns; and these themselves.
+# Prefixes of the arguments that say where, when and how a run reads, writes and evaluates, but not what it learns; and
+# the names of others.
 _NO_SETTINGS = (
     "output_dir", "log_", "logging_", "run_name", "report_to", "disable_tqdm", "trackio_", "save_", "push_to_hub",
     "hub_", "debug", "eval_", "do_", "per_device_eval_", "prediction_loss_", "batch_eval_", "include_",
@@ -53,12 +53,12 @@ _NO_SETTINGS = (
 )  # fmt: skip
 _NO_SETTING_EITHER = ("project", "teacher_cache")
 
-# What must be the same for a resumed run to equal one that was never interrupted.
+# What must not change for a resumed run to equal one that was never interrupted.
 _FIXED = ("method", "max_steps", "stages", "settings", "teacher", "base_model", "projection_matrices", "cached_logits")
-_MAY_MOVE = ("teacher.name", "teacher.revision")  # the same weights by another name are the same teacher
-_FIXED_DATA = ("samples_per_step", "data")  # the same, where the batches that were trained on are skipped
+_MAY_MOVE = ("teacher.name", "teacher.revision")  # the same weights under another name are the same teacher
+_FIXED_DATA = ("samples_per_step", "data")  # must not change if the batches that were trained on are skipped
 
-# What a record must hold, and that of a whole checkpoint beside it; `[x]` is a list of x.
+# What every record must hold, and what that of a complete checkpoint must hold, too; `[x]` is a list of x.
 _FIELDS = {"method": str, "max_steps": int, "stages": [dict], "settings": dict, "data": dict}
 _FIELDS |= {"samples_per_step": int, "step": int}
 _CHECKPOINT_FIELDS = {"epoch": int, "batches": int, "files": dict}
@@ -67,7 +67,7 @@ _CHECKPOINT_FIELDS |= {"student_flops": float, "teacher_flops": float, "flop_rat
 
 _KINDS = {int: "whole number", float: "number", str: "string", list: "list", dict: "dictionary"}
 
-_short = reprlib.Repr()  # of what a damaged file may hold
+_short = reprlib.Repr()  # of values, for a damaged file may hold huge ones
 _short.maxlevel, _short.maxdict, _short.maxlist, _short.maxstring, _short.maxother = 6, 30, 30, 200, 200
 
 
@@ -78,7 +78,18 @@ def make_record(
     bank: ProjectionBank | None,
     **progress: Any,
 ) -> dict[str, Any]:
-    """What a run trains, as plain JSON values; `progress` is what it trains on, and what changes while it does."""
+    """Describe what a run trains, in plain JSON values.
+
+    Args:
+        args: of the run.
+        stages: with the resolved number of steps.
+        teacher: or None.
+        bank: or None.
+        progress: further entries: the data, and how far the run has come.
+
+    Returns:
+        The content of `curriculum.json`, without its format version.
+    """
     return {
         "method": args.method if args.stages is None else "stages",
         "max_steps": stages.max_steps,
@@ -101,7 +112,7 @@ def make_record(
 
 
 def _plain_settings(args: CurriculumDistillationConfig) -> dict[str, Any]:
-    """The arguments that tell a run from others but for its seed; what is no plain JSON value is left out."""
+    """The arguments that distinguish runs, other than seeds; those that are not plain JSON values are left out."""
     settings = {}
     for name, value in args.to_dict().items():
         if not name.startswith(_NO_SETTINGS) and name not in _NO_SETTING_EITHER:
@@ -111,15 +122,21 @@ def _plain_settings(args: CurriculumDistillationConfig) -> dict[str, Any]:
 
 
 def describe_data(args: CurriculumDistillationConfig, dataset: Any, seed: int) -> dict[str, Any]:
-    """What decides which examples a step gets, and what is drawn for them (masks, augmentation)."""
+    """Describe what decides which examples a step gets, and what is drawn for them (masks, augmentation).
+
+    Args:
+        args: of the run.
+        dataset: that it trains on.
+        seed: of the order.
+    """
     facts = {"num_examples": len(dataset) if has_length(dataset) else None, "seed": seed}
-    if isinstance(dataset, IterableDataset):  # each worker reads a part of it, and draws from a state of its own
+    if isinstance(dataset, IterableDataset):  # each worker reads a part of it and has a random state of its own
         return facts | {"dataloader_num_workers": args.dataloader_num_workers}
     return facts | {name: getattr(args, name) for name in ("train_sampling_strategy", "dataloader_drop_last")}
 
 
 def write_record(folder: str, record: Mapping[str, Any]) -> None:
-    """Write `curriculum.json` into a folder, whole or not at all."""
+    """Write `curriculum.json` into a folder, completely or not at all."""
     with replacing(os.path.join(folder, FILE_NAME)) as path, open(path, "w", encoding="utf-8") as file:
         json.dump({"format_version": FORMAT_VERSION, **record}, file, indent=2)
         file.write("\n")
@@ -128,9 +145,15 @@ def write_record(folder: str, record: Mapping[str, Any]) -> None:
 def read_record(folder: str) -> dict[str, Any]:
     """Read `curriculum.json` from a folder.
 
+    Args:
+        folder: of a student or a checkpoint.
+
+    Returns:
+        What [`make_record`] made and, in a complete checkpoint, the sizes of its `files`.
+
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, lacks something or is of another format.
+        ValueError: it is damaged or incomplete, or has another format version.
     """
     path = os.path.join(folder, FILE_NAME)
     if not os.path.isfile(path):
@@ -159,7 +182,7 @@ def _finite(text: str) -> float:
 
 
 def _check(value: Any, kind: Any, name: str = "the whole") -> None:
-    """Raise a `ValueError` that says what is wrong with a value, unless it is of a kind: see `_FIELDS`."""
+    """Raise a `ValueError` that says what is wrong with a value, unless it is of the kind: see `_FIELDS`."""
     expected = type(kind) if isinstance(kind, dict | list) else kind
     types = (int, float) if expected is float else expected
     if not isinstance(value, types) or isinstance(value, bool) or (expected is int and value < 0):
@@ -173,10 +196,16 @@ def _check(value: Any, kind: Any, name: str = "the whole") -> None:
 
 
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder: str, same_data: bool = True) -> None:
-    """Raise a `ValueError` that names what changed, from what to what, since a checkpoint was written.
+    """Check that a run may go on from a checkpoint.
 
     Args:
-        same_data: whether the order of the data is to go on, too.
+        saved: the checkpoint's record.
+        current: that of the run.
+        folder: of the checkpoint.
+        same_data: whether the order of the data has to be the same, too.
+
+    Raises:
+        ValueError: something changed since the checkpoint was written; says what, from what, to what.
     """
     changes = []
     for name in _FIXED + _FIXED_DATA * same_data:

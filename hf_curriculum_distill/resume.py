@@ -1,4 +1,4 @@
-"""Training that can be killed at any moment and goes on, to the bit, as if it had not been."""
+"""Training that can be killed at any moment: once resumed, it ends, to the bit, as if it had never been killed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_curriculum_distill.adapted import transformers_model
 from hf_curriculum_distill.batches import SeededBatches, SeededSampler, seed_batches
-from hf_curriculum_distill.checkpoints import (
-    check_writable,
-    find_last_checkpoint,
-    list_files,
-    read_whole,
-    remove_unfinished,
-)
+from hf_curriculum_distill.checkpoints import find_last_checkpoint, list_files, read_whole, remove_unfinished
+from hf_curriculum_distill.files import check_writable
 from hf_curriculum_distill.ledger import Ledger
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.randomness import RandomStream
@@ -66,9 +61,9 @@ class TrainingEvents(TrainerCallback):
 
 
 class ResumableTrainer(Trainer):
-    """The part of [`CurriculumDistillationTrainer`] that knows where a run is, writes it down, and goes on from there.
+    """The part of [`CurriculumDistillationTrainer`] that saves the whole state of a run and resumes from it.
 
-    Where no stages are declared it is `Trainer`.
+    Without stages it is `Trainer`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -78,8 +73,8 @@ class ResumableTrainer(Trainer):
         self.projection_bank: ProjectionBank | None = None
         self._stage_index: int | None = None
         self._ledger = Ledger()
-        self._base_fingerprint: str | None = None  # of what checkpoints leave out and whoever resumes brings again
-        self._checkpoint: str | None = None  # that this run goes on from
+        self._base_fingerprint: str | None = None  # of the weights that checkpoints leave out
+        self._checkpoint: str | None = None  # that this run resumes from
         self._resumed: dict[str, Any] | None = None  # its record
         self._loading = RandomStream()
         self._position = {"epoch": 0, "batches": 0}
@@ -112,11 +107,11 @@ class ResumableTrainer(Trainer):
         return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, *args: Any, **kwargs: Any):
-        """As `Trainer`; in training and evaluation a batch's random draws belong to it: see [`SeededBatches`]."""
+        """As `Trainer`, but what a batch draws at random depends on the batch alone: see [`SeededBatches`]."""
         if not self._declared_stages:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
         if isinstance(dataset, IterableDataset):
-            # a worker that stays would draw on from one epoch to the next, and no checkpoint knows how far it got
+            # a persistent worker goes on drawing from epoch to epoch, and no checkpoint knows how far it has come
             persistent, self.args.dataloader_persistent_workers = self.args.dataloader_persistent_workers, False
             try:
                 return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
@@ -128,7 +123,7 @@ class ResumableTrainer(Trainer):
 
         def seeded_sampler(_) -> Sampler | None:
             sampler = sampler_fn(dataset)
-            # Trainer asks for the class of the latter, which is seeded already
+            # Trainer looks for this class, whose order is seeded already
             keeps_its_class = sampler is None or isinstance(sampler, BatchRebalanceSampler)
             return sampler if keeps_its_class else SeededSampler(sampler, batches, self._data_seed)
 
@@ -244,7 +239,7 @@ class ResumableTrainer(Trainer):
                     "the checkpoints before this step are sound."
                 )
 
-    # ---- writing it down ----
+    # ---- checkpoints ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer`, with `projection_bank.safetensors` and `curriculum.json` beside the plain student."""
@@ -257,7 +252,11 @@ class ResumableTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """As `Trainer`. Where it fails, the checkpoint before it stays, and what was written is not resumed from."""
+        """As `Trainer`. If it fails, the checkpoint before stays, and what was written is not resumed from.
+
+        Raises:
+            OSError: the disk is full or broken; names the last complete checkpoint.
+        """
         if self._declared_stages:
             self._ledger.collect(self.accelerator, self._tr_loss)
         try:
@@ -305,16 +304,27 @@ class ResumableTrainer(Trainer):
             base_model=self._base_fingerprint,
         )
 
-    # ---- going on ----
+    # ---- resumption ----
 
     def _start_from(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | bool | None:
-        """The whole checkpoint to resume from; None: there is none yet, or none was asked for."""
+        """Find the checkpoint to resume from and read its record, before any time is spent.
+
+        Args:
+            resume_from_checkpoint: as for [`train`].
+
+        Returns:
+            The folder of a complete checkpoint; None or False to start from the beginning.
+
+        Raises:
+            OSError: `output_dir` cannot be written, or the checkpoint lacks files.
+            ValueError: the checkpoint is not complete.
+        """
         self._resumed = None
-        if transformers_model(self.model) is not self.model:  # checkpoints hold its adapters alone
+        if transformers_model(self.model) is not self.model:  # its checkpoints hold the adapters alone
             trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
             self._base_fingerprint = weights_fingerprint(self.model, leave_out=trained)
         if self.args.should_save:
-            check_writable(self.args.output_dir)
+            check_writable(self.args.output_dir, "output_dir", "checkpoints")
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
@@ -326,7 +336,7 @@ class ResumableTrainer(Trainer):
         return resume_from_checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """As `Trainer`, which leaves a weight as it is where its name in memory is another than in the file."""
+        """As `Trainer`, which would skip a weight that the file has under another name than the model."""
         with self._reading(resume_from_checkpoint):
             if (student := self._plain_student) is not None:
                 load_weights(student, resume_from_checkpoint)
@@ -334,7 +344,7 @@ class ResumableTrainer(Trainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """As `Trainer`, see [`_load_from_checkpoint`]."""
+        """As `Trainer`; for weights, see [`_load_from_checkpoint`]."""
         with self._reading(self.state.best_model_checkpoint, "loaded as the best model", "load"):
             if (student := self._plain_student) is not None:
                 load_weights(student, self.state.best_model_checkpoint)
@@ -343,7 +353,7 @@ class ResumableTrainer(Trainer):
 
     @property
     def _plain_student(self) -> PreTrainedModel | None:
-        """The student that `save_pretrained` wrote whole: no shards of FSDP or DeepSpeed, no adapters alone."""
+        """The student, if `save_pretrained` writes all of it: not for FSDP, DeepSpeed, or adapters."""
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         plain = isinstance(student, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         return student if self._declared_stages and plain else None
@@ -358,6 +368,7 @@ class ResumableTrainer(Trainer):
 
     @contextmanager
     def _reading(self, checkpoint: str | None, what="resumed from", then="resume from") -> Iterator[None]:
+        """Say of any error inside the block, as an `OSError`, that the checkpoint cannot be read."""
         try:
             yield
         except Exception as error:
@@ -369,7 +380,11 @@ class ResumableTrainer(Trainer):
             ) from error
 
     def _check_resumed(self) -> None:
-        """Whether the run is the one that wrote the checkpoint; takes over its bank."""
+        """Check that this run is the one that wrote the checkpoint, and take over the checkpoint's bank.
+
+        Raises:
+            ValueError: the run's settings, data or bank are not those that the checkpoint was written with.
+        """
         checkpoint, record = self._checkpoint, self._resumed
         check_resumable(record, self._record(), checkpoint, same_data=not self.args.ignore_data_skip)
         if self.args.should_save:

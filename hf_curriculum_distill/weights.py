@@ -1,4 +1,4 @@
-"""The weights of a saved model, put into one that is there already."""
+"""Load saved weights into an existing model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 @torch.no_grad()
 def load_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """Copy what `save_pretrained` wrote to a folder into a model's parameters and buffers, or change nothing.
+    """Copy the weights that `save_pretrained` wrote into a model's parameters and buffers, all of them or none.
 
-    Many families are saved under other names, or in another layout, than they have in memory (ViT, Mixtral ...), which
-    `load_state_dict` knows nothing about: transformers' own conversion, that of `from_pretrained`, does the way back.
+    Many families (ViT, Mixtral ...) are saved under other names, or in another layout, than they have in memory, and
+    `load_state_dict` does not know that. The conversion that `from_pretrained` uses does.
+
+    Args:
+        model: of the class and configuration that was saved.
+        folder: what `save_pretrained` wrote.
 
     Raises:
         FileNotFoundError: the folder has no weights.
         ValueError: a parameter or buffer of the model gets no value, or one of another shape.
     """
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
-    # The conversion puts new parameters in place of those that the optimizer knows, hence a copy, without any values.
+    # The conversion replaces parameters, but the optimizer knows these: so it converts into a copy without values.
     shell = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors.values()})
-    conversions = getattr(shell, "_weight_conversions", None)  # those that `save_pretrained` reverts
+    conversions = getattr(shell, "_weight_conversions", None)  # that `save_pretrained` reverses
     if conversions is None:
         conversions = get_model_conversion_mapping(shell)
     saved = _read_weights(os.fspath(folder))
@@ -39,8 +43,8 @@ def load_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     if info.mismatched_keys:
         name, there, expected = min(info.mismatched_keys)
         raise ValueError(f"size mismatch for {name}: {tuple(there)} in the file, {tuple(expected)} in the model")
-    found = {id(tensors[name]) for name in tensors.keys() - info.missing_keys}  # of tied tensors the file has one
-    unsaved = model._keys_to_ignore_on_save or ()  # constants, which the model makes itself
+    found = {id(tensors[name]) for name in tensors.keys() - info.missing_keys}  # the file has only one of tied tensors
+    unsaved = model._keys_to_ignore_on_save or ()  # constants that the model computes itself
     if lost := [n for n, t in tensors.items() if id(t) not in found and (t.requires_grad or n not in unsaved)]:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise ValueError(f"there is no value for {', '.join(lost[:3])}{more}")

@@ -11,7 +11,8 @@ import pytest
 from conftest import in_fork, tiny_bert
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
-from hf_curriculum_distill.checkpoints import check_writable, find_last_checkpoint, list_files, read_whole
+from hf_curriculum_distill.checkpoints import find_last_checkpoint, list_files, read_whole
+from hf_curriculum_distill.files import check_writable
 
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 
@@ -107,7 +108,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(run, tmp_pat
         if os.getuid() == 0:
             os.setuid(65534)  # root can write anywhere
         with pytest.raises(OSError, match=r"output_dir .*run cannot be written .*Permission denied"):
-            check_writable(str(folder))
+            check_writable(str(folder), "output_dir", "checkpoints")
 
     for parent in (tmp_path, *tmp_path.parents):
         if os.stat(parent).st_uid == os.getuid() and parent != Path("/"):

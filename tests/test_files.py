@@ -11,7 +11,7 @@ from conftest import in_fork
 from test_record import RECORD
 
 from hf_curriculum_distill import CurriculumDistillationTrainer, ProjectionBank
-from hf_curriculum_distill.files import replacing
+from hf_curriculum_distill.files import check_writable, replacing
 from hf_curriculum_distill.record import read_record, write_record
 from hf_curriculum_distill.store import RecordStore
 
@@ -114,3 +114,12 @@ def test_a_full_disk_leaves_the_file_before(tmp_path):
     assert (tmp_path / "projection_bank.safetensors").read_bytes() == before
     assert os.listdir(tmp_path) == ["projection_bank.safetensors"]
     assert torch.equal(ProjectionBank.from_pretrained(tmp_path).project(1, torch.zeros(4)), torch.zeros(3))
+
+
+def test_a_folder_is_made_and_left_empty_or_it_is_an_error_that_says_whose(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    check_writable(str(folder), "teacher_cache", "the teacher's targets")
+    assert list(folder.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"teacher_cache .*file cannot be written .*, and the teacher's targets go there"):
+        check_writable(str(tmp_path / "file"), "teacher_cache", "the teacher's targets")
