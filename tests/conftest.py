@@ -33,6 +33,11 @@ settings.load_profile("tests")
 collect_ignore = [] if find_spec("deepspeed") else ["zero.py"]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    torch.manual_seed(0)  # as pytest-randomly seeds Python and NumPy: a test draws the same whatever ran before it
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     return never_skipped((yield))
