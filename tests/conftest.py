@@ -24,13 +24,16 @@ if find_spec("deepspeed"):
     import deepspeed  # noqa: F401  accelerate imports it where it is installed: once here, not in every fork
 
 torch.set_num_threads(1)
-gc.freeze()  # every train() collects garbage, and what is imported never is
 atexit.register(gc.unfreeze)  # else Triton reports all that it finds in use at the end
 datasets.disable_progress_bars()
 settings.register_profile("tests", deadline=None, max_examples=40)
 settings.load_profile("tests")
 
 collect_ignore = [] if find_spec("deepspeed") else ["zero.py"]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # every train() collects garbage, and what is imported and collected never is
 
 
 @pytest.hookimpl(tryfirst=True)
