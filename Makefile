@@ -13,7 +13,7 @@ QUICKSTART := recipes/configs/bert_large/quickstart.yaml
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --ignore $(QUANTISED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore $(QUANTISED)
 
 test-all: test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quantised]"
