@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 from transformers import BertConfig, BertForMaskedLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_curriculum_distill import CurriculumDistillationConfig
 
@@ -38,7 +39,9 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    torch.manual_seed(0)  # as pytest-randomly seeds Python and NumPy: a test draws the same whatever ran before it
+    """A test starts alike whatever ran before it. pytest-randomly seeds Python and NumPy."""
+    torch.manual_seed(0)
+    unset_hf_deepspeed_config()  # one that an error left is there until the traceback is collected
 
 
 @pytest.hookimpl(wrapper=True)
