@@ -1,5 +1,5 @@
 # make distill   the whole pipeline on real text, in minutes on two CPU cores
-# make test      lint and tests, in a random order; `pytest -n 0 -p randomly --randomly-seed=N FILE` repeats that of seed N
+# make test      lint and tests, in a random order; `pytest --randomly-seed=N FILE` repeats it
 # make test-all  these, then the tests of packages that make every import slower, which are installed for them
 # All make their own environment in .venv first; nothing else is needed than Python 3.10 or newer and a package index.
 
