@@ -1,5 +1,5 @@
 # make distill   the whole pipeline on real text, in minutes on two CPU cores
-# make test      lint and tests
+# make test      lint and tests, in a random order; `pytest --randomly-seed=N FILE` repeats it
 # make test-all  these, then the tests of packages that make every import slower, which are installed for them
 # All make their own environment in .venv first; nothing else is needed than Python 3.10 or newer and a package index.
 
@@ -13,7 +13,7 @@ QUICKSTART := recipes/configs/bert_large/quickstart.yaml
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --ignore $(QUANTISED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore $(QUANTISED)
 
 test-all: test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quantised]"

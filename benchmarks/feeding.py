@@ -69,11 +69,11 @@ def main() -> None:
     print(f"\nmillions of tokens a second\n\n| | {' | '.join(f'blocks of {size}' for size in options.block_sizes)} |")
     print("|---" * (1 + len(options.block_sizes)) + "|")
     for num_workers in options.workers:
-        row = (f"{delivered[size, num_workers] / 1e6:.2f}" for size in options.block_sizes)
+        row = (f"{delivered[size, num_workers] / 1e6:.3g}" for size in options.block_sizes)
         print(f"| delivered, {num_workers} worker(s) | {' | '.join(row)} |")
     needs = [needed(size, options) for size in options.block_sizes]
     for stage in needs[0]:
-        print(f"| needed, {stage} | {' | '.join(f'{need[stage] / 1e6:.2f}' for need in needs)} |")
+        print(f"| needed, {stage} | {' | '.join(f'{need[stage] / 1e6:.3g}' for need in needs)} |")
 
 
 def write_blocks(folder: str, block_size: int, options: Options, tokenizer) -> Dataset:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 from transformers import BertConfig, BertForMaskedLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_curriculum_distill import CurriculumDistillationConfig
 
@@ -24,13 +25,23 @@ if find_spec("deepspeed"):
     import deepspeed  # noqa: F401  accelerate imports it where it is installed: once here, not in every fork
 
 torch.set_num_threads(1)
-gc.freeze()  # every train() collects garbage, and what is imported never is
 atexit.register(gc.unfreeze)  # else Triton reports all that it finds in use at the end
 datasets.disable_progress_bars()
 settings.register_profile("tests", deadline=None, max_examples=40)
 settings.load_profile("tests")
 
 collect_ignore = [] if find_spec("deepspeed") else ["zero.py"]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # every train() collects garbage, and what is imported and collected never is
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """A test starts alike whatever ran before it. pytest-randomly seeds Python and NumPy."""
+    torch.manual_seed(0)
+    unset_hf_deepspeed_config()  # one that an error left is there until the traceback is collected
 
 
 @pytest.hookimpl(wrapper=True)

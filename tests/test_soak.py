@@ -23,6 +23,13 @@ def growth(held, name):
     return [getattr(after, name) - getattr(before, name) for before, after in pairwise(held)]
 
 
+@pytest.fixture(autouse=True)
+def frozen_again():
+    yield
+    gc.collect()
+    gc.freeze()  # as conftest.py has done: `soak` leaves nothing frozen
+
+
 @pytest.fixture(scope="module")
 def stock_growth(tmp_path_factory):
     """How many objects more `transformers.Trainer` itself holds after a round: the loaders of evaluations, mostly."""

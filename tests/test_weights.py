@@ -1,5 +1,6 @@
 """Saved weights come back to the bit, whatever names and layout transformers saves them under, or not at all."""
 
+import copy
 import json
 import os
 
@@ -41,7 +42,7 @@ def make(name, seed):
         return build(name, seed)[0]
     model_class, config = RENAMED[name]
     torch.manual_seed(seed)
-    return model_class(config)
+    return model_class(copy.deepcopy(config))
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *RENAMED])

@@ -4,6 +4,7 @@ Run by test_distributed.py: torchrun --nproc_per_node N tests/two_processes.py F
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def main():
     balanced = {**EPOCHS, **SAVED, "train_sampling_strategy": "batch_rebalance"}
     run("balanced", data, **balanced)
     run("balanced resumed", data, checkpoint=folder / "balanced" / "checkpoint-3", **balanced)
+    processes.wait_for_everyone()
+    os._exit(0)  # see sharded.py
 
 
 def train(folder, batch, accumulation, data, checkpoint, teacher, **fields):

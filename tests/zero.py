@@ -6,11 +6,13 @@ SGD, because ZeRO counts Adam's steps for all parameters together: a block's fir
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import deepspeed
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 from two_processes import STAGES, bert, example
 
@@ -86,6 +88,8 @@ def main():
         train(folder / "accumulated", 2, 4, zero, **PLAIN)
         train(folder / "whole forward", batch, 1, zero, truncate=False, **PLAIN)
         train(folder / "resumed", batch, 1, zero, checkpoint=str(folder / "plain" / "checkpoint-3"), **PLAIN)
+    PartialState().wait_for_everyone()
+    os._exit(0)  # see sharded.py
 
 
 if __name__ == "__main__":
