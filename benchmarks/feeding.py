@@ -23,7 +23,7 @@ from stage_cost import machine
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, HfArgumentParser
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
-from hf_curriculum_distill.batches import seeded
+from hf_curriculum_distill.batches.seeding import seeded
 from hf_curriculum_distill.planning import PlanArguments, make_plan
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator
 

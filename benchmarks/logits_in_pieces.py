@@ -30,9 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, HfArgumentParser
 
-from hf_curriculum_distill.chunks import Losses, RowLogits, sum_over_chunks
 from hf_curriculum_distill.cost import flop_counter
-from hf_curriculum_distill.layers import PartialForward
+from hf_curriculum_distill.layers.chunks import Losses, RowLogits, sum_over_chunks
+from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.losses import kl_divergence
 
 # the entries of each family's vocabulary, and what recomputation may cost of a step to be worth its simplicity

@@ -33,7 +33,7 @@ from transformers import BertConfig, BertForMaskedLM, HfArgumentParser
 from transformers.utils import logging
 
 from hf_curriculum_distill import losses
-from hf_curriculum_distill.layers import PartialForward
+from hf_curriculum_distill.layers.forward import PartialForward
 
 WAYS = ("searched", "skipping", "re-wrapped", "static")
 

@@ -22,8 +22,8 @@ from transformers import HfArgumentParser
 
 from hf_curriculum_distill.files import write_files
 from hf_curriculum_distill.planning import RECIPE_OPTIONS, PlanArguments, PlannedConfig, format_plan, make_plan
-from hf_curriculum_distill.report import PLOT_FILE, format_summary, plot_comparison
-from hf_curriculum_distill.results import is_checkpoint, printable, read_results
+from hf_curriculum_distill.report.results import is_checkpoint, printable, read_results
+from hf_curriculum_distill.report.tables import PLOT_FILE, format_summary, plot_comparison
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
-from hf_curriculum_distill.batch import Batch
-from hf_curriculum_distill.cached import CachedTeacher
-from hf_curriculum_distill.chunks import RowLogits
+from hf_curriculum_distill.batches.batch import Batch
+from hf_curriculum_distill.batches.randomness import preserved_random_state
+from hf_curriculum_distill.layers.chunks import RowLogits
 from hf_curriculum_distill.objective import Objective
-from hf_curriculum_distill.randomness import preserved_random_state
 from hf_curriculum_distill.stages import Stage
-from hf_curriculum_distill.teachers import Teacher
+from hf_curriculum_distill.teachers.cached import CachedTeacher
+from hf_curriculum_distill.teachers.teacher import Teacher
 
 # torch counts fused attention on accelerators, but not on the CPU
 _CPU_ATTENTION = {

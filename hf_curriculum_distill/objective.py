@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from hf_curriculum_distill import losses
-from hf_curriculum_distill.batch import Batch
-from hf_curriculum_distill.chunks import RowLogits, sum_over_chunks
+from hf_curriculum_distill.batches.batch import Batch
+from hf_curriculum_distill.batches.positions import LABEL_POSITIONS
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.counting import LABEL_POSITIONS
-from hf_curriculum_distill.layers import PartialForward, auxiliary_loss, balances_experts
+from hf_curriculum_distill.layers.chunks import RowLogits, sum_over_chunks
+from hf_curriculum_distill.layers.forward import PartialForward
+from hf_curriculum_distill.layers.heads import auxiliary_loss, balances_experts
 from hf_curriculum_distill.stages import Stage
-from hf_curriculum_distill.teachers import Targets
+from hf_curriculum_distill.teachers.teacher import Targets
 
 
 @dataclass

@@ -14,22 +14,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, ProgressCallback, TrainerControl, TrainingArguments
 from transformers.utils import ModelOutput
 
-from hf_curriculum_distill.batch import Batch
-from hf_curriculum_distill.batches import seeded
-from hf_curriculum_distill.cached import CachedTeacher
-from hf_curriculum_distill.checks import (
-    check_batch,
-    naming_batch,
-)
+from hf_curriculum_distill.batches.batch import Batch
+from hf_curriculum_distill.batches.checks import check_batch, naming_batch
+from hf_curriculum_distill.batches.randomness import preserved_random_state
+from hf_curriculum_distill.batches.seeding import seeded
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import flop_rates, flop_units
-from hf_curriculum_distill.loading import TeacherModel
-from hf_curriculum_distill.preparing import PreparedTrainer
+from hf_curriculum_distill.preparing.trainer import PreparedTrainer
+from hf_curriculum_distill.preparing.trial import relative_error
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.randomness import preserved_random_state
 from hf_curriculum_distill.stages import Stage, num_frozen_layers
-from hf_curriculum_distill.teachers import Targets, Teacher
-from hf_curriculum_distill.trial import relative_error
+from hf_curriculum_distill.teachers.cached import CachedTeacher
+from hf_curriculum_distill.teachers.loading import TeacherModel
+from hf_curriculum_distill.teachers.teacher import Targets, Teacher
 
 if TYPE_CHECKING:
     import datasets

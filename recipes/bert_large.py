@@ -34,8 +34,8 @@ from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistil
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.options import ModelOptions
 from hf_curriculum_distill.planning import SIZES, find_config, find_size
-from hf_curriculum_distill.report import PLOT_FILE, format_table, plot_comparison
-from hf_curriculum_distill.runs import LABELS_ALONE, train_all, train_student
+from hf_curriculum_distill.report.runs import LABELS_ALONE, train_all, train_student
+from hf_curriculum_distill.report.tables import PLOT_FILE, format_table, plot_comparison
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
 
 logger = logging.getLogger("bert_large")

@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.options import ComparisonOptions
-from hf_curriculum_distill.runs import (
+from hf_curriculum_distill.report.runs import (
     check_kept_teacher,
     compare_methods,
     num_examples,

@@ -25,10 +25,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from two_processes import STAGES, bert, example
 
 from hf_curriculum_distill import ProjectionBank, Stage, losses
+from hf_curriculum_distill.batches.positions import count, counted_rows, position_weights
 from hf_curriculum_distill.cost import count_flops
-from hf_curriculum_distill.counting import count, counted_rows, position_weights
-from hf_curriculum_distill.layers import PartialForward
-from hf_curriculum_distill.teachers import Teacher
+from hf_curriculum_distill.layers.forward import PartialForward
+from hf_curriculum_distill.teachers.teacher import Teacher
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, STEPS_A_STAGE = 16, 2

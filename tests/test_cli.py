@@ -8,12 +8,12 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from test_report import cells, finished_run, several_methods
+from report.test_tables import cells, finished_run, several_methods
 
 from hf_curriculum_distill.cli import main, parse_arguments
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.report import format_summary
-from hf_curriculum_distill.results import write_results
+from hf_curriculum_distill.report.results import write_results
+from hf_curriculum_distill.report.tables import format_summary
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+from hf_curriculum_distill.batches.randomness import preserved_random_state
 from hf_curriculum_distill.cost import count_flops
-from hf_curriculum_distill.randomness import preserved_random_state
 
 LAYERS, HIDDEN, WIDE, VOCABULARY, BATCH, LENGTH = 2, 64, 256, 100, 2, 32
 

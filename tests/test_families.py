@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from architectures import ARCHITECTURES, VOCAB_SIZE, build
 from conftest import assert_same_weights, weights
-from test_layers import blocks_of, same_randomness
+from layers.test_forward import blocks_of, same_randomness
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 

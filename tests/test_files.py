@@ -8,12 +8,12 @@ import stat
 import pytest
 import torch
 from conftest import in_fork
-from test_record import RECORD
+from resuming.test_record import RECORD
 
 from hf_curriculum_distill import CurriculumDistillationTrainer, ProjectionBank
 from hf_curriculum_distill.files import check_writable, replacing
-from hf_curriculum_distill.record import read_record, write_record
-from hf_curriculum_distill.store import RecordStore
+from hf_curriculum_distill.resuming.record import read_record, write_record
+from hf_curriculum_distill.teachers.records import RecordStore
 
 
 def test_a_file_is_what_was_written_and_nothing_else_is_left(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from conftest import masked_lm_examples
 from hypothesis import given
 from hypothesis import strategies as st
-from test_chunks import TERMS, assert_same_training
+from layers.test_chunks import TERMS, assert_same_training
 from test_trainer import train
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -10,8 +10,8 @@ from test_trainer import step_logs, task_data, train
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
-from hf_curriculum_distill.adapted import stored_tensors
-from hf_curriculum_distill.teachers import weights_fingerprint
+from hf_curriculum_distill.layers.adapted import stored_tensors
+from hf_curriculum_distill.layers.weights import weights_fingerprint
 
 
 def _torchao(name):

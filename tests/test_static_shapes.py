@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForMaskedLM, TrainerCallback
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
-from hf_curriculum_distill.counting import LABEL_POSITIONS, counted_rows, with_label_positions
+from hf_curriculum_distill.batches.positions import LABEL_POSITIONS, counted_rows, with_label_positions
 from hf_curriculum_distill.tasks.pcfg import LETTER_IDS, pcfg_tokenizer
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once
 

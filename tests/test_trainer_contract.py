@@ -25,7 +25,7 @@ from transformers.trainer_callback import ExportableState
 
 import hf_curriculum_distill as library
 from hf_curriculum_distill import CurriculumDistillationTrainer
-from hf_curriculum_distill.resume import TrainingEvents
+from hf_curriculum_distill.resuming.events import TrainingEvents
 
 # Methods of Trainer that the library overrides, and the parameters that they have in every supported release.
 OVERRIDDEN = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from hf_curriculum_distill.checks import check_launch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.options import ModelOptions
+from hf_curriculum_distill.preparing.checks import check_launch
 
 TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification")
 # Options of the recipes that change nothing in a plan. The recipes are no part of the package, so the list is

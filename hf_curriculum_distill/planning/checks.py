@@ -18,15 +18,15 @@ from transformers.utils import (
 )
 from transformers.utils import logging as hf_logging
 
-from hf_curriculum_distill.checks import check_cache, check_stages
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.loading import check_teacher, load_teacher
 from hf_curriculum_distill.planning.arguments import PlanArguments
 from hf_curriculum_distill.planning.dry_run import DryRun
 from hf_curriculum_distill.planning.models import find_size, find_teachers, num_positions
+from hf_curriculum_distill.preparing.checks import check_cache, check_stages
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.stages import Stage, StageScheduler, matched_pairs, parse_layer_pairs
-from hf_curriculum_distill.teachers import check_schedule, schedule_ends
+from hf_curriculum_distill.teachers.checkpoints import check_schedule, schedule_ends
+from hf_curriculum_distill.teachers.loading import check_teacher, load_teacher
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "spm", "merges", "tekken", "bpe")
 

@@ -15,17 +15,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, masking_utils
 
-from hf_curriculum_distill.batch import BatchReader
-from hf_curriculum_distill.chunks import cut_rows
+from hf_curriculum_distill.batches.batch import BatchReader
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import stage_flops
-from hf_curriculum_distill.counting import num_classes
-from hf_curriculum_distill.layers import PartialForward
+from hf_curriculum_distill.layers.chunks import cut_rows
+from hf_curriculum_distill.layers.forward import PartialForward
+from hf_curriculum_distill.layers.heads import num_classes
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.planning.memory import PeakMemory
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.stages import Stage
-from hf_curriculum_distill.teachers import Targets, Teacher
+from hf_curriculum_distill.teachers.teacher import Targets, Teacher
 
 
 @contextmanager

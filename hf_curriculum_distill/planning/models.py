@@ -14,12 +14,13 @@ from transformers import AutoConfig, BertConfig, PreTrainedConfig, PreTrainedMod
 from transformers.initialization import no_init_weights
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.counting import predicts_next_token
-from hf_curriculum_distill.layers import PartialForward
-from hf_curriculum_distill.online import OnlineTeacher
+from hf_curriculum_distill.layers.forward import PartialForward
+from hf_curriculum_distill.layers.heads import predicts_next_token
 from hf_curriculum_distill.planning.arguments import PlanArguments
 from hf_curriculum_distill.planning.dry_run import DryRun
-from hf_curriculum_distill.teachers import Teacher, find_checkpoints
+from hf_curriculum_distill.teachers.checkpoints import find_checkpoints
+from hf_curriculum_distill.teachers.online import OnlineTeacher
+from hf_curriculum_distill.teachers.teacher import Teacher
 
 SIZES = {"bert-large": (24, 1024), "bert-large-narrow": (24, 512), "bert-base": (12, 768)}
 

@@ -21,7 +21,7 @@ from hf_curriculum_distill.planning.costs import RunCosts, add_up
 from hf_curriculum_distill.planning.models import build_models, find_size, find_teachers
 from hf_curriculum_distill.planning.optimizer import OptimizerMemory
 from hf_curriculum_distill.planning.rate import find_rate
-from hf_curriculum_distill.results import printable
+from hf_curriculum_distill.report.results import printable
 from hf_curriculum_distill.stages import Stage, StageScheduler, matched_pairs
 
 

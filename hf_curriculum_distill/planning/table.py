@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_curriculum_distill.planning.plan import Plan
-from hf_curriculum_distill.report import align
+from hf_curriculum_distill.report.tables import align
 
 
 def format_plan(plan: Plan) -> str:

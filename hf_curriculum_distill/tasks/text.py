@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, default_data_collator
 
-from hf_curriculum_distill.randomness import preserved_random_state
+from hf_curriculum_distill.batches.randomness import preserved_random_state
 
 
 def pack_blocks(

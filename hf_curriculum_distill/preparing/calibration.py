@@ -1,0 +1,63 @@
+"""What is made and measured before the first step: the projection bank, and samples of the training data."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from hf_curriculum_distill.batches.batch import Batch, BatchReader
+from hf_curriculum_distill.batches.checks import check_batch, naming_batch
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.projections import ProjectionBank
+from hf_curriculum_distill.stages import LayerPair
+
+
+def make_bank(
+    pairs: Sequence[LayerPair], student_dim: int, teacher_dim: int, args: CurriculumDistillationConfig
+) -> ProjectionBank:
+    """A bank of one matrix `[student_dim, teacher_dim]` for each pair, as `args` say."""
+    return ProjectionBank.create(
+        pairs,
+        [student_dim] * len(pairs),
+        [teacher_dim] * len(pairs),
+        kind=args.projection,
+        seed=args.projection_seed,
+        shared=args.shared_projection,
+    )
+
+
+def bank_settings(args: CurriculumDistillationConfig) -> tuple[Any, ...]:
+    """The arguments that a bank, measured, depends on."""
+    drawn = args.projection, args.projection_seed, args.shared_projection
+    return *drawn, args.standardize_targets, args.calibration_samples, args.hidden_positions, args.layer_stack
+
+
+def sample(data: Any, number: int, generator: random.Random | Any = random) -> list[Any]:
+    """`number` examples at random, or all; of a stream the first."""
+    if not hasattr(data, "__len__"):
+        return list(itertools.islice(data, number))
+    return [data[index] for index in generator.sample(range(len(data)), min(number, len(data)))]
+
+
+def checked(
+    loader: Iterable[Any], read: BatchReader, to_device: Callable[[Any], Any], needs_logits: bool
+) -> Iterator[Batch]:
+    """The batches of the calibration sample, which are checked before they leave host memory.
+
+    Raises:
+        ValueError: a batch cannot be used, or no label counts although a stage needs logits.
+    """
+    labelled = []
+    with naming_batch("the calibration sample"):
+        for inputs in loader:
+            check_batch(read.student.model, inputs, read.reads_labels)
+            if read.reads_labels and "labels" in inputs:
+                labelled.append(bool((inputs["labels"] != -100).any()))
+            yield read(to_device(inputs))
+    if labelled and not any(labelled) and needs_logits:
+        raise ValueError(
+            "In the whole calibration sample no label counts (all are -100), so the stages that match logits or "
+            "labels would learn nothing. Check the collator; layer stages alone need none."
+        )

@@ -1,0 +1,159 @@
+"""Checks that find what cannot work before it is tried: launches, stages, data sets, weights, batches."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.layers.forward import PartialForward
+from hf_curriculum_distill.layers.heads import (
+    is_ctc,
+    num_classes,
+)
+from hf_curriculum_distill.stages import Stage, num_frozen_layers
+
+
+def check_launch(
+    args: CurriculumDistillationConfig, compute_loss_func: Callable | None, shards_parameters: bool = False
+) -> None:
+    """Raise a `ValueError` for Trainer's arguments with which losses would be wrong."""
+    if args.logit_chunk_size and shards_parameters:
+        raise ValueError(
+            f"logit_chunk_size is {args.logit_chunk_size}, but FSDP and DeepSpeed need all logits at once; leave it "
+            "out, or launch with DDP."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would run as nn.DataParallel, which this trainer doesn't support; "
+            "launch one process a GPU with `accelerate launch` or `torchrun`."
+        )
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old and the new name
+        if (getattr(args, name, None) or {}).get("use_reentrant"):
+            raise ValueError(
+                f"{name} has use_reentrant=True, with which blocks run outside of the graph that hidden states are "
+                "taken from: layer stages get wrong gradients or none. Use use_reentrant=False, the default."
+            )
+    if compute_loss_func is not None:
+        raise ValueError(
+            "compute_loss_func was given together with teacher_model or stages, and both define the loss; leave "
+            "compute_loss_func out."
+        )
+    if args.label_names is not None and "labels" not in args.label_names:
+        raise ValueError(
+            f"label_names is {args.label_names}, but losses are computed from 'labels'; rename the column, or leave "
+            "label_names out."
+        )
+
+
+def check_stages(
+    stages: Sequence[Stage], args: CurriculumDistillationConfig, student: PartialForward, deepspeed: bool
+) -> None:
+    """Raise a `ValueError` for stages that the method, the student or the launch cannot train.
+
+    Args:
+        deepspeed: whether the launch uses DeepSpeed.
+    """
+    _check_trained(stages, args, student)
+    _check_logit_stages(stages, student.model)
+    if args.method == "online" and args.standardize_targets and any(stage.hidden for stage in stages):
+        raise ValueError(
+            "stages match hidden states of an online teacher, and standardize_targets would measure them before it "
+            "has learnt anything; set standardize_targets=False."
+        )
+    if deepspeed and args.weight_decay and not all(stage.needs_logits for stage in stages):
+        raise ValueError(
+            f"weight_decay is {args.weight_decay}, but DeepSpeed takes missing gradients for zeros and would shrink "
+            "the blocks that a layer stage leaves out; set weight_decay=0, or launch with DDP or FSDP2."
+        )
+
+
+def _check_trained(stages: Sequence[Stage], args: CurriculumDistillationConfig, student: PartialForward) -> None:
+    idle = []
+    for index, stage in enumerate(stages):
+        frozen = num_frozen_layers(stages, index, args.train_prefix, args.freeze_matched_layers)
+        layer = student.depth if stage.needs_logits else max(stage.student_layers)
+        trained = student.model.parameters() if stage.needs_logits else student.parameters_before(layer, frozen)
+        if not any(parameter.requires_grad for parameter in trained):
+            idle.append((stage, layer))
+    if not idle:
+        return
+    names, highest = ", ".join(repr(stage.name) for stage, _ in idle), max(layer for _, layer in idle)
+    kept = [list(pair) for pair in dict.fromkeys(p for s in stages for p in s.hidden) if pair[0] > highest]
+    raise ValueError(
+        f"{names} would train nothing: all parameters of the student that the loss reaches, up to block {highest}, "
+        "have requires_grad=False; unfreeze some of them"
+        + (f", or match higher layers only, with layer_map={kept}." if kept else ".")
+    )
+
+
+def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
+    logit_stages = [stage.name for stage in stages if stage.needs_logits]
+    if logit_stages and type(model).__name__ in MODEL_MAPPING_NAMES.values():
+        raise ValueError(
+            f"{type(model).__name__} has no head, but stage {logit_stages[0]!r} needs logits; load the student with "
+            "the AutoModelFor class of its task, or match hidden states only, with explicit `stages`."
+        )
+    if not is_ctc(model):
+        return
+    if labelled := [stage.name for stage in stages if stage.label_weight]:
+        raise ValueError(
+            f"Stage {labelled[0]!r} learns from labels, but the transcripts of {type(model).__name__} belong to no "
+            "frame; leave out label weights: the divergence is taken over all frames that are not padding."
+        )
+    if not hasattr(model, "_get_feat_extract_output_lengths") and logit_stages:
+        raise ValueError(
+            f"{type(model).__name__} doesn't say how many frames it makes of a recording, so that those of padding "
+            "can't be left out of the divergence; match hidden states only, with explicit `stages`."
+        )
+
+
+def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, model: nn.Module) -> None:
+    """Raise a `ValueError` if no targets can be cached, or the divergence needs more than the cache keeps."""
+    if args.teacher_cache is None:
+        return
+    if not any(stage.needs_teacher for stage in stages):
+        raise ValueError("teacher_cache was given, but no stage needs the teacher; leave it out.")
+    k, classes = args.teacher_cache_logits, num_classes(model)
+    whole = k is None or (classes is not None and k >= classes)
+    if args.divergence != "forward_kl" and not whole and any(stage.kl_weight for stage in stages):
+        raise ValueError(
+            f"divergence is {args.divergence!r}, but of {classes} classes teacher_cache keeps {k} and the rest as one, "
+            "which only 'forward_kl' can be computed from; use that, or teacher_cache_logits=None, which keeps all."
+        )
+
+
+def make_cache_folder(args: CurriculumDistillationConfig) -> None:
+    """Create the folder of `args.teacher_cache`; raise an `OSError` if it cannot be written."""
+    if args.teacher_cache is None:
+        return
+    try:
+        os.makedirs(args.teacher_cache, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.teacher_cache).close()
+    except OSError as error:
+        raise OSError(
+            f"teacher_cache {args.teacher_cache} cannot be written ({error}); give a folder that can."
+        ) from error
+
+
+def check_training_data(data: Any, args: CurriculumDistillationConfig) -> None:
+    """Raise a `ValueError` for a data set that cannot be trained on."""
+    if not hasattr(data, "__len__"):
+        if args.max_steps <= 0:
+            raise ValueError(
+                "max_steps is not set and train_dataset has no length, so where stages end is unknown; set max_steps."
+            )
+        return
+    if len(data) == 0:
+        raise ValueError("train_dataset is empty; there is nothing to train on.")
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(data) < batch:
+        raise ValueError(
+            f"train_dataset has {len(data)} examples, fewer than a batch of all processes ({batch}), and "
+            "dataloader_drop_last leaves them out; set it to False or lower the batch size."
+        )

@@ -1,0 +1,263 @@
+"""What a training is made of before its first step: stages, projection bank, objective, cache."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import random
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from hf_curriculum_distill.batches.batch import Batch, BatchReader
+from hf_curriculum_distill.batches.checks import naming_batch
+from hf_curriculum_distill.batches.positions import with_label_positions
+from hf_curriculum_distill.batches.randomness import preserved_random_state
+from hf_curriculum_distill.layers.adapted import transformers_model
+from hf_curriculum_distill.layers.forward import PartialForward
+from hf_curriculum_distill.objective import Objective
+from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, sample
+from hf_curriculum_distill.preparing.checks import (
+    check_cache,
+    check_launch,
+    check_stages,
+    check_training_data,
+    make_cache_folder,
+)
+from hf_curriculum_distill.preparing.trial import try_out
+from hf_curriculum_distill.projections import ProjectionBank
+from hf_curriculum_distill.resuming.trainer import ResumableTrainer
+from hf_curriculum_distill.schedules import restarted_schedule
+from hf_curriculum_distill.stages import matched_pairs, parse_layer_pairs
+from hf_curriculum_distill.teachers.cached import CachedTeacher
+from hf_curriculum_distill.teachers.comparison import StudentComparison
+from hf_curriculum_distill.teachers.loading import TeacherModel, check_teacher, prepare_teacher
+from hf_curriculum_distill.teachers.target_store import TargetStore
+
+logger = logging.getLogger(__name__)
+
+
+class PreparedTrainer(ResumableTrainer):
+    """The part of [`CurriculumDistillationTrainer`] that prepares a training, from its arguments, models and data.
+
+    What depends on arguments is fixed anew at every [`train`]: they may have been changed since the trainer was made.
+    """
+
+    def _prepare(self, teacher_model: TeacherModel | None, projection_bank: ProjectionBank | None) -> None:
+        """The end of the constructor: load the teacher, and check that everything fits together."""
+        # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
+        self.model_accepts_loss_kwargs = True
+        if self.args.label_names is None and "labels" in self.label_names:
+            self.label_names = ["labels"]  # evaluations need those, whatever other labels a forward may take
+        self._given_bank = projection_bank
+        self._bank_made_of: tuple | None = None
+        check_launch(self.args, self.compute_loss_func)  # before weights are read
+        self._student = PartialForward(self.model, self.args.layer_stack)
+        if teacher_model is not None:
+            self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)
+        self._comparison = StudentComparison(self.teacher, self.accelerator)
+        self._who_teaches = self._describe_teacher()
+        self._resolve()
+        if self.train_dataset is not None:
+            check_training_data(self.train_dataset, self.args)
+            self._plan(self._forecast_steps())
+            logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
+
+    def set_initial_training_values(self, args, dataloader):
+        """As `Trainer`. All of a training that depends on arguments, which may have been set since, begins here."""
+        values = super().set_initial_training_values(args, dataloader)
+        if self._declared_stages:
+            self._resolve()
+            self._plan(values[-1])
+            if self._resumed is not None:
+                self._check_resumed()
+            if self.projection_bank is not None and not self.projection_bank.frozen:
+                self._calibrate()
+            self._prepare_teacher()  # with the bank of a checkpoint, if there is one
+            self._cached_teacher = self._open_cache()
+        return values
+
+    def _resolve(self) -> None:
+        """Fix the stages and what they need for the arguments and the student of now.
+
+        Raises:
+            ValueError: they do not fit together, or ask for another teacher than the trainer was made with.
+        """
+        args = self.args
+        args.check()
+        check_launch(args, self.compute_loss_func, self._shards_parameters)
+        if (now := self._describe_teacher()) != self._who_teaches:
+            raise ValueError(
+                f"The arguments ask for {now} since the trainer was made, which was {self._who_teaches}: another "
+                "teacher. Make a new trainer."
+            )
+        student = self._core
+        if student is not self._student.model or args.layer_stack != self._student.stack:
+            if self.teacher is not None:
+                check_teacher(student, self.teacher.model, self.processing_class)
+            self._student.remove()
+            self._student = PartialForward(student, args.layer_stack)
+        teacher = self.teacher and self.teacher.partial_forward
+        self._declared_stages = args.resolve_stages(self._student.depth, teacher and teacher.depth)
+        check_stages(self._declared_stages, args, self._student, self.is_deepspeed_enabled)
+        check_cache(self._declared_stages, args, student)
+        make_cache_folder(args)
+        self.projection_bank = self._make_bank()
+        # whether any loss needs the labels, if only to know which rows count
+        self._reads_labels = any(stage.needs_logits for stage in self._declared_stages) or args.method == "online"
+        self._reads_labels |= args.hidden_positions == "labels" or args.layer_stack == "decoder"
+        self._use_student(self._student)
+        self._prepare_teacher()
+
+    def _make_bank(self) -> ProjectionBank | None:
+        """The given bank, the one of a training before where it is still the right one, or a new one."""
+        given, pairs = self._given_bank, parse_layer_pairs(matched_pairs(self._declared_stages))
+        if not pairs:
+            if given is not None:
+                raise ValueError("projection_bank was given, but no stage matches hidden states; leave it out.")
+            self._bank_made_of = None
+            return None
+        if not isinstance(given, ProjectionBank | None):
+            raise ValueError(
+                f"projection_bank is a {type(given).__name__}; pass a ProjectionBank, which "
+                "ProjectionBank.from_pretrained reads from a folder."
+            )
+        self._student.check_training(self.args.freeze_matched_layers or self.args.train_prefix == "block")
+        dims = self._student.hidden_size, self.teacher.partial_forward.hidden_size
+        before, self._bank_made_of = self._bank_made_of, (pairs, dims, bank_settings(self.args))
+        if given is None and before == self._bank_made_of:
+            return self.projection_bank
+        bank = make_bank(pairs, *dims, self.args) if given is None else given
+        bank.check_fits(pairs, *dims, self.teacher.identity["fingerprint"])
+        return bank.to(self.args.device)
+
+    def _use_student(self, student: PartialForward) -> None:
+        self._student, teacher = student, self.teacher and self.teacher.partial_forward
+        self._objective = Objective(student, self.args)
+        self._read = BatchReader(
+            student, teacher, self.args, self.label_names, self._reads_labels, self._shards_parameters
+        )
+
+    def _prepare_teacher(self) -> None:
+        if self.teacher is not None:
+            self.teacher.prepare(self.projection_bank, self.args.truncate, self.accelerator.autocast)
+
+    @property
+    def _core(self) -> PreTrainedModel:
+        """The student without what wraps it."""
+        return transformers_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+    def _describe_teacher(self) -> str:
+        args = self.args
+        kind = {"progressive": f"checkpoints by teacher_schedule={args.teacher_schedule}", "online": "online"}
+        kind = kind.get(args.method, "one frozen teacher")
+        return f"{kind}, with teacher_dtype={args.teacher_dtype} and layer_stack={args.layer_stack!r}"
+
+    def _forecast_steps(self) -> int:
+        """The number of optimizer steps, as far as it is known before there is a data loader."""
+        args = self.args
+        if args.max_steps >= 0:
+            return args.max_steps
+        samples = len(self.train_dataset) / (self._train_batch_size * args.world_size)
+        batches = max(1, math.floor(samples) if args.dataloader_drop_last else math.ceil(samples))
+        return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+    def _plan(self, max_steps: int) -> None:
+        self.stage_scheduler = self.args.schedule(self._declared_stages, max_steps)
+        if self.teacher is not None:
+            self.teacher.plan(max_steps)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As `Trainer`; with `restart_schedule_per_stage`, one warm-up and decay in each stage."""
+        if self._declared_stages and self.args.restart_schedule_per_stage and self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            factor = restarted_schedule(
+                self.stage_scheduler,
+                self.args.lr_scheduler_type,
+                optimizer.defaults["lr"],
+                self.args.stage_warmup_ratio,
+                self.args.lr_scheduler_kwargs or {},
+            )
+            self.lr_scheduler = LambdaLR(optimizer, factor)
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _try_out(self, batch: Batch) -> None:
+        """Before the first step: whether two examples give every output that a later stage needs."""
+        core = self._core
+        if self._student.model is not core:  # accelerate has wrapped or replaced it
+            self._use_student(PartialForward(core, self.args.layer_stack))
+        with preserved_random_state(), naming_batch(self._describe_step()):
+            try_out(self._objective, self.teacher, self._read, batch, self.stages)
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        """As `Trainer`; where each example gets equally many labels, a training batch says where they are."""
+        collator = super()._get_collator_with_removed_columns(data_collator, description)
+        if self._declared_stages and description == "Training" and getattr(data_collator, "fixed_count", False):
+            return functools.partial(with_label_positions, collator)
+        return collator
+
+    @property
+    def _shards_parameters(self) -> bool:
+        # processes gather them wherever a module runs, so that all must run the head equally often
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _release_models(self) -> None:
+        self._student.remove()
+        if self.teacher is not None:
+            self.teacher.partial_forward.remove()
+
+    def _calibrate(self) -> None:
+        """Measure the bank on a seeded sample of the training data: the same on every process and every launch."""
+        args, bank = self.args, self.projection_bank
+        if not args.standardize_targets:
+            bank.freeze()
+            return
+        number, needs_logits = int(args.calibration_samples), any(stage.needs_logits for stage in self.stages)
+        logger.info("Calibrating %d projections on %d examples", len(bank.layer_pairs), number)
+        self.teacher.advance(None)
+        with preserved_random_state(args.projection_seed):
+            loader = self._load(sample(self.train_dataset, number), "calibration")
+            self.teacher.fit(bank, checked(loader, self._read, self._prepare_inputs, needs_logits))
+        for tensor in bank.tensors().values():
+            broadcast(tensor)
+
+    def _open_cache(self) -> CachedTeacher | None:
+        """The teacher with the cache of `args.teacher_cache`, which forecasts its costs from a sample of the data."""
+        args, data = self.args, self.train_dataset
+        if args.teacher_cache is None:
+            return None
+        cached = CachedTeacher(self.teacher, TargetStore(self.teacher, self.projection_bank, args), self.stages)
+        step = 0 if self._resumed is None else self._resumed["step"]
+        if not hasattr(data, "__len__") or step >= self.stage_scheduler.max_steps:
+            return cached
+        examples = sample(data, int(args.calibration_samples), random.Random(self._data_seed))
+        loads = []
+        for draw in range(2):  # what depends on chance differs between them
+            with preserved_random_state(self._data_seed + draw):
+                loads.append(list(self._load(examples, "forecast")))
+        spans = [
+            (max(0, end - max(begin, step)) * self._num_examples_per_step / len(data), stage)
+            for stage, (begin, end) in zip(self.stages, self.stage_scheduler.spans, strict=True)
+        ]
+        with naming_batch("the cache's forecast"):
+            batches = [[self._read(self._prepare_inputs(inputs)) for inputs in load] for load in loads]
+            cached.forecast(*batches, len(data), spans, self.is_world_process_zero())
+        return cached
+
+    def _load(self, examples: list[Any], description: str) -> DataLoader:
+        collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        return DataLoader(examples, self.args.train_batch_size, collate_fn=collator)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.teacher is not None:
+            teacher_inputs = inspect.signature(self.teacher.model.forward).parameters
+            self._signature_columns += [name for name in teacher_inputs if name not in self._signature_columns]

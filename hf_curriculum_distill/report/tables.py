@@ -1,0 +1,217 @@
+"""Tables and plots of finished runs."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain, cycle, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_curriculum_distill.files import write_files
+from hf_curriculum_distill.report.curves import average, read_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLOT_FILE = "comparison.png"
+
+_COLUMNS = {
+    "method": ("method", str),
+    "eval_accuracy": ("accuracy", "{:.4f}".format),
+    "eval_agreement": ("agreement", "{:.4f}".format),
+    "eval_kl": ("KL", "{:.4f}".format),
+    "samples": ("samples", "{:,}".format),
+    "flops": ("FLOPs", "{:.2e}".format),
+    "seconds": ("seconds", "{:.0f}".format),
+}
+_AXIS_LABELS = {
+    "eval_accuracy": "held-out accuracy",
+    "eval_agreement": "held-out agreement with the teacher",
+    "eval_kl": "held-out KL from the teacher (nats)",
+    "eval_loss": "held-out loss",
+}
+_BASELINE_LOOK = ("-", "0.25")
+_LOOKS = tuple(product(("-", "--", ":"), ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")))
+
+
+def format_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """A table with a line for each trained model.
+
+    Args:
+        results: objects of `results.json`, or parts of them. Accuracy and agreement are shares of the labels that
+            count, KL is in nats, and FLOPs are those of student and teacher.
+    """
+    rows = [[title for title, _ in _COLUMNS.values()]]
+    for result in results:
+        values = dict(result)
+        if "student_flops" in values:
+            values["flops"] = values["student_flops"] + values["teacher_flops"]
+        rows.append([show(values[name]) if name in values else "-" for name, (_, show) in _COLUMNS.items()])
+    return align(rows)
+
+
+def format_summary(
+    results: Sequence[Mapping[str, Any]],
+    metric: str = "eval_accuracy",
+    threshold: float | None = None,
+    baseline: str = "one_shot",
+) -> str:
+    """A table with a line for each method: where its finite runs ended, and at which cost they reached the threshold.
+
+    A run reaches the threshold at the first evaluation that is at least as good (for a loss or KL: at most as high).
+    The cost is the median over runs; that of a run that never gets there is infinite. A run that learns nothing has an
+    accuracy (or another share) of 0 already, so 0 is no threshold.
+
+    Args:
+        results: objects of `results.json`: see [`read_results`].
+        metric: what is compared.
+        threshold: the value to reach; by default the worst at which a run of the baseline ended (without baseline: any
+            run), which each of these reaches.
+        baseline: the method whose cost is divided by that of each method.
+
+    Raises:
+        ValueError: a run was not evaluated by this metric, or its files are damaged, or the threshold is not finite.
+    """
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"threshold is {threshold}; give a finite value of {metric}.")
+    methods, lower = read_curves(results, metric), metric.endswith(("loss", "kl"))
+    judges = methods.get(baseline) or list(chain(*methods.values()))
+    level = f"{threshold}"
+    if threshold is None and judges:
+        threshold = (max if lower else min)(curve.values[-1] for curve in judges)
+        whose = baseline if methods.get(baseline) else "all methods"
+        level = f"{threshold:.4g} (the {'highest' if lower else 'lowest'} final value of {whose})"
+    is_share = not lower and all((curve.values >= 0).all() for curve in chain(*methods.values()))
+    races = bool(judges) and not (is_share and threshold <= 0)
+    if races:
+        to_reach = f"to reach {level}: median over runs, if more than half of them do"
+    else:
+        to_reach = (
+            f"nothing to reach: {level} takes no learning; give a threshold above 0" if judges else "no run is finite"
+        )
+    heading = [
+        f"{metric} at the end: mean ± sample standard deviation over runs; FLOPs of student and teacher",
+        to_reach,
+    ]
+    rows = [["method", "runs", metric, "samples", "FLOPs", "reach", "samples to reach", "FLOPs to reach"]]
+    if races and methods.get(baseline):
+        heading[1] += f"; ratio: cost of {baseline} / of the method"
+        rows[0] += ["samples ratio", "FLOPs ratio"]
+    threshold = threshold if races else (-np.inf if lower else np.inf)
+    reached = {m: [c.cost_to_reach(threshold, lower) for c in curves] for m, curves in methods.items()}
+    medians = {m: np.median(costs or [[np.inf, np.inf]], axis=0) for m, costs in reached.items()}
+    num_runs = Counter(result["method"] for result in results)
+    for method, curves in methods.items():
+        num_finite, total = len(curves), num_runs[method]
+        row = [method, f"{total}" if num_finite == total else f"{num_finite} of {total} finite"]
+        if curves:
+            finals = [curve.values[-1] for curve in curves]
+            deviation = f" ± {np.std(finals, ddof=1):.4f}" if num_finite > 1 else ""
+            num_reached = int(np.isfinite(reached[method]).all(1).sum())
+            row += [f"{np.mean(finals):.4f}{deviation}", *_show_cost(np.mean([c.costs[-1] for c in curves], axis=0))]
+            if races:
+                row += [f"{num_reached}/{num_finite}", *(_show_cost(medians[method]) if num_reached else ["never"] * 2)]
+            both = [medians[baseline], medians[method]] if methods.get(baseline) else [np.inf]
+            # what is reached before the first step costs nothing, and has no ratio
+            if np.isfinite(both).all() and np.all(medians[method]):
+                row += [f"{ratio:.2f}" for ratio in medians[baseline] / medians[method]]
+        rows.append(row + ["-"] * (len(rows[0]) - len(row)))
+    return "\n".join([*heading, "", align(rows)])
+
+
+def _show_cost(cost: np.ndarray) -> list[str]:
+    return [f"{cost[0]:,.0f}", f"{cost[1]:.2e}"] if np.isfinite(cost).all() else ["-", "-"]
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, the first as a heading; the first column is flush left, all others flush right.
+
+    >>> print(align([["method", "steps"], ["one_shot", "8"]]))
+    method    steps
+    ---------------
+    one_shot      8
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for first, *others in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plot_comparison(
+    results: Sequence[Mapping[str, Any]],
+    path: str,
+    title: str | None = None,
+    metric: str = "eval_accuracy",
+    baseline: str = "one_shot",
+) -> Figure:
+    """The metric against samples and against FLOPs (student and teacher), as PNG at `path` and as SVG beside it.
+
+    A line is the mean of a method's finite runs, the band goes from their lowest to their highest value, and a strip
+    on top shows the layer stages. Needs matplotlib.
+
+    Args:
+        results: objects of `results.json`: see [`read_results`].
+        path: of the PNG.
+        title: above the plots.
+        metric: what is drawn.
+        baseline: the method that is drawn in grey.
+
+    Raises:
+        ValueError: no run is finite, one was not evaluated by this metric, or its files are damaged.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    methods = {method: curves for method, curves in read_curves(results, metric).items() if curves}
+    if not methods:
+        raise ValueError("No run is finite, so there is nothing to plot.")
+    figure = Figure(figsize=(10, 4.8), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for index, axis in enumerate(axes):
+        first, last = np.transpose([curves[0].costs[[0, -1], index] for curves in methods.values()])
+        left = first.min() / 1.3 if last.max() > 10 * last.min() else 0.0
+        looks = cycle(_LOOKS)
+        strip = 1.01  # bottom of the next one, in heights of the axis
+        for method, curves in methods.items():
+            style, color = _BASELINE_LOOK if method == baseline else next(looks)
+            costs, values = average(curves)
+            x, label = costs[:, index], method if len(curves) == 1 else f"{method} ({len(curves)} runs)"
+            label = (" " if label.startswith("_") else "") + label.replace("$", r"\$")  # neither hidden nor a formula
+            dots = {"marker": "o", "markersize": 3} if len(x) <= 40 else {}
+            axis.plot(x, values.mean(0), style, color=color, label=label, **dots)
+            if len(curves) > 1:
+                axis.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+            stages = [np.maximum(stage[:, index], left) for stage in curves[0].layer_stages]
+            for number, stage in enumerate(stages):
+                shade = {"facecolor": color, "alpha": (0.3, 0.55)[number % 2], "clip_on": False}
+                axis.axvspan(*stage, strip, strip + 0.025, **shade)
+            if stages:
+                text = {"transform": axis.get_xaxis_transform(), "va": "center", "color": color, "size": "small"}
+                axis.text(stages[-1][1], strip + 0.0125, "  layer stages", **text)
+                strip += 0.04
+        if left:
+            axis.set(xscale="log", xlim=(left, None))
+        elif index:
+            axis.ticklabel_format(axis="x", useMathText=True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.9")
+    axes[0].set(xlabel="training examples", ylabel=_AXIS_LABELS.get(metric, metric))
+    axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes[1].set(xlabel="floating-point operations, student and teacher")
+    handles, labels = axes[0].get_legend_handles_labels()
+    # a line of the legend has room for about 120 letters
+    labels = [label if len(label) <= 100 else f"{label[:97]}..." for label in labels]
+    num_columns = max(1, min(4, len(labels), 120 // (max(map(len, labels)) + 10)))
+    note = "mean and range over runs" if any(len(curves) > 1 for curves in methods.values()) else None
+    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, title=note)
+    figure.suptitle(title)
+    contents = {}
+    for suffix in (".png", ".svg"):
+        figure.savefig(drawn := io.BytesIO(), format=suffix[1:])
+        contents[str(Path(path).with_suffix(suffix))] = drawn.getvalue()
+    write_files(contents)
+    return figure

@@ -1,0 +1,39 @@
+"""Where a training is, told by the events of [`~transformers.TrainerCallback`]."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback
+
+from hf_curriculum_distill.batches.seeding import seed_batches
+
+if TYPE_CHECKING:
+    from hf_curriculum_distill.resuming.trainer import ResumableTrainer
+
+
+class TrainingEvents(TrainerCallback):
+    """Tells a [`ResumableTrainer`] where its training is.
+
+    It is the last of the callbacks: the others have said by then what they want logged, evaluated and saved, and
+    whether training goes on.
+
+    Args:
+        trainer: whose training it is.
+    """
+
+    def __init__(self, trainer: ResumableTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._begin_training()
+
+    def on_epoch_begin(self, args, state, control, *, train_dataloader, **kwargs):
+        seed_batches(train_dataloader, self._trainer._begin_epoch())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._trainer._end_step(control)
+
+    def on_epoch_end(self, args, state, control, *, train_dataloader, **kwargs):
+        seed_batches(train_dataloader, None)
+        self._trainer._end_epoch(control)

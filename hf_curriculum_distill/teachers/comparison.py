@@ -1,0 +1,120 @@
+"""How a student compares with the labels and with its teacher, over a whole evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from hf_curriculum_distill.batches.batch import Batch
+from hf_curriculum_distill.batches.checks import label_loss_mismatch
+from hf_curriculum_distill.layers.heads import is_ctc
+from hf_curriculum_distill.stages import Stage
+from hf_curriculum_distill.teachers.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+class StudentComparison:
+    """Adds up accuracy and, given a teacher, agreement and divergence over the batches of an evaluation.
+
+    Args:
+        teacher: whose logits the student's are compared with; None for accuracy alone.
+        accelerator: gathers what the processes found.
+    """
+
+    def __init__(self, teacher: Teacher | None, accelerator: Accelerator):
+        self._teacher, self._accelerator = teacher, accelerator
+        self._metric = TeacherComparison()
+        self._knows_rows: bool | None = None  # whether labels are those of the rows of the logits; None: not seen yet
+
+    def start(self) -> None:
+        """Begin an evaluation."""
+        self._metric = TeacherComparison()
+
+    def update(self, batch: Batch, outputs: Any, tolerance: float) -> None:
+        """Add a batch.
+
+        Args:
+            batch: with whole logits.
+            outputs: the student's, with its own loss.
+            tolerance: the relative error that the precision of the computation allows.
+        """
+        if self._knows_rows is None:
+            mismatch = label_loss_mismatch(batch, outputs, tolerance)
+            self._knows_rows = mismatch is None
+            if mismatch:
+                logger.warning("%s Evaluations have no accuracy, agreement and divergence.", mismatch)
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
+        if logits is None or not self._knows_rows or not ("labels" in batch.inputs or is_ctc(batch.model)):
+            return
+        logits, teacher_logits = logits.flatten(0, -2), None
+        rows = torch.arange(len(logits), device=logits.device) if batch.rows is None else batch.rows
+        examples = rows // (len(logits) // len(batch))
+        if self._teacher is not None:
+            self._teacher.advance(None)
+            _, teacher_logits = self._teacher.forward(batch.with_rows(rows), Stage(kl_weight=1.0))
+        self._metric.update(self._accelerator, logits[rows], teacher_logits, batch.labels, examples, len(batch))
+
+    def compute(self, prefix: str) -> dict[str, float]:
+        """The metrics of the evaluation, by their names after `prefix`."""
+        return {f"{prefix}_{name}": value for name, value in self._metric.compute().items()}
+
+
+class TeacherComparison:
+    """Adds up an evaluation's batches.
+
+    Over the counted rows of logits, `accuracy` is the share where the student's likeliest class is the label,
+    `agreement` the share where it is the teacher's likeliest class, and `kl` the mean KL(teacher || student) at
+    temperature 1, in nats.
+    """
+
+    def __init__(self):
+        self._sums: Tensor | None = None
+
+    def update(
+        self,
+        accelerator: Accelerator,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        examples: Tensor,
+        batch_size: int,
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            accelerator: gathers the batch from all processes, without the examples that a distributed sampler repeats
+                to fill the last batch.
+            student_logits: `[rows, classes]`, of the rows that count.
+            teacher_logits: the same of the teacher; None where there is no teacher.
+            labels: `[rows]`, class numbers; None where rows have none.
+            examples: `[rows]`, the number of the example in the batch that each row belongs to.
+            batch_size: the number of examples.
+        """
+        choices = student_logits.argmax(-1)
+        columns = {"rows": torch.ones_like(choices)}
+        if labels is not None:
+            columns["accuracy"] = choices == labels
+        if teacher_logits is not None:
+            teacher = F.log_softmax(teacher_logits.float(), -1)
+            student = F.log_softmax(student_logits.float(), -1)
+            kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+            columns |= {"agreement": choices == teacher_logits.argmax(-1), "kl": kl}
+        self._names = list(columns)
+        rows = torch.stack([column.float() for column in columns.values()], 1)
+        per_example = rows.new_zeros(batch_size, rows.shape[1]).index_add_(0, examples, rows)
+        sums = accelerator.gather_for_metrics(per_example).cpu().double().sum(0)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def compute(self) -> dict[str, float]:
+        """The means over all batches so far; empty before the first."""
+        if self._sums is None:
+            return {}
+        rows, *sums = self._sums.tolist()
+        return {name: total / max(1.0, rows) for name, total in zip(self._names[1:], sums, strict=True)}

@@ -1,0 +1,239 @@
+"""What is said before it is tried: the labels' loss against the model's own, stages that train nothing, batches."""
+
+import logging
+
+import pytest
+import torch
+from conftest import masked_lm_examples, tiny_bert
+from torch.utils.data import default_collate
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+    YolosConfig,
+    YolosForObjectDetection,
+)
+
+from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill.batches.batch import BatchReader
+from hf_curriculum_distill.batches.checks import label_loss_mismatch
+from hf_curriculum_distill.layers.forward import PartialForward
+
+HIDDEN = [{"hidden": [[1, 2], [2, 4]]}]
+
+
+class Shifted(BertForMaskedLM):
+    """Its own loss compares position `i` with label `i + 1`, which nothing but the loss says."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        outputs = super().forward(input_ids, attention_mask=attention_mask)
+        if labels is not None:
+            logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            outputs["loss"] = torch.nn.functional.cross_entropy(logits, labels)
+        return outputs
+
+
+class WholeSequence(BertForMaskedLM):
+    """Its logits depend on how many positions the head sees."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        outputs = super().forward(input_ids, attention_mask=attention_mask)
+        outputs["logits"] = outputs.logits - outputs.logits.mean((0, 1))
+        return outputs
+
+
+def models(model_class, **config):
+    return tiny_bert(2, seed=1, model_class=model_class, **config), tiny_bert(4, seed=2, model_class=model_class)
+
+
+def read(model, inputs):
+    return BatchReader(PartialForward(model), None, None)(inputs)
+
+
+def test_the_loss_of_the_rows_that_count_is_the_models_own_and_otherwise_both_numbers_are_said():
+    batch = default_collate(masked_lm_examples(8))
+    model = tiny_bert(2).eval()
+    assert label_loss_mismatch(read(model, batch), model(**batch), 1e-4) is None
+    shifted = tiny_bert(2, model_class=Shifted).eval()
+    outputs = shifted(**batch)
+    ours = model(**batch).loss  # the same weights
+    said = label_loss_mismatch(read(shifted, batch), outputs, 1e-4)
+    assert f"The loss of Shifted on a batch is {outputs.loss:.6g}" in said
+    assert f"the labels that count is {ours:.6g}" in said
+
+
+@pytest.mark.parametrize("scale", [1, 1 + 1e-3, 1 - 1e-3, 2])
+def test_a_loss_is_the_models_own_iff_it_is_within_rounding(scale):
+    batch, model = default_collate(masked_lm_examples(8)), tiny_bert(2).eval()
+    outputs = model(**batch)
+    outputs["loss"] = outputs.loss * scale
+    assert (label_loss_mismatch(read(model, batch), outputs, 1e-4) is None) == (scale == 1)
+    assert (label_loss_mismatch(read(model, batch), outputs, 2**-6) is None) == (scale != 2)
+
+
+@pytest.mark.parametrize("fields", [{"method": "one_shot"}, {"method": "labels"}, {}], ids=str)
+def test_labels_that_mean_something_else_are_refused_before_the_first_step(config, examples, fields):
+    student, teacher = models(Shifted)
+    trainer = CurriculumDistillationTrainer(student, config(**fields), train_dataset=examples, teacher_model=teacher)
+    with pytest.raises(ValueError, match=r"The loss of Shifted on a batch is .* but the cross-entropy .*Match hidden"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_where_only_hidden_states_are_matched_evaluations_warn_once_and_leave_the_comparison_out(
+    config, examples, caplog
+):
+    student, teacher = models(Shifted)
+    args = config(stages=HIDDEN, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer = CurriculumDistillationTrainer(
+        student, args, train_dataset=examples, eval_dataset=examples[:8], teacher_model=teacher
+    )
+    with caplog.at_level(logging.WARNING, "hf_curriculum_distill"):
+        trainer.train()
+    assert [r.message.startswith("The loss of Shifted") for r in caplog.records].count(True) == 1
+    metrics = trainer.evaluate()
+    batch = default_collate(examples[:8])
+    assert metrics["eval_loss"] == pytest.approx(student(**batch).loss.item(), rel=1e-5)
+    assert not {"eval_accuracy", "eval_agreement", "eval_kl"} & metrics.keys()
+
+
+def test_a_head_that_sees_more_than_its_row_is_refused_before_the_first_step(config, examples):
+    student, teacher = models(WholeSequence)
+    examples = [{name: value for name, value in example.items() if name != "labels"} | {} for example in examples]
+    data = [example | {"labels": torch.where(torch.arange(12) % 3 == 0, 7, -100)} for example in examples]
+    trainer = CurriculumDistillationTrainer(
+        student, config(method="one_shot"), train_dataset=data, teacher_model=teacher
+    )
+    with pytest.raises(ValueError, match="The logits of WholeSequence for the rows that count alone are others"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"method": "one_shot"}, {"layer_order": "last"}], ids=str)
+def test_a_student_without_logits_is_refused_at_construction(config, examples, fields):
+    student, teacher = models(BertModel)
+    data = [{"input_ids": example["input_ids"]} for example in examples]
+    with pytest.raises(ValueError, match=r"BertModel has no head.* 'kl'.*AutoModelFor"):
+        CurriculumDistillationTrainer(student, config(**fields), train_dataset=data, teacher_model=teacher)
+    trainer = CurriculumDistillationTrainer(
+        student, config(stages=HIDDEN, max_steps=2), train_dataset=data, teacher_model=teacher
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_head_without_logits_is_refused_before_the_first_step(config):
+    def vit(depth):
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": 16}
+        return ViTForMaskedImageModeling(ViTConfig(num_hidden_layers=depth, patch_size=8, encoder_stride=8, **sizes))
+
+    data = [{"pixel_values": torch.randn(3, 16, 16), "bool_masked_pos": torch.tensor([True, False, True, False])}] * 8
+    trainer = CurriculumDistillationTrainer(vit(2), config(), train_dataset=data, teacher_model=vit(4))
+    with pytest.raises(ValueError, match="ViTForMaskedImageModeling returns no logits"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_labels_of_any_kind_are_nobodys_business_where_no_loss_reads_them(config):
+    def yolos(depth):
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": [16, 16]}
+        return YolosForObjectDetection(
+            YolosConfig(num_hidden_layers=depth, patch_size=8, num_detection_tokens=3, **sizes)
+        )
+
+    def collate(examples):
+        return {n: [e[n] for e in examples] if n == "labels" else torch.stack([e[n] for e in examples]) for n in keys}
+
+    box = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    keys = ("pixel_values", "labels")
+    data = [{"pixel_values": torch.randn(3, 16, 16), "labels": box} for _ in range(8)]
+    arguments = {"train_dataset": data, "data_collator": collate, "teacher_model": yolos(4)}
+    trainer = CurriculumDistillationTrainer(yolos(2), config(stages=HIDDEN, max_steps=2), **arguments)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    trainer = CurriculumDistillationTrainer(yolos(2), config(), **arguments)
+    with pytest.raises(ValueError, match="labels are a list; class numbers of shape"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+# ---- stages that train nothing ----
+
+
+def frozen(student, blocks):
+    student.bert.embeddings.requires_grad_(False)
+    for block in student.bert.encoder.layer[:blocks]:
+        block.requires_grad_(False)
+    return student
+
+
+@pytest.mark.parametrize(
+    "blocks, fields, named",
+    [
+        (1, {}, r"'layer 1' .* up to block 1, .*with layer_map=\[\[2, 4\]\]"),
+        (2, {}, r"'layer 1', 'layer 2' .* up to block 2, .*unfreeze some of them\."),
+        (2, {"layer_order": "last"}, r"'layer 2'"),
+        (1, {"stages": [{"hidden": [[0, 0]], "until": 2}, {"kl_weight": 1.0}]}, r"'layer 0' .* up to block 0"),
+    ],
+)
+def test_stages_that_would_train_nothing_are_named_with_the_mend(
+    config, student, teacher, examples, blocks, fields, named
+):
+    with pytest.raises(ValueError, match=named):
+        CurriculumDistillationTrainer(
+            frozen(student, blocks), config(**fields), train_dataset=examples, teacher_model=teacher
+        )
+
+
+def test_a_student_all_frozen_trains_in_no_stage(config, student, teacher, examples):
+    args = config(method="one_shot")
+    with pytest.raises(ValueError, match="'kl' would train nothing"):
+        CurriculumDistillationTrainer(
+            student.requires_grad_(False), args, train_dataset=examples, teacher_model=teacher
+        )
+
+
+def test_the_mend_trains_and_one_free_parameter_is_enough(config, student, teacher, examples):
+    args = config(layer_map=[[2, 4]], max_steps=4)
+    CurriculumDistillationTrainer(frozen(student, 1), args, train_dataset=examples, teacher_model=teacher).train()
+    student.bert.embeddings.LayerNorm.bias.requires_grad_(True)
+    CurriculumDistillationTrainer(student, config(max_steps=4), train_dataset=examples, teacher_model=teacher).train()
+
+
+def test_a_block_that_a_stage_freezes_itself_does_not_count(config, student, teacher, examples):
+    student.bert.encoder.layer[1].requires_grad_(False)  # with train_prefix="block" the only one of the second stage
+    with pytest.raises(ValueError, match="'layer 2' would train nothing"):
+        CurriculumDistillationTrainer(
+            student, config(train_prefix="block"), train_dataset=examples, teacher_model=teacher
+        )
+    CurriculumDistillationTrainer(student, config(), train_dataset=examples, teacher_model=teacher)
+
+
+# ---- too few steps ----
+
+
+@pytest.mark.parametrize("layers, max_steps, fraction, needed", [(3, 4, 0.5, 6), (12, 10, 0.5, 24), (1, 2, 0.9, 6)])
+def test_too_few_steps_for_the_layer_stages_are_said_in_the_users_words(
+    config, examples, layers, max_steps, fraction, needed
+):
+    student, teacher = tiny_bert(layers), tiny_bert(layers, seed=1)
+    fields = {"layer_stage_fraction": fraction, "num_layer_stages": layers}
+    with pytest.raises(
+        ValueError, match=rf"^{layers} layer stages in .* % of {max_steps} steps.*max_steps >= {needed};"
+    ):
+        CurriculumDistillationTrainer(
+            student, config(max_steps=max_steps, **fields), train_dataset=examples, teacher_model=teacher
+        )
+    CurriculumDistillationTrainer(
+        student, config(max_steps=needed, **fields), train_dataset=examples, teacher_model=teacher
+    )
+
+
+def test_a_classifiers_own_loss_is_the_one_of_its_examples(config, examples):
+    kind = {"model_class": BertForSequenceClassification, "num_labels": 3}
+    data = [example | {"labels": torch.tensor(index % 3)} for index, example in enumerate(examples)]
+    student, teacher = tiny_bert(2, seed=1, **kind), tiny_bert(4, seed=2, **kind)
+    args = config(method="one_shot", label_loss_weight=1.0, max_steps=1)
+    CurriculumDistillationTrainer(student, args, train_dataset=data, teacher_model=teacher).train()

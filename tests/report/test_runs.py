@@ -1,0 +1,210 @@
+"""Which runs a comparison consists of, and what each leaves in `results.json`."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import assert_same_weights, weights
+from transformers import TrainerCallback, set_seed
+
+from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill.report.runs import plan_runs, train_student
+from hf_curriculum_distill.tasks.parity import ParityMLPConfig, ParityMLPForSequenceClassification, SparseParity, stack
+
+# ---- the plan ----
+
+
+def test_every_method_has_a_run_for_each_seed_in_a_folder_of_its_own(config):
+    args = config("all", learning_rate=0.25, max_steps=100)
+    variants = {"last layer": {"layer_order": "last", "max_steps": 50}, "one_shot": {"temperature": 2.0}}
+    runs = plan_runs(args, ["curriculum", "last layer", "one_shot"], variants, seeds=[3, 5])
+    assert list(runs) == ["curriculum", "last layer", "one_shot"]
+    for method, folder in (("curriculum", "curriculum"), ("last layer", "last_layer"), ("one_shot", "one_shot")):
+        assert [run.seed for run in runs[method]] == [3, 5]
+        assert [run.output_dir for run in runs[method]] == [
+            os.path.join(args.output_dir, folder, f"seed-{seed}") for seed in (3, 5)
+        ]
+    chosen = {name: (run.method, run.layer_order, run.max_steps, run.temperature) for name, (run, _) in runs.items()}
+    assert chosen == {
+        "curriculum": ("curriculum", "sequential", 100, 1.0),
+        "last layer": ("curriculum", "last", 50, 1.0),
+        "one_shot": ("one_shot", "sequential", 100, 2.0),
+    }
+    folders = [run.output_dir for seeds in runs.values() for run in seeds]
+    assert len(set(folders)) == 6
+
+
+def test_a_run_has_the_shared_arguments_but_for_what_its_variant_changes(config):
+    args = config("all", lr_scheduler_type="cosine", warmup_steps=3, logging_steps=0.1, eval_steps=5, seed=9)
+    before = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+    (run,) = plan_runs(args, ["slow"], {"slow": {"learning_rate": 1e-5, "method": "online"}})["slow"]
+    differing = {n for n, value in before.items() if getattr(run, n) != value and n not in ("distributed_state",)}
+    assert differing - {"logging_dir", "deepspeed_plugin"} == {"method", "learning_rate", "output_dir"}
+    assert (run.method, run.learning_rate, run.seed) == ("online", 1e-5, 9)
+    assert {name: getattr(args, name) for name in before} == before
+
+
+def test_a_variant_without_changes_is_its_method_and_a_name_twice_is_one_run(config):
+    runs = plan_runs(
+        config(), ["labels", "labels", "online"], {"labels": {}, "online": None, "unused": {"max_steps": 1}}
+    )
+    assert {method: [run.method for run in seeds] for method, seeds in runs.items()} == {
+        "labels": ["labels"],
+        "online": ["online"],
+    }
+
+
+@pytest.mark.parametrize(
+    "methods, variants, message",
+    [
+        (["two_shot"], {}, r"methods names 'two_shot'; use curriculum, one_shot, progressive, online, labels, or desc"),
+        (["lst"], {"last": {}}, r"methods names 'lst'; use last, curriculum"),
+        (["a"], {"a": {"learning_rat": 1.0}}, r"variants.a sets 'learning_rat', .* did you mean learning_rate\?"),
+        (["labels"], {"a": {"hiden_weight": 1.0}}, r"variants.a sets 'hiden_weight', .* did you mean hidden_weight\?"),
+        (["a"], {"a": {"seed": 1}}, r"variants.a sets 'seed', which is no training argument"),
+        (["a b", "a_b"], {"a b": {}, "a_b": {}}, "methods are a b, a_b; two of these would share a folder"),
+        (["a"], {"a": {"qqqqq": 1.0}}, r"variants.a sets 'qqqqq', which is no training argument\."),
+        (["a"], {"a": {"method": "curiculum"}}, r"method is 'curiculum'; use one of 'curriculum'"),
+        (["a"], {"a": {"temperature": -1.0}}, r"temperature is -1.0"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(config, methods, variants, message):
+    with pytest.raises(ValueError, match=message):
+        plan_runs(config(), methods, variants)
+
+
+@pytest.mark.parametrize("field", ["seed", "output_dir"])
+def test_a_variant_cannot_set_what_the_plan_sets(config, field):
+    with pytest.raises((ValueError, TypeError), match=field):
+        plan_runs(config(), ["a"], {"a": {field: 3}}, seeds=[0])
+
+
+# ---- one run ----
+
+KEYS = ["method", "seed", "path", "eval_loss", "eval_accuracy", "eval_agreement", "eval_kl", "samples", "steps"]
+KEYS += ["student_flops", "teacher_flops", "seconds", "finite"]
+
+
+def mlp(width, seed):
+    set_seed(seed)
+    return ParityMLPForSequenceClassification(ParityMLPConfig(input_size=10, hidden_size=width))
+
+
+@pytest.fixture
+def make(config):
+    def make(folder="run", teacher=True, callbacks=(), **fields):
+        defaults = {"optim": "sgd", "learning_rate": 0.1, "remove_unused_columns": False, "seed": 4}
+        return CurriculumDistillationTrainer(
+            mlp(8, 1),
+            config(folder, **defaults | fields),
+            train_dataset=SparseParity(400, 10, [0, 3], seed=1),
+            eval_dataset=SparseParity(32, 10, [0, 3], seed=2),
+            data_collator=stack,
+            teacher_model=mlp(32, 2) if teacher else None,
+            callbacks=list(callbacks),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["curriculum", "one_shot", "online", "labels"])
+def test_a_finished_run_is_its_metrics_and_its_cost(make, method):
+    trainer = make(method=method, gradient_accumulation_steps=2)
+    result = train_student(trainer, "some name")
+    assert list(result) == KEYS
+    assert json.loads(json.dumps(result)) == result
+    assert (result["method"], result["seed"], result["path"]) == ("some name", 4, trainer.args.output_dir)
+    assert (result["steps"], result["samples"], result["finite"]) == (8, 64, True)
+    metrics = trainer.evaluate()
+    assert all(result[name] == metrics[name] for name in KEYS[3:7])
+    last = [log for log in trainer.state.log_history if "student_flops" in log][-1]
+    assert last["step"] == 8
+    assert (result["student_flops"], result["teacher_flops"]) == (last["student_flops"], last["teacher_flops"])
+    assert result["seconds"] > 0
+    assert {"model.safetensors", "config.json", "curriculum.json", "trainer_state.json"} <= set(
+        os.listdir(result["path"])
+    )
+    saved = ParityMLPForSequenceClassification.from_pretrained(result["path"])
+    assert_same_weights(weights(saved), weights(trainer.model))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logging_steps": 1},
+        {"logging_steps": 100},
+        {"logging_steps": 100, "eval_strategy": "steps", "eval_steps": 2},
+        {"logging_steps": 1, "max_steps": 1},  # every loss was finite, and the last step broke the weights
+    ],
+    ids=["found by a log", "found at the end", "found by an evaluation", "found by the last evaluation"],
+)
+def test_a_run_that_is_not_finite_is_said_to_be_and_has_no_metrics(make, fields):
+    trainer = make(method="one_shot", learning_rate=1e30, max_grad_norm=0.0, **fields)
+    result = train_student(trainer, "one_shot")
+    assert list(result) == ["method", "seed", "path", "finite", "error"]
+    assert result["finite"] is False
+    assert "is nan" in result["error"] or "is inf" in result["error"]
+    assert not os.path.exists(os.path.join(trainer.args.output_dir, "model.safetensors"))
+
+
+class Counted(TrainerCallback):
+    """The steps that a run trained."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+@pytest.fixture
+def train(make):
+    """Train in a folder; returns the result, the weights and the steps that were trained."""
+
+    def train(folder, resume=None):
+        counted = Counted()
+        saved = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "cosine"}
+        trainer = make(folder, callbacks=[counted], resume_from_checkpoint=resume, **saved)
+        result = train_student(trainer, "curriculum")
+        same = ("eval_loss", "eval_kl", "steps", "samples", "student_flops", "teacher_flops", "finite")
+        return {name: result[name] for name in same}, weights(trainer.model), counted.steps
+
+    return train
+
+
+def test_a_run_resumes_from_a_folder_or_its_own_last_checkpoint_or_starts(config, train):
+    result, expected, _ = train("whole")
+    folder = config("whole").output_dir
+    shutil.copytree(folder, config("stopped").output_dir, ignore=lambda *_: ["checkpoint-6", "checkpoint-8"])
+    for name, resume, steps in (
+        ("fresh", "last", range(8)),
+        ("plain", None, range(8)),
+        ("stopped", "last", range(3, 8)),
+        ("elsewhere", os.path.join(folder, "checkpoint-6"), range(6, 8)),
+    ):
+        actual = train(name, resume)
+        assert actual[2] == list(steps), name
+        assert actual[0] == result, name
+        assert_same_weights(actual[1], expected)
+
+
+def test_a_finished_run_that_is_resumed_trains_no_more(train):
+    result, expected, _ = train("whole")
+    actual = train("whole", "last")
+    assert actual[2] == []
+    assert actual[0] == result
+    assert_same_weights(actual[1], expected)
+
+
+def test_a_subclass_of_the_configuration_stays_one(tmp_path):
+    @dataclasses.dataclass
+    class Own(CurriculumDistillationConfig):
+        extra: int = 3
+
+    args = Own(str(tmp_path), use_cpu=True, report_to="none")
+    (run,) = plan_runs(args, ["a"], {"a": {"extra": 5}})["a"]
+    assert type(run) is Own and run.extra == 5 and args.extra == 3
+    assert torch.device("cpu") == run.device
