@@ -7,8 +7,9 @@ SKIPS = "import pytest\ndef test_anything(): pytest.skip('for no_such_package')\
 
 @pytest.mark.parametrize("text", [LACKS_PACKAGE, SKIPS], ids=["module", "test"])
 def test_what_is_skipped_has_failed_in_ci(tmp_path, monkeypatch, capsys, text):
-    (tmp_path / "test_it.py").write_text(text)
-    options = ["-rs", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(tmp_path / "test_it.py")]
+    file = tmp_path / f"{tmp_path.name}.py"  # a name of its own: Python imports one once
+    file.write_text(text)
+    options = ["-rs", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(file)]
     passed = {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}
     for ci in ("", "true"):
         monkeypatch.setenv("CI", ci)
