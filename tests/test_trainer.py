@@ -456,7 +456,7 @@ def test_booked_operations_are_those_of_a_real_step(
 
     class Counting(CurriculumDistillationTrainer):
         def training_step(self, *args):
-            self._enter_stage(args[1])  # the first batch of a stage is measured once more
+            self._enter_stage(self._read(args[1]))  # the first batch of a stage is measured once more
             with FlopCounterMode(display=False) as counter:
                 loss = super().training_step(*args)
             spent.append(counter.get_total_flops())
