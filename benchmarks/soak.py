@@ -5,7 +5,7 @@
 
 A round is a plan with every kind of stage; a run goes through it again and again while it logs, evaluates and saves.
 In the first rounds every parameter gets its optimizer state and every cache its content; from there on, what is held at
-the end of a round should be what was held a round before. By design grow the training log, and the ledger by what a
+the end of a round should be what was held a round before. By design grow the training log, and the totals by what a
 stage costs: four numbers a stage. `stock` is `transformers.Trainer` itself, which keeps a few objects an evaluation.
 """
 
@@ -68,7 +68,7 @@ class Held:
     files: int  # open
     hooks: int  # on modules of the student and the teacher, and replaced forwards
     checkpoints: int  # folders, an online teacher's included
-    ledger: int  # numbers in the run's ledger
+    totals: int  # numbers in the run's totals
     state: int  # values in the Trainer's state, the log aside
     log: int  # entries of the log
 
@@ -89,7 +89,7 @@ def measure(trainer: CurriculumDistillationTrainer) -> Held:
         files=count_files(),
         hooks=sum(count_hooks(module) for model in models for module in model.modules()),
         checkpoints=sum(name.startswith(PREFIX_CHECKPOINT_DIR) for name in folders),
-        ledger=count_values(vars(trainer._ledger)) if trainer.stages else 0,
+        totals=count_values(vars(trainer._totals)) if trainer.stages else 0,
         state=count_values(state),
         log=len(log),
     )

@@ -174,7 +174,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         targets = self._target_source.targets(batch, stage) if stage.needs_teacher else Targets()
         loss = self._objective(model, batch, stage, targets, counts, self._num_frozen_layers)
         learnt = {} if self.teacher is None else self.teacher.learn(batch, counts[1].clamp(min=1), self.accelerator)
-        self._ledger.add_terms(learnt | loss.terms)  # the teacher's first, for it explains the rest
+        self._totals.add_terms(learnt | loss.terms)  # the teacher's first, for it explains the rest
         self._last = batch, stage, targets.computed
         total = loss.total
         if self.args.average_tokens_across_devices:
@@ -213,9 +213,9 @@ class CurriculumDistillationTrainer(PreparedTrainer):
                 callback.training_bar.set_description(stage.name)
         if self.args.torch_compile:
             torch.compiler.reset()  # another stage is another graph; past its limit dynamo would silently run eagerly
-        if index not in self._ledger.rates:
+        if index not in self._totals.rates:
             rates = flop_rates(self._objective, self._target_source, batch, stage, self._num_frozen_layers)
-            self._ledger.set_rates(index, rates, self.accelerator)
+            self._totals.set_rates(index, rates, self.accelerator)
         return stage
 
     def floating_point_ops(self, inputs) -> float:
@@ -230,7 +230,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
             )
         (batch, stage, computed), self._last = self._last, None
         units = flop_units(self._target_source, batch, stage)
-        return self._ledger.add_flops(self._stage_index, units, computed)
+        return self._totals.add_flops(self._stage_index, units, computed)
 
     # ---- the whole run ----
 

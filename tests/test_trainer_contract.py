@@ -123,6 +123,7 @@ UNDOCUMENTED = {
 # functions; None for constants, modules and classes.
 IMPORTED = {
     "accelerate.utils.broadcast": "tensor, from_process",
+    "accelerate.utils.convert_outputs_to_fp32": "model_forward",
     "torch._subclasses.fake_tensor.FakeTensorMode": None,
     "torch.utils._python_dispatch.TorchDispatchMode": None,
     "torch.utils._pytree.tree_leaves": "tree, is_leaf",

@@ -4,6 +4,11 @@ With a large vocabulary, the largest tensors of a step are the logits of student
 gradients. A loss that is a sum over rows needs only a chunk of them at a time. For each chunk, the head runs and the
 loss and its gradients (with respect to the head's input and parameters) are computed; then the chunk is freed. What
 remains is a number with known gradients, so nothing is computed twice.
+
+Recomputing each chunk with `torch.utils.checkpoint` would be ten lines, but would run both heads twice: on one CPU
+thread, a logit step of a 12 x 768 teacher and a 6 x 512 student takes 7 % longer for BERT (154 rows) and 34 % longer
+for GPT-2 (1,016 rows), 3 % and 16 % where the teacher's logits are whole, and needs 57 to 274 MiB more memory: see
+`benchmarks/logits_in_pieces.py`.
 """
 
 from __future__ import annotations

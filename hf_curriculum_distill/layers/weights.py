@@ -1,4 +1,4 @@
-"""Load saved weights into an existing model."""
+"""The values of a model: read from files, checked, and recognised again."""
 
 from __future__ import annotations
 

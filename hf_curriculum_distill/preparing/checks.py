@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,19 +124,6 @@ def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, mod
             f"divergence is {args.divergence!r}, but of {classes} classes teacher_cache keeps {k} and the rest as one, "
             "which only 'forward_kl' can be computed from; use that, or teacher_cache_logits=None, which keeps all."
         )
-
-
-def make_cache_folder(args: CurriculumDistillationConfig) -> None:
-    """Create the folder of `args.teacher_cache`; raise an `OSError` if it cannot be written."""
-    if args.teacher_cache is None:
-        return
-    try:
-        os.makedirs(args.teacher_cache, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.teacher_cache).close()
-    except OSError as error:
-        raise OSError(
-            f"teacher_cache {args.teacher_cache} cannot be written ({error}); give a folder that can."
-        ) from error
 
 
 def check_training_data(data: Any, args: CurriculumDistillationConfig) -> None:

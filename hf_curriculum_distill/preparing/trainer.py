@@ -19,17 +19,12 @@ from hf_curriculum_distill.batches.batch import Batch, BatchReader
 from hf_curriculum_distill.batches.checks import naming_batch
 from hf_curriculum_distill.batches.positions import with_label_positions
 from hf_curriculum_distill.batches.randomness import preserved_random_state
+from hf_curriculum_distill.files import check_writable
 from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, sample
-from hf_curriculum_distill.preparing.checks import (
-    check_cache,
-    check_launch,
-    check_stages,
-    check_training_data,
-    make_cache_folder,
-)
+from hf_curriculum_distill.preparing.checks import check_cache, check_launch, check_stages, check_training_data
 from hf_curriculum_distill.preparing.trial import try_out
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.resuming.trainer import ResumableTrainer
@@ -107,7 +102,8 @@ class PreparedTrainer(ResumableTrainer):
         self._declared_stages = args.resolve_stages(self._student.depth, teacher and teacher.depth)
         check_stages(self._declared_stages, args, self._student, self.is_deepspeed_enabled)
         check_cache(self._declared_stages, args, student)
-        make_cache_folder(args)
+        if args.teacher_cache is not None:
+            check_writable(args.teacher_cache, "teacher_cache", "the teacher's targets")
         self.projection_bank = self._make_bank()
         # whether any loss needs the labels, if only to know which rows count
         self._reads_labels = any(stage.needs_logits for stage in self._declared_stages) or args.method == "online"

@@ -14,7 +14,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-class Ledger:
+class RunningTotals:
     """Adds up on the device and reads the sums once per log, so that no micro-batch waits for the device.
 
     Attributes:

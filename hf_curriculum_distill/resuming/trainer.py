@@ -27,7 +27,7 @@ from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.resuming.checkpoints import find_last_checkpoint, list_files, read_whole, remove_unfinished
 from hf_curriculum_distill.resuming.events import TrainingEvents
 from hf_curriculum_distill.resuming.record import check_resumable, describe_data, make_record, write_record
-from hf_curriculum_distill.resuming.totals import Ledger
+from hf_curriculum_distill.resuming.totals import RunningTotals
 from hf_curriculum_distill.stages import Stage, StageScheduler
 from hf_curriculum_distill.teachers.teacher import Teacher
 
@@ -46,7 +46,7 @@ class ResumableTrainer(Trainer):
         self.teacher: Teacher | None = None
         self.projection_bank: ProjectionBank | None = None
         self._stage_index: int | None = None
-        self._ledger = Ledger()
+        self._totals = RunningTotals()
         self._base_fingerprint: str | None = None  # of the weights that checkpoints leave out
         self._checkpoint: str | None = None  # that this run resumes from
         self._resumed: dict[str, Any] | None = None  # its record
@@ -119,7 +119,7 @@ class ResumableTrainer(Trainer):
         epoch, batches = super()._init_training_state(*args)
         if not self._declared_stages:
             return epoch, batches
-        self._ledger, self._stage_index, self._save_waits = Ledger(), None, False
+        self._totals, self._stage_index, self._save_waits = RunningTotals(), None, False
         self.remove_callback(TrainingEvents)
         self.add_callback(TrainingEvents(self))  # the last one, even after callbacks that a checkpoint restores
         if self.teacher is not None:
@@ -151,7 +151,7 @@ class ResumableTrainer(Trainer):
         """After a resume, go on with the averages that the next log will write."""
         if self._resumed is not None:
             with self._reading(self._checkpoint):
-                self._tr_loss += self._ledger.restore(self._resumed, self.accelerator)
+                self._tr_loss += self._totals.restore(self._resumed, self.accelerator)
             self._total_loss_scalar = self._resumed["unlogged"]["total_loss"]
             self._globalstep_last_logged = self._resumed["unlogged"]["first_step"]
 
@@ -187,17 +187,17 @@ class ResumableTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer`, with the stage, its loss terms and the operations so far beside the training loss."""
         if self._declared_stages and self.is_in_train and ("loss" in logs or "train_loss" in logs):
-            terms, flops = self._finite_terms(), self._ledger.reduce_flops(self.accelerator)
+            terms, flops = self._finite_terms(), self._totals.reduce_flops(self.accelerator)
             logs |= flops
             if "train_loss" in logs:  # of the whole run, resumed or not
                 logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
             if "loss" in logs:
                 logs |= {"stage": self._last_stage_index} | terms
-                self._ledger.start(self.state.global_step)
+                self._totals.start(self.state.global_step)
         super().log(logs, start_time)
 
     def _finite_terms(self) -> dict[str, float]:
-        terms = self._ledger.terms(self.accelerator, self.state.global_step)
+        terms = self._totals.terms(self.accelerator, self.state.global_step)
         if not self.args.average_tokens_across_devices:  # each process's terms are means already
             terms = {name: value / self.args.world_size for name, value in terms.items()}
         self._check_finite(terms)
@@ -232,7 +232,7 @@ class ResumableTrainer(Trainer):
             OSError: the disk is full or broken; names the last complete checkpoint.
         """
         if self._declared_stages:
-            self._ledger.collect(self.accelerator, self._tr_loss)
+            self._totals.collect(self.accelerator, self._tr_loss)
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -271,10 +271,10 @@ class ResumableTrainer(Trainer):
             data=describe_data(self.args, self.train_dataset, self._data_seed),
             step=self.state.global_step,
             **self._position,
-            unlogged=self._ledger.unlogged | {"total_loss": self._total_loss_scalar},
+            unlogged=self._totals.unlogged | {"total_loss": self._total_loss_scalar},
             samples_per_step=self._num_examples_per_step,
-            **self._ledger.total_flops,
-            flop_rates=self._ledger.rates,
+            **self._totals.total_flops,
+            flop_rates=self._totals.rates,
             base_model=self._base_fingerprint,
         )
 

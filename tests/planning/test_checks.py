@@ -121,7 +121,7 @@ TWICE = [{"hidden": [[1, 1]], "until": 2}, {"hidden": [[1, 2]], "until": 4}, {"k
 
 REFUSED = {
     "a layer twice": ({"stages": TWICE}, r"name a student layer twice"),
-    "a cache for nobody": ({"stages": [{"label_weight": 1.0}], "teacher_cache": "cache"}, r"no stage asks the teacher"),
+    "a cache for nobody": ({"stages": [{"label_weight": 1.0}], "teacher_cache": "cache"}, "no stage needs the teacher"),
     "a cache that keeps too little": (
         {"divergence": "reverse_kl", "teacher_cache": "cache", "teacher_cache_logits": 8},
         r"only 'forward_kl' can be computed from",
