@@ -45,10 +45,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class StageOutput(ModelOutput):
-    """What [`CurriculumDistillationTrainer.compute_loss`] returns beside the loss while it trains.
+    """What [`CurriculumDistillationTrainer.compute_loss`] returns next to the loss in training.
 
     Args:
-        logits: `[rows, classes]`, the rows that count; None in a stage that matches hidden states only.
+        logits: the rows that count, `[rows, classes]`; None in a stage that matches only hidden states.
     """
 
     logits: Tensor | None = None
@@ -58,19 +58,18 @@ class CurriculumDistillationTrainer(PreparedTrainer):
     """Distils a teacher into `model`, stage by stage; everything else is [`~transformers.Trainer`].
 
     Args:
-        model, args, ...: as `transformers.Trainer`, in the same order. A plain `TrainingArguments` stands for a
+        model, args, ...: as for `transformers.Trainer`, in the same order. A plain `TrainingArguments` becomes a
             [`CurriculumDistillationConfig`] with this library's defaults.
-        teacher_model: a trained model for the student's task, or the name or folder of one. With
-            `args.method="progressive"` also the output folder of the teacher's own training, or a list of checkpoint
-            folders; with `"online"` an untrained one. Without it (and without explicit `args.stages`) this class *is*
-            `transformers.Trainer`.
-        projection_bank: a [`ProjectionBank`] to use in place of one drawn from `args.projection_seed`.
+        teacher_model: a trained model for the student's task, or its name or folder. With `args.method="progressive"`,
+            also the output folder of the teacher's training, or a list of checkpoint folders; with `"online"`, an
+            untrained model. Without a teacher and explicit `args.stages`, this class *is* `transformers.Trainer`.
+        projection_bank: a [`ProjectionBank`] to use instead of a new one drawn from `args.projection_seed`.
 
     Attributes:
-        stages: the resolved list of [`Stage`].
+        stages: the list of [`Stage`]; each `until` is a number of optimizer steps once their number is known.
         stage: the stage of the current optimizer step.
         teacher: the [`Teacher`] (a [`CheckpointTeacher`] or [`OnlineTeacher`] with these methods), or None.
-        projection_bank: the bank, or None where no stage matches hidden states.
+        projection_bank: the [`ProjectionBank`], or None if no stage matches hidden states.
 
     Raises:
         ValueError: teacher, stages, layer map, bank, data or launch do not fit together (see each message).
@@ -133,15 +132,17 @@ class CurriculumDistillationTrainer(PreparedTrainer):
     # ---- one batch ----
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As `Trainer`, but counts what the losses are divided by over all micro-batches and processes."""
+        """As `Trainer`, but count the positions and rows that losses are divided by, over all processes."""
         if not self._declared_stages:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._position["batches"]:
-            torch.empty((), dtype=torch.int64).random_()  # a DataLoader's draw at its start: dropout stays Trainer's
+            torch.empty(
+                (), dtype=torch.int64
+            ).random_()  # draw what a DataLoader draws at its start, so that dropout is as in Trainer
         with naming_batch(self._describe_step()):
             with self._loading:
                 batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-            if len(batches) < num_batches:  # a stream has ended; with less than a whole window no step would be taken
+            if len(batches) < num_batches:  # a stream has ended within an accumulated batch, for which no step is taken
                 return [], None
             self._position["batches"] += len(batches)
             for batch in batches:
@@ -159,7 +160,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         if not self._declared_stages:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
-            # which Trainer adds with use_liger_kernel; the logits are compared with the teacher's
+            # Trainer adds it with use_liger_kernel, but the logits are compared with the teacher's
             inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
             batch = self._read(inputs, whole_logits=True)
             with naming_batch("the evaluation"):
@@ -178,7 +179,9 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         self._last = batch, stage, targets.computed
         total = loss.total
         if self.args.average_tokens_across_devices:
-            total *= self.accelerator.num_processes  # gradients are averaged over processes; the counts are global
+            total *= (
+                self.accelerator.num_processes
+            )  # gradients are averaged over processes, but the counts are of all processes
         return (total, StageOutput(loss.logits)) if return_outputs else total
 
     @property
@@ -192,7 +195,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         )
 
     def _enter_stage(self, batch: Batch) -> Stage:
-        """The stage of this optimizer step; on its first batch, say so and measure its cost."""
+        """The stage of this optimizer step; at its first batch, log it and measure its operations."""
         index = self.stage_scheduler.index_at(self.state.global_step)
         stage = self.stage_scheduler.stages[index]
         if stage.needs_teacher:
@@ -202,7 +205,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         begins, self._stage_index = self._stage_index is None, index
         if begins:
             self._try_out(batch)
-        if self.args.device.type != "cpu":  # values are checked once a stage: that waits for the device
+        if self.args.device.type != "cpu":  # check values once a stage, because this waits for the device
             with naming_batch(self._describe_step()):
                 on_host = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in batch.inputs.items()}
                 check_batch(self.model, on_host, self._reads_labels)
@@ -212,14 +215,14 @@ class CurriculumDistillationTrainer(PreparedTrainer):
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_description(stage.name)
         if self.args.torch_compile:
-            torch.compiler.reset()  # another stage is another graph; past its limit dynamo would silently run eagerly
+            torch.compiler.reset()  # a stage is another graph; after a number of them dynamo no longer compiles
         if index not in self._totals.rates:
             rates = flop_rates(self._objective, self._target_source, batch, stage, self._num_frozen_layers)
             self._totals.set_rates(index, rates, self.accelerator)
         return stage
 
     def floating_point_ops(self, inputs) -> float:
-        """Operations of student (forward and backward) and teacher (forward; online also its own training)."""
+        """Operations of the student (forward and backward) and the teacher (forward and, if online, its training)."""
         if not self._declared_stages:
             return super().floating_point_ops(inputs)
         if self._last is None:
@@ -243,10 +246,12 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         if not self._declared_stages:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         self._checkpoint = self._start_from(resume_from_checkpoint)
-        if self._resumed is not None and not self.args.auto_find_batch_size:  # else it is known later how many steps
+        if (
+            self._resumed is not None and not self.args.auto_find_batch_size
+        ):  # otherwise the number of steps is not known yet
             self._resolve()
-            self._plan(self._forecast_steps())
-            self._check_resumed()  # before weights of another model are read
+            self._plan(self._estimate_steps())
+            self._check_resumed()  # before weights of another model are loaded
         if getattr(self.data_collator, "seed", None) is not None:
             logger.warning(
                 "The data collator has a seed and so a random state of its own, which no checkpoint holds: a resumed "
@@ -262,9 +267,9 @@ class CurriculumDistillationTrainer(PreparedTrainer):
 
     def _end_step(self, control: TrainerControl) -> None:
         if self.args.restart_schedule_per_stage and self.accelerator.optimizer_step_was_skipped:
-            self.lr_scheduler.step()  # an fp16 step that overflowed: the stage goes on, so does its schedule
+            self.lr_scheduler.step()  # an fp16 step that overflowed: the stage continues, and so must its schedule
         if self.state.global_step in self.stage_scheduler.boundaries and self.args.logging_strategy != "no":
-            control.should_log = True  # no logged average mixes two stages
+            control.should_log = True  # so that no logged average mixes two stages
         if control.should_save or control.should_evaluate:
             self._finite_terms()
         super()._end_step(control)
@@ -286,15 +291,15 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ):
-        """As `Trainer`, with accuracy on the labels that count and, given a teacher, agreement and divergence."""
+        """As `Trainer`, with the accuracy on the labels that count and, with a teacher, agreement and divergence."""
         arguments = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         if not self._declared_stages:
             return super().evaluation_loop(*arguments)
         self._comparison.start()
-        # every evaluation draws the same, and training draws what it would without evaluations
+        # all evaluations draw the same numbers, and training draws the same as without evaluations
         with preserved_random_state(self._data_seed), seeded(dataloader, epoch=0):
             output = super().evaluation_loop(*arguments)
-        # accelerate would keep every evaluation's loader, and its shared memory's open file, until the run ends
+        # otherwise accelerate keeps each evaluation's loader, and an open file of shared memory, until the end
         self.accelerator._dataloaders[:] = [kept for kept in self.accelerator._dataloaders if kept is not dataloader]
         compared = self._comparison.compute(metric_key_prefix)
         output.metrics.update({name: value for name, value in compared.items() if name not in output.metrics})
@@ -305,7 +310,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         return output
 
     def _determine_best_metric(self, metrics, trial) -> bool:
-        """Only the last stage competes: before it the head is untrained, and early stopping would end the run."""
+        """As `Trainer`, in the last stage only: before it the head is untrained, and training could stop early."""
         if self._declared_stages and self._last_stage_index != len(self.stages) - 1:
             return False
         return super()._determine_best_metric(metrics, trial)

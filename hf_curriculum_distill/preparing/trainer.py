@@ -46,13 +46,15 @@ class PreparedTrainer(ResumableTrainer):
 
     def _prepare(self, teacher_model: TeacherModel | None, projection_bank: ProjectionBank | None) -> None:
         """The end of the constructor: load the teacher, and check that everything fits together."""
-        # the loss is a sum over the whole accumulated batch already: Trainer must not divide it again
+        # the loss is already divided by the counts of the whole accumulated batch: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
         if self.args.label_names is None and "labels" in self.label_names:
-            self.label_names = ["labels"]  # evaluations need those, whatever other labels a forward may take
+            self.label_names = [
+                "labels"
+            ]  # evaluations need these; the forward may have other inputs with "label" in their names
         self._given_bank = projection_bank
         self._bank_made_of: tuple | None = None
-        check_launch(self.args, self.compute_loss_func)  # before weights are read
+        check_launch(self.args, self.compute_loss_func)  # before weights are loaded
         self._student = PartialForward(self.model, self.args.layer_stack)
         if teacher_model is not None:
             self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)
@@ -61,11 +63,11 @@ class PreparedTrainer(ResumableTrainer):
         self._resolve()
         if self.train_dataset is not None:
             check_training_data(self.train_dataset, self.args)
-            self._plan(self._forecast_steps())
+            self._plan(self._estimate_steps())
             logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
 
     def set_initial_training_values(self, args, dataloader):
-        """As `Trainer`. All of a training that depends on arguments, which may have been set since, begins here."""
+        """As `Trainer`, and set up everything that depends on arguments, which may have changed since construction."""
         values = super().set_initial_training_values(args, dataloader)
         if self._declared_stages:
             self._resolve()
@@ -105,14 +107,14 @@ class PreparedTrainer(ResumableTrainer):
         if args.teacher_cache is not None:
             check_writable(args.teacher_cache, "teacher_cache", "the teacher's targets")
         self.projection_bank = self._make_bank()
-        # whether any loss needs the labels, if only to know which rows count
+        # whether any loss needs labels, for instance to know which rows count
         self._reads_labels = any(stage.needs_logits for stage in self._declared_stages) or args.method == "online"
         self._reads_labels |= args.hidden_positions == "labels" or args.layer_stack == "decoder"
         self._use_student(self._student)
         self._prepare_teacher()
 
     def _make_bank(self) -> ProjectionBank | None:
-        """The given bank, the one of a training before where it is still the right one, or a new one."""
+        """The given bank, that of an earlier `train()` if nothing it depends on has changed, or a new one."""
         given, pairs = self._given_bank, parse_layer_pairs(matched_pairs(self._declared_stages))
         if not pairs:
             if given is not None:
@@ -146,7 +148,7 @@ class PreparedTrainer(ResumableTrainer):
 
     @property
     def _core(self) -> PreTrainedModel:
-        """The student without what wraps it."""
+        """The student without wrappers."""
         return transformers_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def _describe_teacher(self) -> str:
@@ -155,8 +157,8 @@ class PreparedTrainer(ResumableTrainer):
         kind = kind.get(args.method, "one frozen teacher")
         return f"{kind}, with teacher_dtype={args.teacher_dtype} and layer_stack={args.layer_stack!r}"
 
-    def _forecast_steps(self) -> int:
-        """The number of optimizer steps, as far as it is known before there is a data loader."""
+    def _estimate_steps(self) -> int:
+        """The number of optimizer steps, estimated before there is a data loader."""
         args = self.args
         if args.max_steps >= 0:
             return args.max_steps
@@ -170,7 +172,7 @@ class PreparedTrainer(ResumableTrainer):
             self.teacher.plan(max_steps)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """As `Trainer`; with `restart_schedule_per_stage`, one warm-up and decay in each stage."""
+        """As `Trainer`; with `restart_schedule_per_stage`, the schedule begins again with each stage."""
         if self._declared_stages and self.args.restart_schedule_per_stage and self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
             factor = restarted_schedule(
@@ -188,13 +190,13 @@ class PreparedTrainer(ResumableTrainer):
     def _try_out(self, batch: Batch) -> None:
         """Before the first step: whether two examples give every output that a later stage needs."""
         core = self._core
-        if self._student.model is not core:  # accelerate has wrapped or replaced it
+        if self._student.model is not core:  # accelerate has replaced the student
             self._use_student(PartialForward(core, self.args.layer_stack))
         with preserved_random_state(), naming_batch(self._describe_step()):
             try_out(self._objective, self.teacher, self._read, batch, self.stages)
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
-        """As `Trainer`; where each example gets equally many labels, a training batch says where they are."""
+        """As `Trainer`; if every example gets the same number of labels, batches include their positions."""
         collator = super()._get_collator_with_removed_columns(data_collator, description)
         if self._declared_stages and description == "Training" and getattr(data_collator, "fixed_count", False):
             return functools.partial(with_label_positions, collator)
@@ -202,7 +204,7 @@ class PreparedTrainer(ResumableTrainer):
 
     @property
     def _shards_parameters(self) -> bool:
-        # processes gather them wherever a module runs, so that all must run the head equally often
+        # processes gather the parameters whenever a module runs, so all must run the head the same number of times
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     def _release_models(self) -> None:
@@ -211,7 +213,7 @@ class PreparedTrainer(ResumableTrainer):
             self.teacher.partial_forward.remove()
 
     def _calibrate(self) -> None:
-        """Measure the bank on a seeded sample of the training data: the same on every process and every launch."""
+        """Fit the bank on a seeded sample of the training data, which is the same for every process and launch."""
         args, bank = self.args, self.projection_bank
         if not args.standardize_targets:
             bank.freeze()
@@ -236,7 +238,7 @@ class PreparedTrainer(ResumableTrainer):
             return cached
         examples = sample(data, int(args.calibration_samples), random.Random(self._data_seed))
         loads = []
-        for draw in range(2):  # what depends on chance differs between them
+        for draw in range(2):  # what is random differs between the two
             with preserved_random_state(self._data_seed + draw):
                 loads.append(list(self._load(examples, "forecast")))
         spans = [

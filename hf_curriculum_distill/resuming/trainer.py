@@ -68,7 +68,7 @@ class ResumableTrainer(Trainer):
 
     @property
     def _last_stage_index(self) -> int:
-        """Of the optimizer step before: what is logged and evaluated belongs to it."""
+        """The stage of the last completed optimizer step, to which logs and evaluations belong."""
         return self.stage_scheduler.index_at(self.state.global_step - 1)
 
     def _describe_step(self) -> str:
@@ -185,11 +185,11 @@ class ResumableTrainer(Trainer):
     # ---- what it logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer`, with the stage, its loss terms and the operations so far beside the training loss."""
+        """As `Trainer`, with the stage, its loss terms and the operations so far next to the training loss."""
         if self._declared_stages and self.is_in_train and ("loss" in logs or "train_loss" in logs):
             terms, flops = self._finite_terms(), self._totals.reduce_flops(self.accelerator)
             logs |= flops
-            if "train_loss" in logs:  # of the whole run, resumed or not
+            if "train_loss" in logs:  # of the whole run, also after a resume
                 logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
             if "loss" in logs:
                 logs |= {"stage": self._last_stage_index} | terms
@@ -198,7 +198,7 @@ class ResumableTrainer(Trainer):
 
     def _finite_terms(self) -> dict[str, float]:
         terms = self._totals.terms(self.accelerator, self.state.global_step)
-        if not self.args.average_tokens_across_devices:  # each process's terms are means already
+        if not self.args.average_tokens_across_devices:  # each process divides by its own counts
             terms = {name: value / self.args.world_size for name, value in terms.items()}
         self._check_finite(terms)
         return terms
