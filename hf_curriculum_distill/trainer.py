@@ -147,7 +147,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
             self._position["batches"] += len(batches)
             for batch in batches:
                 check_batch(self.model, batch, self._reads_labels)
-        counts = torch.stack([self._read(batch).counts.to(device) for batch in batches]).sum(0)
+        counts = sum(self._read(batch).counts.to(device) for batch in batches)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return batches, counts
@@ -173,7 +173,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         stage = self._enter_stage(batch)
         counts = batch.counts if num_items_in_batch is None else num_items_in_batch
         targets = self._target_source.targets(batch, stage) if stage.needs_teacher else Targets()
-        loss = self._objective(model, batch, stage, targets, counts, self._num_frozen_layers)
+        loss = self._objective(model, batch, stage, targets, counts, self._num_frozen)
         learnt = {} if self.teacher is None else self.teacher.learn(batch, counts[1].clamp(min=1), self.accelerator)
         self._totals.add_terms(learnt | loss.terms)  # the teacher's first, for it explains the rest
         self._last = batch, stage, targets.computed
@@ -188,12 +188,6 @@ class CurriculumDistillationTrainer(PreparedTrainer):
     def _target_source(self) -> Teacher | CachedTeacher | None:
         return self._cached_teacher or self.teacher
 
-    @property
-    def _num_frozen_layers(self) -> int:
-        return num_frozen_layers(
-            self.stages, self._stage_index, self.args.train_prefix, self.args.freeze_matched_layers
-        )
-
     def _enter_stage(self, batch: Batch) -> Stage:
         """The stage of this optimizer step; at its first batch, log it and measure its operations."""
         index = self.stage_scheduler.index_at(self.state.global_step)
@@ -203,6 +197,8 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         if index == self._stage_index:
             return stage
         begins, self._stage_index = self._stage_index is None, index
+        freezing = self.args.train_prefix, self.args.freeze_matched_layers
+        self._num_frozen = num_frozen_layers(self.stages, index, *freezing)
         if begins:
             self._try_out(batch)
         if self.args.device.type != "cpu":  # check values once a stage, because this waits for the device
@@ -217,7 +213,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         if self.args.torch_compile:
             torch.compiler.reset()  # a stage is another graph; after a number of them dynamo no longer compiles
         if index not in self._totals.rates:
-            rates = flop_rates(self._objective, self._target_source, batch, stage, self._num_frozen_layers)
+            rates = flop_rates(self._objective, self._target_source, batch, stage, self._num_frozen)
             self._totals.set_rates(index, rates, self.accelerator)
         return stage
 

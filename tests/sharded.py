@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -24,11 +25,12 @@ from torch.utils.data import default_collate
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from two_processes import STAGES, bert, example
 
-from hf_curriculum_distill import ProjectionBank, Stage, losses
-from hf_curriculum_distill.batches.positions import count, counted_rows, position_weights
-from hf_curriculum_distill.cost import count_flops
-from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.teachers.teacher import Teacher
+from hf_curriculum_distill import CurriculumDistillationConfig, ProjectionBank, Stage
+from hf_curriculum_distill.batches import BatchReader
+from hf_curriculum_distill.cost import stage_flops
+from hf_curriculum_distill.layers import PartialForward
+from hf_curriculum_distill.objective import Objective
+from hf_curriculum_distill.teachers import Targets, Teacher
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, STEPS_A_STAGE = 16, 2
@@ -78,24 +80,26 @@ def train(
     if shard_teacher:
         shard(teacher.model, mesh)
     forward = PartialForward(student)  # finds the blocks; hooks them at its first call, which is after sharding
-    bank = ProjectionBank.create([(1, 2), (2, 4)], [8, 8], [16, 16]).freeze()
+    teacher.prepare(ProjectionBank.create([(1, 2), (2, 4)], [8, 8], [16, 16]).freeze())
+    args = CurriculumDistillationConfig(str(folder), use_cpu=True)
+    read, objective = BatchReader(forward, teacher.partial_forward, args, whole_logits=True), Objective(forward, args)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.1)
 
     batch = [example(index) for index in range(EXAMPLES)]
-    counts = count(student, default_collate(batch))
+    counts = read(default_collate(batch)).counts
     share = EXAMPLES // processes // accumulation
     micro_batches = [batch[i : i + share] for i in range(0, EXAMPLES, share)][rank::processes]
     history = []
     for stage in (Stage(**fields) for fields in STAGES):
-        first = default_collate(micro_batches[0])
-        flops = count_flops(lambda s=stage, b=first: stage_loss(forward, teacher, bank, s, b, counts, frozen)).sum()
+        flops = np.sum(stage_flops(objective, teacher, read(default_collate(micro_batches[0])), stage))
         before = {name: whole(tensor).clone() for name, tensor in student.named_parameters()}
         for _ in range(STEPS_A_STAGE):
             total = 0.0
-            for index, inputs in enumerate(map(default_collate, micro_batches)):
+            for index, batch in enumerate(map(read, map(default_collate, micro_batches))):
                 if mesh is not None:
                     student.set_requires_gradient_sync(index == len(micro_batches) - 1)
-                loss = stage_loss(forward, teacher, bank, stage, inputs, counts, frozen * stage.needs_logits)
+                targets = teacher.targets(batch, stage) if stage.needs_teacher else Targets()
+                loss = objective(student, batch, stage, targets, counts, frozen * stage.needs_logits).total
                 (loss * processes).backward()  # gradients are averaged over processes, the counts are of all
                 total += loss.detach()
             if mesh is not None:
@@ -113,26 +117,6 @@ def train(
         folder.mkdir()
         (folder / "history.json").write_text(json.dumps(history))
         save_file(weights, folder / "model.safetensors")
-
-
-def stage_loss(forward, teacher, bank, stage, inputs, counts, frozen):
-    rows, labels = counted_rows(forward.model, inputs) if stage.needs_logits else (None, None)
-    model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    hidden, logits = forward(
-        forward.model, model_inputs, stage.student_layers, logits=stage.needs_logits, rows=rows, frozen=frozen
-    )
-    states, target_logits = teacher(model_inputs, stage.teacher_layers, logits=bool(stage.kl_weight), rows=rows)
-    loss, (num_positions, num_rows) = 0.0, counts
-    for student_layer, teacher_layer in stage.hidden:
-        target = bank.project(student_layer, states[teacher_layer])
-        weights = position_weights(forward.model, inputs, target)
-        error = losses.hidden_state_mse(hidden[student_layer], target, weights)
-        loss += stage.hidden_weight * error / num_positions / len(stage.hidden)
-    if stage.kl_weight:
-        loss += stage.kl_weight * losses.kl_divergence(logits, target_logits) / num_rows
-    if stage.label_weight:
-        loss += stage.label_weight * losses.cross_entropy(logits, labels) / num_rows
-    return loss
 
 
 def main():

@@ -49,7 +49,7 @@ def test_a_run_holds_what_it_held_a_round_before(method, stock_growth, tmp_path)
 
     # what grows is named: the log, what each stage costs, and what Trainer keeps of an evaluation
     assert growth(settled, "log") == [STEPS_A_ROUND // 5 + STEPS_A_ROUND // EVERY] * others
-    assert growth(settled, "ledger") == [6 * len(ROUND)] * others
+    assert growth(settled, "totals") == [6 * len(ROUND)] * others
     # the median: a module imported late, by anyone, adds a few once
     assert median_low(growth(settled, "objects")) <= stock_growth + 4 * len(ROUND)  # four lists a stage
 

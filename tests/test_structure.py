@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import hf_curriculum_distill
 from hf_curriculum_distill import CurriculumDistillationTrainer
 
+TESTS = Path(__file__).parent
 LIBRARY = Path(hf_curriculum_distill.__file__).parent
 NAME = LIBRARY.name
 MODULES = {module.name: module for module in pkgutil.walk_packages([str(LIBRARY)], f"{NAME}.")}
@@ -119,3 +121,12 @@ def test_the_trainers_parameters_are_those_of_trainer_and_its_own_two():
 )
 def test_modules_that_have_become_packages_keep_their_names(module, name):
     assert hasattr(importlib.import_module(f"{NAME}.{module}"), name)
+
+
+@pytest.mark.parametrize(
+    "page", [*(TESTS.parent / "docs").glob("*.md"), TESTS.parent / "README.md"], ids=lambda p: p.name
+)
+def test_a_test_that_the_docs_name_is_there(page):
+    for path, name in re.findall(r"([\w/]+\.py)::(\w+)", page.read_text()):
+        file = TESTS / path.removeprefix("tests/")
+        assert file.is_file() and f"def {name}(" in file.read_text(), f"{path}::{name}"

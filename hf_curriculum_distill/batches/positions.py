@@ -179,10 +179,11 @@ def position_weights(model: nn.Module, inputs: Mapping[str, Any], hidden: Tensor
     mask = _token_mask(inputs, stack)
     if mask is None:
         main, attention = inputs[model.main_input_name], inputs.get("attention_mask")
-        weights = torch.ones(hidden.shape[:2], device=hidden.device)
+        per_example = _num_units(inputs, main, stack) / len(main)
         if stack == "encoder" and attention is not None and attention.dim() == 2 and "input_ids" not in inputs:
             weights = _frame_mask(model, attention, hidden.shape[1]).float()
-        return weights * (_num_units(inputs, main, stack) / len(main) / weights.sum(1, keepdim=True))
+            return weights * (per_example / weights.sum(1, keepdim=True))
+        return torch.full(hidden.shape[:2], per_example / hidden.shape[1], device=hidden.device)
     if mask.shape != hidden.shape[:2]:
         name = "attention_mask" if stack == "encoder" else "The decoder's mask, or its labels,"
         raise ValueError(

@@ -53,13 +53,12 @@ def predicts_next_token(model: nn.Module) -> bool:
 
 def decodes_labels(model: nn.Module) -> bool:
     """Whether the labels are the decoder's tokens, as they are for encoder-decoders except classifiers."""
-    classifies = any("Classification" in name for name in _class_names(model))
-    return getattr(model.config, "is_encoder_decoder", False) and not classifies
+    return getattr(model.config, "is_encoder_decoder", False) and not _is_for(model, "Classification")
 
 
 def is_ctc(model: nn.Module) -> bool:
     """Whether the model transcribes audio with CTC: one row of logits for each frame, and no label for a frame."""
-    return any(name.endswith("ForCTC") for name in _class_names(model))
+    return _is_for(model, "ForCTC")
 
 
 def _class_names(model: nn.Module) -> frozenset[str]:
@@ -72,10 +71,19 @@ def _names_of(model_class: type) -> frozenset[str]:
     return frozenset(base.__name__ for base in model_class.__mro__)
 
 
+def _is_for(model: nn.Module, task: str) -> bool:
+    return _has_name_with(type(transformers_model(model)), task)
+
+
+@functools.cache
+def _has_name_with(model_class: type, part: str) -> bool:
+    return any(part in name for name in _names_of(model_class))
+
+
 def num_classes(model: nn.Module) -> int | None:
     """The number of classes in a row of the model's logits; None if its configuration does not say."""
     model = transformers_model(model)
-    if any("Classification" in name for name in _class_names(model)):
+    if _is_for(model, "Classification"):
         return model.config.num_labels
     return getattr(model.config.get_text_config(), "vocab_size", None)
 

@@ -236,10 +236,10 @@ class PreparedTrainer(ResumableTrainer):
         step = 0 if self._resumed is None else self._resumed["step"]
         if not hasattr(data, "__len__") or step >= self.stage_scheduler.max_steps:
             return cached
-        examples = sample(data, int(args.calibration_samples), random.Random(self._data_seed))
         loads = []
-        for draw in range(2):  # what is random differs between the two
+        for draw in range(2):  # of the same examples: what is random differs between the two
             with preserved_random_state(self._data_seed + draw):
+                examples = sample(data, int(args.calibration_samples), random.Random(self._data_seed))
                 loads.append(list(self._load(examples, "forecast")))
         spans = [
             (max(0, end - max(begin, step)) * self._num_examples_per_step / len(data), stage)
