@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,24 +87,25 @@ class Objective:
 
         hidden, logits = self.forward(model, batch, stage, frozen, reduce if in_chunks or adds_balance else None)
         num_positions, num_rows = counts.clamp(min=1)
-        terms, total = {}, 0.0
+        terms, parts = {}, []
         if stage.hidden:
             errors = [
                 losses.hidden_state_mse(hidden[layer], targets.hidden[layer], batch.weights(targets.hidden[layer]))
                 for layer in stage.student_layers
             ]
             num_matched = num_rows if self._args.hidden_positions == "labels" else num_positions
-            terms["hidden_mse"] = torch.stack(errors).mean() / num_matched
-            total += stage.hidden_weight * terms["hidden_mse"]
+            error = errors[0] if len(errors) == 1 else torch.stack(errors).mean()
+            terms["hidden_mse"] = error / num_matched
+            parts.append(_weighted(terms["hidden_mse"], stage.hidden_weight))
         if adds_balance:
             logits, balance = logits
             terms["aux_loss"] = batch.num_rows * balance / num_rows  # weight a mean over tokens by the rows
-            total += stage.label_weight * terms["aux_loss"]
+            parts.append(_weighted(terms["aux_loss"], stage.label_weight))
         if stage.needs_logits:
             of_rows, sums = logits if in_chunks else logit_losses(stage, self._args, targets.logits, labels, logits)
-            terms |= {name: value / num_rows for name, value in sums.items()}
-            total += of_rows / num_rows
-        return StageLoss(total, terms, None if in_chunks else logits)
+            terms |= {name: value.detach() / num_rows for name, value in sums.items()}
+            parts.append(of_rows / num_rows)
+        return StageLoss(functools.reduce(operator.add, parts), terms, None if in_chunks else logits)
 
     def forward(
         self, model: Callable[..., Any], batch: Batch, stage: Stage, frozen: int = 0, reduce: Callable | None = None
@@ -155,7 +157,7 @@ def logit_losses(
     Returns:
         the weighted sum; and the terms by name, each a sum over rows without its weight.
     """
-    terms, total = {}, 0.0
+    terms, parts = {}, []
     if stage.kl_weight:
         if isinstance(target_logits, losses.TopLogits):
             divergence = losses.top_kl_divergence
@@ -164,11 +166,15 @@ def logit_losses(
         else:
             divergence = losses.DIVERGENCES[args.divergence]
         terms["kl"] = divergence(logits, target_logits[rows], args.temperature)
-        total += stage.kl_weight * terms["kl"]
+        parts.append(_weighted(terms["kl"], stage.kl_weight))
     if stage.label_weight:
         terms["label_loss"] = losses.cross_entropy(logits, labels[rows], args.label_smoothing_factor)
-        total += stage.label_weight * terms["label_loss"]
-    return total, terms
+        parts.append(_weighted(terms["label_loss"], stage.label_weight))
+    return functools.reduce(operator.add, parts), terms
+
+
+def _weighted(term: Tensor, weight: float) -> Tensor:
+    return term if weight == 1 else weight * term  # most weights are 1, and each product costs a small model's step
 
 
 def _runs_triton(tensor: Tensor) -> bool:

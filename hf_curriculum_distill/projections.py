@@ -369,8 +369,9 @@ def _add(moments: tuple[int, Any, Any], values: Tensor) -> tuple[int, Any, Any]:
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # targets belong to the loss, which is float32 even under autocast
-    with torch.autocast(hidden.device.type, enabled=False):
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return F.linear(hidden.float(), weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):  # targets belong to the loss, which is float32
         return F.linear(hidden.float(), weight, bias)
 
 

@@ -174,11 +174,11 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         counts = batch.counts if num_items_in_batch is None else num_items_in_batch
         targets = self._target_source.targets(batch, stage) if stage.needs_teacher else Targets()
         loss = self._objective(model, batch, stage, targets, counts, self._num_frozen)
-        learnt = {} if self.teacher is None else self.teacher.learn(batch, counts[1].clamp(min=1), self.accelerator)
+        learnt = {} if self.teacher is None else self.teacher.learn(batch, counts, self.accelerator)
         self._totals.add_terms(learnt | loss.terms)  # the teacher's first, for it explains the rest
         self._last = batch, stage, targets.computed
         total = loss.total
-        if self.args.average_tokens_across_devices:
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total *= (
                 self.accelerator.num_processes
             )  # gradients are averaged over processes, but the counts are of all processes

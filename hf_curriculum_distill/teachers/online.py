@@ -104,17 +104,17 @@ class OnlineTeacher(Teacher):
         # the routers' loss is a mean over tokens: weight it by the number of rows
         return (losses.cross_entropy(logits, batch.labels, label_smoothing) + batch.num_rows * balance) / num_rows
 
-    def learn(self, batch: Batch, num_rows: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:
+    def learn(self, batch: Batch, counts: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:
         """Train on a micro-batch, and take an optimizer step after the last one of an accumulated batch.
 
         Args:
-            num_rows: the number of rows that count in the whole accumulated batch.
+            counts: `[number of positions, number of rows]` that count in the whole accumulated batch.
 
         Returns:
             the micro-batch's part of the mean loss, as `teacher_loss`.
         """
         args = self._args
-        loss = self.task_loss(batch, num_rows, args.label_smoothing_factor)
+        loss = self.task_loss(batch, counts[1].clamp(min=1), args.label_smoothing_factor)
         loss.backward()
         self.model.eval()
         if accelerator.sync_gradients:

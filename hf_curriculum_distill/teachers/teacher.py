@@ -177,11 +177,11 @@ class Teacher:
     def advance(self, step: int | None) -> None:
         """Load the weights that teach at this optimizer step; None: those that evaluations compare with."""
 
-    def learn(self, batch: Batch, num_rows: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:
+    def learn(self, batch: Batch, counts: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:
         """Train on a micro-batch, after its targets were computed.
 
         Args:
-            num_rows: the number of rows that count in the whole accumulated batch.
+            counts: `[number of positions, number of rows]` that count in the whole accumulated batch.
 
         Returns:
             what to log: scalars by name.
