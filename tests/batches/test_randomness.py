@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_curriculum_distill.batches.randomness import RandomStream, preserved_random_state, seed_host
@@ -34,16 +34,14 @@ def test_a_block_without_a_seed_starts_from_the_present_states_and_other_seeds_s
         first = draw()
     with preserved_random_state(1), preserved_random_state(2):
         second = draw()
-    with preserved_random_state(2**32 + 2):  # NumPy takes 32 bits of a seed, the others all
-        third = draw()
     assert draw() == first
     assert not set(first) & set(second)
-    assert [a == b for a, b in zip(second, third, strict=True)] == [False, True, False]
 
 
 objects = st.lists(st.one_of(st.integers(), st.text(), st.booleans(), st.none()), max_size=3).map(tuple)
 
 
+@settings(max_examples=15)
 @given(one=objects, other=objects)
 def test_the_hosts_generators_start_alike_iff_their_seeds_are_written_alike(one, other):
     with preserved_random_state():
@@ -74,7 +72,7 @@ def test_streams_in_turns_draw_what_each_draws_alone(turns):
         streams, drawn = [RandomStream() for _ in range(3)], [[], [], []]
         for number, stream in enumerate(streams):
             stream.restart(number)
-        outside, seen = [], []
+        outside = []
         before = random.getstate(), torch.get_rng_state(), np.random.get_state()
         for number in turns:
             outside.append(draw())

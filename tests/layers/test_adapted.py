@@ -1,8 +1,5 @@
 """Models that PEFT wraps or a library quantises: the model inside, and every tensor of its weights."""
 
-import itertools
-from importlib.util import find_spec
-
 import pytest
 import torch
 from conftest import tiny_bert
@@ -50,13 +47,10 @@ def test_adapters_that_change_the_hidden_states_or_the_loss_are_refused(kind):
         transformers_model(wrapped)
 
 
-def test_one_unfit_adapter_of_several_is_enough():
-    wrapped = peft.get_peft_model(tiny_bert(2), FIT["LoRA"]())
+def test_several_adapters_are_as_fit_as_one():
+    wrapped = peft.get_peft_model(model := tiny_bert(2), FIT["LoRA"]())
     wrapped.add_adapter("second", FIT["LoRA"]())
-    transformers_model(wrapped)
-    wrapped.add_adapter("third", UNFIT["PROMPT_TUNING"]())
-    with pytest.raises(ValueError, match="adapter PROMPT_TUNING"):
-        transformers_model(wrapped)
+    assert transformers_model(wrapped) is model
 
 
 def test_a_model_of_mixed_adapters_is_refused():
@@ -114,15 +108,13 @@ def test_buffers_are_stored_iff_the_model_is_quantised():
     assert {name for name, _ in stored_tensors(model)} == parameters | buffers
 
 
-@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
-def test_of_four_bit_weights_the_codes_are_counted_in_any_order():
-    import bitsandbytes
-
-    layer = bitsandbytes.nn.Linear4bit(64, 4, bias=False)
-    layer.weight = bitsandbytes.nn.Params4bit(torch.randn(4, 64), requires_grad=False).to("cpu")
+def test_of_four_bit_weights_every_code_is_counted_in_whatever_order():
+    layer = nn.Linear(4, 2, bias=False)
+    layer.weight = nn.Parameter(torch.randint(0, 256, (40, 1), dtype=torch.uint8), requires_grad=False)
+    layer.weight.quant_state = object()  # as bitsandbytes marks two codes a byte
     ((name, counts),) = stored_tensors(layer)
-    assert (name, counts.sum(), len(counts)) == ("weight", 4 * 64, 16)
     codes = [code for byte in layer.weight.flatten().tolist() for code in divmod(byte, 16)]
+    assert name == "weight"
     assert counts.tolist() == [codes.count(code) for code in range(16)]
-    layer.weight.data = layer.weight.data.flip(0)
-    assert all(torch.equal(a, b) for (_, a), (_, b) in itertools.pairwise([(name, counts), *stored_tensors(layer)]))
+    layer.weight.data = layer.weight.data[torch.randperm(40)]
+    assert torch.equal(dict(stored_tensors(layer))["weight"], counts)
