@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_bert
 from planning.plans import examples_for, planned
 from torch.utils.data import default_collate
-from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from hf_curriculum_distill import CurriculumDistillationTrainer, Stage
 from hf_curriculum_distill.batches.batch import BatchReader
@@ -121,9 +121,7 @@ def assert_close(actual, expected):
 
 SETTINGS = {
     "plain": {},
-    "temperature": {"temperature": 2.0},
-    "smoothed": {"label_smoothing_factor": 0.1},
-    "at labels": {"hidden_positions": "labels"},
+    "other settings": {"temperature": 2.0, "label_smoothing_factor": 0.1, "hidden_positions": "labels"},
 }
 
 
@@ -186,14 +184,12 @@ def test_padding_and_what_a_teacher_says_of_it_change_nothing(config, name):
 @every_model
 @pytest.mark.parametrize("frozen", [1, 2])
 def test_frozen_blocks_get_no_gradient_and_change_no_loss(config, name, frozen):
-    case = Case(name, config())
-    free, made = case.loss(STAGES["all"]), case.loss(Stage(hidden=[[2, 4]], kl_weight=1.0), frozen=frozen)
-    assert torch.equal(made.total, case.loss(Stage(hidden=[[2, 4]], kl_weight=1.0)).total)
-    blocks = case.objective.student.blocks
+    case, stage = Case(name, config()), Stage(hidden=[[2, 4]], kl_weight=1.0)
+    made = case.loss(stage, frozen=frozen)
+    assert torch.equal(made.total, case.loss(stage).total)
     gradients(case.model, made.total)
-    trained = [any(p.grad is not None for p in block.parameters()) for block in blocks]
+    trained = [any(p.grad is not None for p in block.parameters()) for block in case.objective.student.blocks]
     assert trained == [number > frozen for number in range(1, DEPTH + 1)]
-    assert free.total.requires_grad
 
 
 def test_without_any_label_that_counts_the_loss_is_zero_and_finite(config):
@@ -232,6 +228,20 @@ def test_a_classifier_learns_from_one_row_an_example(config):
     label_loss = -(student[0, 2] + student[1, 0]) / 2
     expected = {"kl": kl, "label_loss": label_loss, "total": kl + 0.5 * label_loss}
     assert_close(made.terms | {"total": made.total}, expected)
+
+
+@pytest.mark.parametrize("routers", [True, False])
+def test_the_label_term_of_a_mixture_of_experts_is_its_own_loss(config, routers):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.5}
+    model, inputs = MixtralForCausalLM(MixtralConfig(**sizes, **heads, output_router_logits=routers)), examples()
+    partial, args, inputs = PartialForward(model), config(), default_collate(inputs)
+    batch = BatchReader(partial, None, args)(inputs)
+    made = Objective(partial, args)(model, batch, Stage(label_weight=1.0), Targets(), batch.counts)
+    own = model(**inputs)
+    torch.testing.assert_close(made.total, own.loss)
+    assert ("aux_loss" in made.terms) == routers
+    assert_close(gradients(model, made.total), gradients(model, own.loss))
 
 
 def test_the_loss_that_a_plan_counts_is_the_loss_that_a_training_takes(config, tmp_path, monkeypatch, student, teacher):
