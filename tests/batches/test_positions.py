@@ -25,7 +25,6 @@ from hf_curriculum_distill.batches.positions import (
     with_label_positions,
 )
 from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.layers.heads import predicts_next_token
 
 MODELS = {name: build(name)[0] for name in ("bert", "bert-classifier", "bert-tagger", "llama", "gpt2", "t5", "bart")}
 MODELS |= {name: build(name)[0] for name in ("llama-classifier", "vit", "wav2vec2")}
@@ -43,16 +42,6 @@ def text(batch=3, length=6, seed=0, labels="tokens", padded=True, classes=99):
     elif labels == "examples":
         inputs["labels"] = torch.tensor([1, -100, 0])
     return inputs
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_decoders_predict_the_next_token(name):
-    assert predicts_next_token(MODELS[name])
-
-
-@pytest.mark.parametrize("name", ["bert", "bert-tagger", "t5", "bart", "vit", "llama-classifier"])
-def test_others_predict_in_place(name):
-    assert not predicts_next_token(MODELS[name])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from architectures import ARCHITECTURES, DEPTH, build
 from torch import nn
-from transformers import BertConfig, BertForPreTraining, BertModel
+from transformers import BertConfig, BertForPreTraining
 
 from hf_curriculum_distill.layers.blocks import find_block_stack
 from hf_curriculum_distill.layers.forward import PartialForward
@@ -106,13 +106,6 @@ def albert(groups):
     return model, {"input_ids": torch.randint(0, 50, (2, 8))}, ran
 
 
-@every_architecture
-def test_the_block_stack_is_every_block_in_order(name):
-    model, block, _ = build(name)
-    assert list(find_block_stack(model)) == blocks_of(model, block)
-    assert PartialForward(model).depth == DEPTH
-
-
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("layer", range(6))
 def test_a_block_that_runs_for_many_layers_is_all_of_them(groups, layer):
@@ -156,57 +149,12 @@ def test_a_block_that_did_not_run_is_an_error_not_another_layers_states(layers):
         partial(model, batch, layers)
 
 
-def _swin(depths):
-    sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "num_heads": [2] * len(depths), "window_size": 2}
-    return hf.SwinForImageClassification(hf.SwinConfig(depths=depths, **sizes))
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: _swin([1, 1, 3, 1]), "SwinForImageClassification change their shape between its stages"),
-        (lambda: _swin([2, 2]), "change their shape between its stages"),
-        (
-            lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(hidden_sizes=[8] * 4, depths=[2, 2, 3, 2])),
-            "change their shape between its stages",
-        ),
-        (
-            lambda: hf.ResNetForImageClassification(
-                hf.ResNetConfig(hidden_sizes=[8, 8], depths=[2, 2], embedding_size=8)
-            ),
-            "change their shape between its stages",
-        ),
-        (
-            lambda: hf.FunnelForMaskedLM(
-                hf.FunnelConfig(vocab_size=50, d_model=16, n_head=2, d_head=8, d_inner=16, block_sizes=[1, 1, 1])
-            ),
-            "exactly one ModuleList of num_hidden_layers=3 blocks .* but has: none",
-        ),
-        (
-            lambda: hf.XLMWithLMHeadModel(hf.XLMConfig(vocab_size=50, emb_dim=16, n_layers=3, n_heads=2)),
-            "but has: transformer.attentions, transformer.layer_norm1",
-        ),
-    ],
-    ids=["swin", "swin-even", "convnext", "resnet", "funnel", "xlm"],
-)
-def test_models_without_a_stack_of_equal_blocks_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        PartialForward(make())
-
-
 def test_a_model_that_calls_its_blocks_past_every_hook_is_refused():
     sizes = {"hidden_size": 16, "embedding_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     groups = dict.fromkeys(("q_groups", "k_groups", "v_groups", "intermediate_groups", "output_groups"), 1)
     model = hf.SqueezeBertForMaskedLM(hf.SqueezeBertConfig(vocab_size=50, intermediate_size=16, **sizes, **groups))
     with pytest.raises(ValueError, match=r"SqueezeBertForMaskedLM did not call blocks \[1, 2\].* as a module"):
         PartialForward(model)(model, {"input_ids": torch.randint(0, 50, (2, 8))}, [1, 2])
-
-
-def test_two_lists_of_the_same_length_are_refused():
-    model = BertModel(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
-    model.second = copy.deepcopy(model.encoder.layer)
-    with pytest.raises(ValueError, match=r"exactly one ModuleList of num_hidden_layers=2.*encoder.layer, second"):
-        find_block_stack(model)
 
 
 @every_architecture
@@ -470,11 +418,6 @@ def test_frozen_blocks_of_a_decoder_freeze_the_encoder_before_them(name):
     trained = {id(parameters[n]) for n, gradient in gradients(model, hidden[2]).items() if gradient is not None}
     assert trained == {id(p) for p in partial.blocks[1].parameters()}
     assert trained <= {id(p) for p in partial.parameters_before(2, frozen=1)}
-
-
-def test_only_encoder_decoders_have_a_decoder_stack():
-    with pytest.raises(ValueError, match="layer_stack is 'decoder', but BertForMaskedLM is no encoder-decoder"):
-        find_block_stack(build("bert")[0], "decoder")
 
 
 @every_architecture
