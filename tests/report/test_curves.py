@@ -47,6 +47,7 @@ def test_a_value_costs_what_the_first_evaluation_at_least_as_good_had_cost():
     assert rising_and_falling.cost_to_reach(0.3, lower=False).tolist() == [16, 2.0]
     assert rising_and_falling.cost_to_reach(0.7, lower=False).tolist() == [np.inf, np.inf]
     assert rising_and_falling.cost_to_reach(0.4, lower=True).tolist() == [8, 1.0]
+    assert rising_and_falling.cost_to_reach(0.2, lower=True).tolist() == [8, 1.0]
     assert rising_and_falling.cost_to_reach(0.1, lower=True).tolist() == [np.inf, np.inf]
 
 
