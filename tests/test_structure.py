@@ -97,6 +97,12 @@ def test_kinds_of_teachers_are_told_apart_by_their_package_alone():
     assert all(name.startswith(f"{NAME}.teachers") for name in asked)
 
 
+@pytest.mark.parametrize("name", [name for name, module in MODULES.items() if not module.ispkg])
+def test_a_module_has_tests_in_a_file_of_its_name(name):
+    *folders, module = name.split(".")[1:]
+    assert TESTS.joinpath(*folders, f"test_{module}.py").is_file()
+
+
 def test_the_trainers_parameters_are_those_of_trainer_and_its_own_two():
     own = inspect.signature(CurriculumDistillationTrainer).parameters
     stock = inspect.signature(CurriculumDistillationTrainer.__mro__[3]).parameters

@@ -595,27 +595,6 @@ def test_only_the_last_stage_competes_for_the_best_model(config, student, teache
 # ---- models ----
 
 
-def test_model_init_makes_the_student_that_is_trained(config, teacher, examples):
-    made = []
-
-    def model_init():
-        made.append(tiny_bert(STUDENT_DEPTH, seed=1))
-        return made[-1]
-
-    trainer = CurriculumDistillationTrainer(
-        args=config(stages=STAGES), model_init=model_init, train_dataset=examples, teacher_model=teacher
-    )
-    untouched = weights(made[0])
-    trainer.train()
-    assert trainer.model is made[-1] is not made[0]
-    assert_same_weights(weights(made[0]), untouched)
-    assert {log["stage"] for log in step_logs(trainer)} == {0, 1, 2}
-    for part in ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1", "cls"):
-        named = [(name, tensor) for name, tensor in trainer.model.state_dict().items() if name.startswith(part)]
-        assert any(not torch.equal(tensor, untouched[name]) for name, tensor in named)
-    assert all("forward" not in model.__dict__ for model in [*made, teacher])
-
-
 def test_a_teachers_folder_is_the_teacher(config, student, teacher, examples, tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     by_folder = train(copy.deepcopy(student), tmp_path / "teacher", config("a", stages=STAGES), examples)

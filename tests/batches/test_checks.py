@@ -114,58 +114,6 @@ def test_labels_of_any_kind_are_nobodys_business_where_no_loss_reads_them(config
     assert trainer.state.global_step == 0
 
 
-# ---- stages that train nothing ----
-
-
-def frozen(student, blocks):
-    student.bert.embeddings.requires_grad_(False)
-    for block in student.bert.encoder.layer[:blocks]:
-        block.requires_grad_(False)
-    return student
-
-
-@pytest.mark.parametrize(
-    "blocks, fields, named",
-    [
-        (1, {}, r"'layer 1' .* up to block 1, .*with layer_map=\[\[2, 4\]\]"),
-        (2, {}, r"'layer 1', 'layer 2' .* up to block 2, .*unfreeze some of them\."),
-        (2, {"layer_order": "last"}, r"'layer 2'"),
-        (1, {"stages": [{"hidden": [[0, 0]], "until": 2}, {"kl_weight": 1.0}]}, r"'layer 0' .* up to block 0"),
-    ],
-)
-def test_stages_that_would_train_nothing_are_named_with_the_mend(
-    config, student, teacher, examples, blocks, fields, named
-):
-    with pytest.raises(ValueError, match=named):
-        CurriculumDistillationTrainer(
-            frozen(student, blocks), config(**fields), train_dataset=examples, teacher_model=teacher
-        )
-
-
-def test_a_student_all_frozen_trains_in_no_stage(config, student, teacher, examples):
-    args = config(method="one_shot")
-    with pytest.raises(ValueError, match="'kl' would train nothing"):
-        CurriculumDistillationTrainer(
-            student.requires_grad_(False), args, train_dataset=examples, teacher_model=teacher
-        )
-
-
-def test_the_mend_trains_and_one_free_parameter_is_enough(config, student, teacher, examples):
-    args = config(layer_map=[[2, 4]], max_steps=4)
-    CurriculumDistillationTrainer(frozen(student, 1), args, train_dataset=examples, teacher_model=teacher).train()
-    student.bert.embeddings.LayerNorm.bias.requires_grad_(True)
-    CurriculumDistillationTrainer(student, config(max_steps=4), train_dataset=examples, teacher_model=teacher).train()
-
-
-def test_a_block_that_a_stage_freezes_itself_does_not_count(config, student, teacher, examples):
-    student.bert.encoder.layer[1].requires_grad_(False)  # with train_prefix="block" the only one of the second stage
-    with pytest.raises(ValueError, match="'layer 2' would train nothing"):
-        CurriculumDistillationTrainer(
-            student, config(train_prefix="block"), train_dataset=examples, teacher_model=teacher
-        )
-    CurriculumDistillationTrainer(student, config(), train_dataset=examples, teacher_model=teacher)
-
-
 # ---- too few steps ----
 
 

@@ -1,17 +1,15 @@
 """A cached target is the teacher's, whichever student computed it, whenever it is read, and after damage."""
 
-import json
 import logging
 import math
 import os
 import resource
 import signal
-import time
 
 import pytest
 import torch
 from architectures import build
-from conftest import VOCAB_SIZE, assert_same_weights, in_fork, masked_lm_examples, start_fork, tiny_bert, wait_for_fork
+from conftest import VOCAB_SIZE, assert_same_weights, in_fork, masked_lm_examples, tiny_bert
 from hypothesis import given
 from hypothesis import strategies as st
 from resuming.test_trainer import Killer, die, outcome
@@ -25,7 +23,6 @@ from hf_curriculum_distill.batches.batch import BatchReader
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.losses import kl_divergence, top_kl_divergence, top_logits
 from hf_curriculum_distill.teachers.cached import CachedTeacher, epoch_that_pays
-from hf_curriculum_distill.teachers.records import RecordStore
 from hf_curriculum_distill.teachers.target_store import TargetStore
 from hf_curriculum_distill.teachers.teacher import Targets, Teacher
 
@@ -64,148 +61,6 @@ def files(folder):
     }
 
 
-# ---- records ----
-
-RECORDS = {bytes([i]) * 16: os.urandom(n) for i, n in enumerate((5, 1, 0, 12))}
-
-
-def write_some(folder):
-    RecordStore(folder).write(dict(list(RECORDS.items())[:2]))
-    RecordStore(folder).write(dict(list(RECORDS.items())[2:]))  # a second writer, a second file
-
-
-def read_all(folder):
-    records = RecordStore(folder)
-    found = {key: records.read(key) for key in RECORDS if key in records}
-    return {key: bytes(value) for key, value in found.items() if value is not None}
-
-
-def test_records_are_read_as_they_were_written_by_every_writer(tmp_path):
-    write_some(tmp_path)
-    assert read_all(tmp_path) == RECORDS
-    assert len(files(tmp_path)) == 4
-
-
-def test_no_flipped_bit_is_ever_read_as_a_value(tmp_path):
-    write_some(tmp_path)
-    for path, size in files(tmp_path).items():
-        for bit in range(8 * size):
-            with open(path, "r+b") as file:
-                whole = file.read()
-                flipped = bytearray(whole)
-                flipped[bit // 8] ^= 1 << bit % 8
-                file.seek(0)
-                file.write(flipped)
-            found = read_all(tmp_path)
-            assert found.items() <= RECORDS.items() and len(found) >= 3, (path, bit)
-            with open(path, "r+b") as file:
-                file.write(whole)
-    assert read_all(tmp_path) == RECORDS
-
-
-def test_whatever_length_a_file_is_cut_to_only_what_was_cut_is_gone(tmp_path):
-    write_some(tmp_path)
-    for path, size in files(tmp_path).items():
-        with open(path, "rb") as file:
-            whole = file.read()
-        for length in reversed(range(size)):
-            os.truncate(path, length)
-            found = read_all(tmp_path)
-            assert found.items() <= RECORDS.items()
-            sizes = [len(value) for value in RECORDS.values()][2 * ("000001" in path) :][:2]
-            ends = [36, 72] if path.endswith(".index") else [sizes[0], sum(sizes)]
-            assert len(found) == 2 + sum(end <= length for end in ends)  # the other file's, and what is whole
-        with open(path, "wb") as file:
-            file.write(whole)
-
-
-def test_a_damaged_record_is_replaced_by_the_next_one_that_is_written(tmp_path):
-    write_some(tmp_path)
-    (first,) = [path for path in files(tmp_path) if path.endswith("000000.data")]
-    with open(first, "r+b") as file:
-        file.write(b"\0\0\0\0\0\0")
-    key = next(iter(RECORDS))
-    records = RecordStore(tmp_path)
-    assert records.read(key) is None and key not in records
-    records.write({key: RECORDS[key]})
-    assert records.read(key) == RECORDS[key]
-    assert RecordStore(tmp_path).read(key) == RECORDS[key]
-
-
-@pytest.mark.parametrize(
-    "length, which, k",
-    [
-        ("none", "some", 8),
-        ("a row less", "all", 8),
-        ("a row more", "some", None),
-        ("twice", "all", None),
-        ("an odd byte", "some", 8),
-    ],
-)
-def test_records_of_another_length_are_computed_again(config, tmp_path, length, which, k):
-    """Their checksums are right, so that nothing else is wrong with them."""
-    fields = {"max_steps": 9, "teacher_cache_logits": k}
-    expected = train(config, tmp_path / "cache", **fields)
-    for description in (tmp_path / "cache").glob("*/description.json"):
-        target = json.loads(description.read_text())["target"]
-        records = RecordStore(description.parent)
-        keys = list(records._rows) if which == "all" else list(records._rows)[::5]
-        row = 2 * 16 if target == "hidden" else 4 * (VOCAB_SIZE if k is None else 2 * k + 1)
-        for key in keys:
-            value = bytes(records.read(key))
-            changed = {"none": b"", "a row less": value[:-row], "a row more": value + value[:row], "twice": 2 * value}
-            records.write({key: (changed | {"an odd byte": value + b"x"})[length]})
-    again = train(config, tmp_path / "cache", **fields)
-    assert_same_weights(again.model.state_dict(), expected.model.state_dict())
-    assert logged(again, "loss") == logged(expected, "loss")
-
-
-def many(writer):
-    """Records as large as real ones, that say what they hold."""
-    for number in range(2000):
-        key = f"{writer:8}{number:8}".encode()
-        yield key, key * (1 + number % 300)
-
-
-def write_many(folder, writer):
-    records = RecordStore(folder)
-    for key, value in many(writer):
-        records.write({key: value})
-        assert records.read(key) == value
-
-
-def check_many(folder, writers):
-    records, found = RecordStore(folder), 0
-    for writer in range(writers):
-        for key, value in many(writer):
-            if key in records:
-                assert records.read(key) == value
-                found += 1
-    return found
-
-
-def test_a_process_killed_while_it_writes_leaves_whole_records_only(tmp_path):
-    for writer in range(8):
-        child = start_fork(write_many, tmp_path, writer)
-        time.sleep(0.01 + 0.01 * writer)
-        os.kill(child, signal.SIGKILL)
-        assert wait_for_fork(child) == -signal.SIGKILL
-        check_many(tmp_path, writer + 1)
-    found = check_many(tmp_path, 8)
-    assert 0 < found < 8 * 2000
-    write_many(tmp_path, 8)
-    assert check_many(tmp_path, 9) == found + 2000
-
-
-def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path):
-    children = [start_fork(write_many, tmp_path, writer) for writer in range(3)]
-    assert [wait_for_fork(child) for child in children] == [0, 0, 0]
-    assert check_many(tmp_path, 3) == 3 * 2000
-
-
-# ---- keys ----
-
-
 class Counting(Teacher):
     """Its targets say which example and position they belong to, by the sum of the tokens seen so far."""
 
@@ -225,67 +80,12 @@ def cached_teacher(folder):
     return cached, teacher, BatchReader(PartialForward(tiny_bert(2)), teacher.partial_forward, args)
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return cached_teacher(str(tmp_path))
-
-
-def is_found(cache, inputs, rows=None):
-    """Whether the targets of a batch are read without the teacher; they are right in any case."""
-    cached, teacher, read = cache
-    ids, before = inputs["input_ids"], teacher.times
-    rows = ids.flatten().ne(0).nonzero().squeeze(1) if rows is None else rows
-    targets = cached.targets(read(inputs).with_rows(rows), AHEAD)
-    assert targets.computed == (teacher.times > before)
-    real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    states = ids.cumsum(1)[..., None].expand(-1, -1, 16).bfloat16().float()
-    for layer, sign in ((1, 1), (2, -1)):
-        assert torch.equal(targets.hidden[layer][real], sign * states[real])
-    assert torch.equal(targets.logits, ids.cumsum(1).flatten()[rows][:, None].expand(-1, 3).float())
-    return not targets.computed
-
-
 def padded(texts, length, left=False):
     ids, mask_ = torch.zeros(len(texts), length, dtype=torch.long), torch.zeros(len(texts), length, dtype=torch.long)
     for index, text in enumerate(texts):
         place = slice(length - len(text), length) if left else slice(len(text))
         ids[index, place], mask_[index, place] = torch.tensor(text), 1
     return {"input_ids": ids, "attention_mask": mask_}
-
-
-texts = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=5)
-
-
-@given(texts=texts, more=st.integers(0, 4), data=st.data())
-def test_an_example_is_found_whatever_the_order_the_batch_and_the_padding(texts, more, data, tmp_path_factory):
-    cache = cached_teacher(str(tmp_path_factory.mktemp("run")))
-    assert not is_found(cache, padded(texts, max(map(len, texts))))
-    chosen = data.draw(st.lists(st.sampled_from(texts), min_size=1, max_size=6))
-    assert is_found(cache, padded(chosen, max(map(len, chosen)) + more))
-
-
-def test_what_the_teacher_reads_otherwise_is_another_example(cache):
-    text = padded([[5, 6, 7, 8]], 6)
-    inside = padded([[5, 6, 7, 8]], 6)
-    inside["attention_mask"][0, 1] = 0
-    others = [
-        padded([[5, 6, 7, 9]], 6),
-        padded([[5, 6, 7]], 6),
-        padded([[5, 6, 7, 8]], 6, left=True),  # where absolute positions begin later
-        inside,
-        text | {"token_type_ids": torch.zeros(1, 6, dtype=torch.long)},
-        text | {"token_type_ids": torch.ones(1, 6, dtype=torch.long)},
-    ]
-    assert [is_found(cache, inputs) for inputs in (text, *others)] == [False] * 7
-    assert all(is_found(cache, inputs) for inputs in (text, *others))
-    assert not is_found(cache, text, rows=torch.tensor([0, 2]))  # other rows of logits, though the text is known
-    assert is_found(cache, text, rows=torch.tensor([0, 2]))
-
-
-def test_inputs_without_an_entry_for_each_example_are_refused(cache):
-    packed = {"input_ids": torch.ones(1, 6, dtype=torch.long), "position_ids": torch.arange(6)}
-    with pytest.raises(ValueError, match=r"position_ids has shape \(6,\) in a batch of 1"):
-        is_found(cache, packed)
 
 
 # ---- training ----
@@ -299,28 +99,6 @@ def test_an_empty_cache_and_a_filled_one_train_the_same_to_the_bit(config, tmp_p
     assert logged(filled, "loss") == logged(empty, "loss")
     assert files(tmp_path / "cache") == written
     assert logged(filled, "teacher_flops") == [0.0] * 24
-
-
-def test_hidden_targets_are_the_projected_states_in_bfloat16(config, tmp_path):
-    class Rounded(ProjectionBank):
-        def project(self, *args):
-            return super().project(*args).bfloat16().float()
-
-    bank = ProjectionBank.create([(1, 2), (2, 4)], [16, 16], [24, 24]).freeze()
-    fields = {
-        "stages": [{"hidden": [[1, 2]], "until": 12}, {"hidden": [[2, 4]]}],
-        "train_sampling_strategy": "sequential",
-    }
-    runs = []
-    for kind, folder in ((Rounded, None), (ProjectionBank, str(tmp_path / "cache"))):
-        given_bank = kind(bank._projections, bank.metadata, frozen=True)
-        run = CurriculumDistillationTrainer(
-            tiny_bert(2, seed=1), config(teacher_cache=folder, max_steps=24, **fields),
-            train_dataset=masked_lm_examples(32), teacher_model=strong_teacher(), projection_bank=given_bank,
-        )  # fmt: skip
-        run.train()
-        runs.append(run)
-    assert_same_weights(runs[1].model.state_dict(), runs[0].model.state_dict())
 
 
 FAMILIES = ("bert-classifier", "bert-tagger", "gpt2", "t5", "whisper", "vit", "wav2vec2")
@@ -369,35 +147,6 @@ def test_two_students_share_what_both_want_and_write_nothing_twice(config, tmp_p
     train(config, tmp_path / "cache", student=other)
     added = {path: size for path, size in files(tmp_path / "cache").items() if path not in before}
     assert len(added) == 2 and not set(before.items()) - set(files(tmp_path / "cache").items())
-
-
-CHANGES = {
-    "teacher": {"teacher": lambda: changed_by_one_bit(strong_teacher())},
-    "teacher's configuration": {"teacher": lambda: strong_teacher(layer_norm_eps=1e-3)},
-    "matrices": {"projection_seed": 1},
-    "calibration": {"standardize_targets": False},
-    "number of classes": {"teacher_cache_logits": 5},
-    "temperature": {"temperature": 2.0},
-    "precision": {"bf16": True},
-    "teacher's precision": {"teacher_dtype": "bfloat16"},
-}
-
-
-def changed_by_one_bit(model):
-    with torch.no_grad():
-        weight = model.bert.encoder.layer[1].output.dense.weight.view(torch.int32)
-        weight[7, 13] ^= 1
-    return model
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_targets_of_another_run_are_never_taken_for_this_ones(change, config, tmp_path):
-    train(config, tmp_path / "shared", max_steps=12)
-    fields = {"max_steps": 12} | CHANGES[change]
-    make = fields.pop("teacher", strong_teacher)
-    among, alone = (train(config, tmp_path / folder, make(), **fields) for folder in ("shared", "own"))
-    assert_same_weights(among.model.state_dict(), alone.model.state_dict())
-    assert logged(among, "loss") == logged(alone, "loss")
 
 
 def test_a_damaged_target_is_computed_again_and_reported(config, tmp_path, caplog):
@@ -531,8 +280,8 @@ def test_the_forecast_is_what_will_be_written_to_the_byte(task, config, tmp_path
     assert forecasts[0] == 3 * 32 * 36 + 2 * tokens * 16 * 2 + rows * (3 if classes else 2 * 8 + 1) * 4
 
 
-def test_too_little_room_is_said_before_training(cache):
-    cached, _, read = cache
+def test_too_little_room_is_said_before_training(tmp_path):
+    cached, _, read = cached_teacher(str(tmp_path))
     batch = read(padded([[5, 6, 7, 8]], 6)).with_rows(torch.tensor([1]))
     with pytest.raises(OSError, match=r"GB free, but [0-9.]+ GB will be written; make room"):
         cached.forecast([batch], [batch], 10**15, [(2.0, AHEAD)])
@@ -644,13 +393,3 @@ def test_other_divergences_need_all_logits(config, tmp_path):
     stages = [{"hidden": [[1, 2]]}]
     train(config, tmp_path / "cache", divergence="reverse_kl", stages=stages, max_steps=2)
     train(config, tmp_path / "cache", divergence="jensen_shannon", teacher_cache_logits=VOCAB_SIZE, max_steps=8)
-
-
-def test_each_folder_says_whose_targets_it_holds(config, tmp_path):
-    train(config, tmp_path / "cache")
-    described = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/description.json")]
-    assert sorted((d["target"], d.get("teacher_layer"), d.get("k")) for d in described if d["target"] == "hidden") == [
-        ("hidden", 2, None),
-        ("hidden", 4, None),
-    ]
-    assert [d["k"] for d in described if d["target"] == "logits"] == [8]
