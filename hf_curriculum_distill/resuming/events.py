@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_curriculum_distill.batches.seeding import seed_batches
-
-if TYPE_CHECKING:
-    from hf_curriculum_distill.resuming.trainer import ResumableTrainer
 
 
 class TrainingEvents(TrainerCallback):
@@ -19,10 +14,10 @@ class TrainingEvents(TrainerCallback):
     whether training goes on.
 
     Args:
-        trainer: whose training it is.
+        trainer: the [`ResumableTrainer`] whose training it is.
     """
 
-    def __init__(self, trainer: ResumableTrainer):
+    def __init__(self, trainer: Trainer):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
