@@ -179,9 +179,8 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         self._last = batch, stage, targets.computed
         total = loss.total
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total *= (
-                self.accelerator.num_processes
-            )  # gradients are averaged over processes, but the counts are of all processes
+            # gradients are averaged over processes, but the counts are of all of them
+            total = total * self.args.world_size
         return (total, StageOutput(loss.logits)) if return_outputs else total
 
     @property

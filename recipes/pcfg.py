@@ -117,7 +117,9 @@ class TrainingConfig(CurriculumDistillationConfig):
 
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
-    compare_methods(recipe, args, find_teacher, distil, logger)
+    summary = compare_methods(recipe, args, find_teacher, distil, logger)
+    if args.should_save:
+        print(f"\n{summary}")
 
 
 def distil(recipe: RecipeArguments, teacher: str, args: TrainingConfig, method: str) -> dict:

@@ -126,7 +126,9 @@ class TrainingConfig(CurriculumDistillationConfig):
 
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
-    compare_methods(recipe, args, find_teacher, distil, logger, threshold=0.99)
+    summary = compare_methods(recipe, args, find_teacher, distil, logger, threshold=0.99)
+    if args.should_save:
+        print(f"\n{summary}")
 
 
 def distil(recipe: RecipeArguments, checkpoints: list[str], args: TrainingConfig, method: str) -> dict:

@@ -84,15 +84,15 @@ class PreparedTrainer(ResumableTrainer):
         """Fix the stages and what they need for the arguments and the student of now.
 
         Raises:
-            ValueError: they do not fit together, or ask for another teacher than the trainer was made with.
+            ValueError: they do not fit together, or name another teacher than the trainer was made with.
         """
         args = self.args
         args.check()
         check_launch(args, self.compute_loss_func, self._shards_parameters)
         if (now := self._describe_teacher()) != self._who_teaches:
             raise ValueError(
-                f"The arguments ask for {now} since the trainer was made, which was {self._who_teaches}: another "
-                "teacher. Make a new trainer."
+                f"The trainer was made with {self._who_teaches}, but the arguments now say {now}: another teacher. "
+                "Make a new trainer."
             )
         student = self._core
         if student is not self._student.model or args.layer_stack != self._student.stack:

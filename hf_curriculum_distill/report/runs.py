@@ -38,7 +38,7 @@ def compare_methods(
     distil: Callable[..., dict[str, Any]],
     recipe_logger: logging.Logger,
     threshold: float | None = None,
-) -> None:
+) -> str:
     """A recipe from its options to the table: plan the runs, find the teacher, train every student.
 
     Args:
@@ -49,6 +49,9 @@ def compare_methods(
         distil: `distil(recipe, teacher, args, method)` trains the student of one run: see [`train_student`].
         recipe_logger: says what happens, on the main process only, as the logger of this module does.
         threshold: the accuracy whose cost the table states: see [`format_summary`].
+
+    Returns:
+        the table, and the command that plots it.
 
     Raises:
         SystemExit: the options describe no runs; it says what is wrong with them.
@@ -63,10 +66,11 @@ def compare_methods(
         raise SystemExit(str(error)) from error
     teacher = find_teacher(recipe, args)
     results = train_all(runs, partial(distil, recipe, teacher), args.output_dir)
-    if args.should_save:
-        print("\n" + format_summary(results, threshold=threshold))
-        option = "" if threshold is None else f" --threshold {threshold:g}"
-        print(f"\nplot: hf-curriculum-distill compare {args.output_dir}{option}")
+    option = "" if threshold is None else f" --threshold {threshold:g}"
+    return (
+        f"{format_summary(results, threshold=threshold)}\n\n"
+        f"plot: hf-curriculum-distill compare {args.output_dir}{option}"
+    )
 
 
 def teacher_arguments(
