@@ -23,9 +23,11 @@ class ModelOptions:
         default=None,
         metadata={"help": "Teacher: a Hub model or a folder. A plan takes a size or a config.json, too."},
     )
-    teacher_size: str | None = field(
+    teacher_from: str | None = field(
         default=None,
-        metadata={"help": "Train a teacher of this size (as --student) into the folder --teacher, unless it is there."},
+        metadata={
+            "help": "Train a teacher into the folder --teacher, unless it is there: a size, a config.json, or a model to start from, which gets a masked-LM head if it has none."
+        },
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the teacher's."})
     block_size: int = field(default=512, metadata={"help": "Tokens of an example: of a block of packed text."})

@@ -34,7 +34,7 @@ from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistil
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.options import ModelOptions
 from hf_curriculum_distill.planning import SIZES, find_config, find_size
-from hf_curriculum_distill.report.runs import LABELS_ALONE, train_all, train_student
+from hf_curriculum_distill.report.runs import LABELS_ALONE, check_kept_teacher, train_all, train_student
 from hf_curriculum_distill.report.tables import PLOT_FILE, format_table, plot_comparison
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
 
@@ -138,43 +138,47 @@ def distil(recipe: RecipeArguments, pipeline: dict, args: TrainingConfig, method
 
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:
-    """The teacher's own accuracy; with --teacher_size, after training it on the labels if it is not there yet."""
+    """The teacher's own accuracy; with --teacher_from, after training it on the labels if it is not there yet."""
     args = replace(
         args,
         output_dir=recipe.teacher + "-training",
         stages=LABELS_ALONE,
-        save_strategy="no",
-        eval_strategy="no",
         teacher_cache=None,
+        max_steps=recipe.teacher_steps,
+        learning_rate=args.teacher_learning_rate,
+        push_to_hub=False,
     )
-    if recipe.teacher_size is not None:
-        set_seed(args.seed)
-        wanted = make_model(recipe.teacher_size, recipe.dropout, pipeline["processing_class"])
+    if recipe.teacher_from is not None:
+        wanted = find_config(recipe.teacher_from, recipe.dropout)
         if os.path.isfile(os.path.join(recipe.teacher, CONFIG_NAME)):
             there = AutoConfig.from_pretrained(recipe.teacher)
-            for size in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-                if getattr(there, size) != getattr(wanted.config, size):
-                    raise SystemExit(
-                        f"{recipe.teacher} holds a teacher with {size}={getattr(there, size)}, but --teacher_size "
-                        f"{recipe.teacher_size} has {getattr(wanted.config, size)}; remove the folder or name another."
-                    )
+            sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+            check_kept_teacher(recipe.teacher, {size: (getattr(there, size), getattr(wanted, size)) for size in sizes})
         else:
-            logger.info("%s: training a %s teacher on the labels", recipe.teacher, recipe.teacher_size)
-            teacher_args = replace(args, max_steps=recipe.teacher_steps, learning_rate=args.teacher_learning_rate)
-            trainer = CurriculumDistillationTrainer(model=wanted, args=teacher_args, **pipeline)
-            trainer.train()
-            trainer.save_model(recipe.teacher)
-            trainer.accelerator.wait_for_everyone()
+            train_teacher(recipe, args, pipeline)
     model = AutoModelForMaskedLM.from_pretrained(recipe.teacher)
     metrics = CurriculumDistillationTrainer(model=model, args=args, **pipeline).evaluate()
     return {"method": "(teacher)", "eval_accuracy": metrics["eval_accuracy"]}
+
+
+def train_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> None:
+    """Train a teacher on the labels, from --teacher_from; a launch that was killed goes on from its last checkpoint."""
+    logger.info("%s: training a teacher on the labels, from %s", recipe.teacher, recipe.teacher_from)
+    set_seed(args.seed)
+    model = make_model(recipe.teacher_from, recipe.dropout, pipeline["processing_class"])
+    trainer = CurriculumDistillationTrainer(model=model, args=args, **pipeline)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model(recipe.teacher)
+    trainer.accelerator.wait_for_everyone()
 
 
 def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
     """A masked language model: a size or a config.json, randomly initialised, or the weights of a model's folder."""
     check_size(size)
     if os.path.isdir(size):
-        return AutoModelForMaskedLM.from_pretrained(size)
+        config = AutoConfig.from_pretrained(size)
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+        return AutoModelForMaskedLM.from_pretrained(size, config=config)
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     return AutoModelForMaskedLM.from_config(find_config(size, dropout, **tokens))
 

@@ -20,7 +20,7 @@ from hf_curriculum_distill.cli import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "recipes/configs/bert_large/quickstart.yaml"
-TINY = "--block_size 16 --eval_blocks 8 --teacher_size bert-2-32 --teacher_steps 2 --student bert-2-16 --max_steps 8 "
+TINY = "--block_size 16 --eval_blocks 8 --teacher_from bert-2-32 --teacher_steps 2 --student bert-2-16 --max_steps 8 "
 TINY += "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --eval_steps 4 --save_steps 4 --logging_steps 2"
 
 
@@ -125,7 +125,7 @@ def test_the_same_seed_gives_the_same_teacher_and_student(finished, tmp_path):
     [
         (["--method", "two_shot"], 2, "method is 'two_shot'; use one of 'curriculum', 'one_shot'"),
         (["--student", "bert-huge"], 1, "'bert-huge' is no model"),
-        (["--teacher_size", "bert-3-32"], 1, "holds a teacher with num_hidden_layers=2"),
+        (["--teacher_from", "bert-3-32"], 1, "holds a teacher with num_hidden_layers=2"),
         (["--block_size", "100000"], 1, "fills no block of 100000 tokens"),
         (["--mask_once", "--streaming"], 1, "mask_once keeps the training blocks in memory"),
     ],

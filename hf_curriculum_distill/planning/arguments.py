@@ -63,9 +63,9 @@ class PlanArguments(ModelOptions):
 
     @property
     def teacher_source(self) -> str | None:
-        """Where the teacher's configuration comes from: `teacher`, or `teacher_size` if nothing is saved there yet."""
+        """Where the teacher's configuration comes from: `teacher`, or `teacher_from` if nothing is saved there yet."""
         saved = self.teacher is not None and os.path.isfile(os.path.join(self.teacher, "config.json"))
-        return self.teacher if saved or self.teacher_size is None else self.teacher_size
+        return self.teacher if saved or self.teacher_from is None else self.teacher_from
 
 
 @dataclass
