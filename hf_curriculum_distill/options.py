@@ -26,7 +26,8 @@ class ModelOptions:
     teacher_from: str | None = field(
         default=None,
         metadata={
-            "help": "Train a teacher into the folder --teacher, unless it is there: a size, a config.json, or a model to start from, which gets a masked-LM head if it has none."
+            "help": "Train a teacher into the folder --teacher unless it is there, from this: a size, a config.json, "
+            "or a model, which is trained on and gets a head if it has none."
         },
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the teacher's."})
@@ -43,13 +44,15 @@ class ModelOptions:
 
 @dataclass
 class ComparisonOptions:
-    """Which students a comparison trains: the arguments of `runs.plan_runs`."""
+    """Which students a comparison trains: see `runs.plan_runs`."""
 
     methods: list[str] = field(
         default_factory=lambda: ["curriculum", "one_shot"],
         metadata={"help": "What to compare: methods of the library, or names from `variants`."},
     )
     variants: dict | str | None = field(
-        default=None, metadata={"help": "Name -> training arguments in which it differs (JSON on the command line)."}
+        default=None, metadata={"help": "Name -> options in which it differs (JSON on the command line)."}
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of students and their data."})
+    seeds: list[int] | None = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of students and their data; --seed alone if none."}
+    )

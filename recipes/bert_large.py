@@ -9,7 +9,7 @@ The whole pipeline in minutes on two CPU cores, teacher included:
 
 The defaults: teacher google-bert/bert-large-uncased, data wikimedia/wikipedia 20231101.en in packed blocks of 512
 tokens, 15 % of each masked (80/10/10), 32 x 512 = 16,384 tokens a step and process, bf16 on a GPU, fused AdamW.
---compare_with one_shot trains a second student on the same data, in the same order, for the same number of steps.
+--methods curriculum one_shot labels trains three students on the same data, in the same order, for as many steps.
 Any option can stand in a YAML file; the command line wins.
 """
 
@@ -32,9 +32,17 @@ from transformers import (
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import parse_arguments
-from hf_curriculum_distill.options import ModelOptions
+from hf_curriculum_distill.options import ComparisonOptions, ModelOptions
 from hf_curriculum_distill.planning import SIZES, find_config, find_size
-from hf_curriculum_distill.report.runs import LABELS_ALONE, check_kept_teacher, train_all, train_student
+from hf_curriculum_distill.report.runs import (
+    LABELS_ALONE,
+    Run,
+    check_kept_teacher,
+    log_progress,
+    planned_or_exit,
+    train_all,
+    train_student,
+)
 from hf_curriculum_distill.report.tables import PLOT_FILE, format_table, plot_comparison
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
 
@@ -42,7 +50,9 @@ logger = logging.getLogger("bert_large")
 
 
 @dataclass
-class RecipeArguments(ModelOptions):
+class RecipeArguments(ModelOptions, ComparisonOptions):
+    methods: list[str] = field(default_factory=lambda: ["curriculum"])
+    seeds: list[int] | None = None
     student: str = "bert-large"
     teacher: str = "google-bert/bert-large-uncased"
     mlm_probability: float = 0.15
@@ -63,10 +73,6 @@ class RecipeArguments(ModelOptions):
         metadata={"help": "Mask the training blocks once for all epochs, in memory; teacher_cache needs that."},
     )
     preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    compare_with: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Methods to train for comparison, each in a folder of its own below output_dir."},
-    )
 
 
 @dataclass
@@ -97,15 +103,11 @@ class TrainingConfig(CurriculumDistillationConfig):
 
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
-    logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
+    log_progress(logger, args)
+    runs = planned_or_exit(recipe, args)
+    for student in {run.recipe.student for run in runs}:
+        check_size(student)
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.teacher)
-    check_size(recipe.student)
-    runs = {args.method: [args]}
-    for method in recipe.compare_with:
-        baseline = {"method": method, "output_dir": f"{args.output_dir}-{method}", "push_to_hub": False}
-        if method not in ("curriculum", "one_shot"):
-            baseline["teacher_cache"] = None  # for a teacher that stays as it is and gives targets
-        runs.setdefault(method, [replace(args, **baseline)])
     with args.main_process_first(desc="data"):
         train, heldout = load_data(recipe, tokenizer)
     pipeline = {
@@ -115,8 +117,7 @@ def main():
         "data_collator": MaskedBlocksCollator(tokenizer, recipe.mlm_probability, fixed_count=True),
     }
     teacher = find_teacher(recipe, args, pipeline)
-
-    results = train_all(runs, partial(distil, recipe, pipeline), args.output_dir)
+    results = train_all(runs, partial(distil, pipeline), args)
     if args.should_save:
         print("\n" + format_table([teacher, *results]))
         finite = [result for result in results if result["finite"]]
@@ -128,13 +129,13 @@ def main():
         raise SystemExit("\n".join(f"{result['path']}: {result['error']}" for result in broken))
 
 
-def distil(recipe: RecipeArguments, pipeline: dict, args: TrainingConfig, method: str) -> dict:
+def distil(pipeline: dict, run: Run) -> dict:
     """Train one student; returns its object in results.json."""
-    set_seed(args.seed)
-    student = make_model(recipe.student, recipe.dropout, pipeline["processing_class"])
-    trainer = CurriculumDistillationTrainer(model=student, args=args, teacher_model=recipe.teacher, **pipeline)
-    logger.info("%s: %s", args.output_dir, " -> ".join(stage.name for stage in trainer.stages))
-    return train_student(trainer, method)
+    set_seed(run.args.seed)
+    student = make_model(run.recipe.student, run.recipe.dropout, pipeline["processing_class"])
+    trainer = CurriculumDistillationTrainer(model=student, args=run.args, teacher_model=run.recipe.teacher, **pipeline)
+    logger.info("%s: %s", run.args.output_dir, " -> ".join(stage.name for stage in trainer.stages))
+    return train_student(trainer, run.method)
 
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:

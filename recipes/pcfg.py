@@ -26,6 +26,7 @@ from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
+    Run,
     check_kept_teacher,
     compare_methods,
     num_examples,
@@ -122,8 +123,9 @@ def main():
         print(f"\n{summary}")
 
 
-def distil(recipe: RecipeArguments, teacher: str, args: TrainingConfig, method: str) -> dict:
+def distil(run: Run, teacher: str) -> dict:
     """Train one student on its seed's sentences."""
+    recipe, args = run.recipe, run.args
     set_seed(args.seed)
     trainer = CurriculumDistillationTrainer(
         model=make_model(recipe, recipe.student_heads),
@@ -132,7 +134,7 @@ def distil(recipe: RecipeArguments, teacher: str, args: TrainingConfig, method: 
         **data(recipe, recipe.evaluate_on, recipe.train_sentences or num_examples(args, args.max_steps), args.seed),
     )
     trainer.remove_callback(PrinterCallback)
-    return train_student(trainer, method)
+    return train_student(trainer, run.method)
 
 
 def who_teaches(recipe: RecipeArguments, teacher: str, args: TrainingConfig) -> str | list[str] | BertForMaskedLM:

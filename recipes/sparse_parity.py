@@ -30,6 +30,7 @@ from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistil
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.report.runs import (
+    Run,
     check_kept_teacher,
     compare_methods,
     num_examples,
@@ -131,8 +132,9 @@ def main():
         print(f"\n{summary}")
 
 
-def distil(recipe: RecipeArguments, checkpoints: list[str], args: TrainingConfig, method: str) -> dict:
+def distil(run: Run, checkpoints: list[str]) -> dict:
     """Train one student on fresh examples."""
+    recipe, args = run.recipe, run.args
     teacher = checkpoints if args.method == "progressive" else checkpoints[-1]
     if args.method == "online":
         teacher = make_model(recipe, recipe.teacher_width)
@@ -146,7 +148,7 @@ def distil(recipe: RecipeArguments, checkpoints: list[str], args: TrainingConfig
         **data(recipe, num_examples(args, args.max_steps), args.seed),
     )
     trainer.remove_callback(PrinterCallback)
-    return train_student(trainer, method)
+    return train_student(trainer, run.method)
 
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> list[str]:

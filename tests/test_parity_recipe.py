@@ -244,10 +244,10 @@ def test_shuffled_features_are_those_of_the_example_before_and_the_logits_are_ri
 def test_a_configuration_describes_only_what_it_compares(sparse_parity, path):
     kinds = [sparse_parity.RecipeArguments, sparse_parity.TrainingConfig]
     recipe, args = parse_arguments(kinds, ["--config", str(path), "--use_cpu", "true", "--bf16", "false"])
-    runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
-    assert list(runs) == recipe.methods
+    runs = plan_runs(recipe, args)
+    assert list(dict.fromkeys(run.method for run in runs)) == recipe.methods
     assert set(recipe.variants or {}) <= set(recipe.methods)
-    folders = [run.output_dir for seeds in runs.values() for run in seeds]
+    folders = [run.args.output_dir for run in runs]
     assert len(set(folders)) == len(folders)
     assert parse_arguments(kinds, ["--config", str(path), "--methods", "labels"])[0].methods == ["labels"]
 

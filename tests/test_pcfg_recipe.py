@@ -162,6 +162,6 @@ def as_drawn(sentences):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_are_read_and_their_methods_exist(pcfg, path):
     recipe, args = parse_arguments([pcfg.RecipeArguments, pcfg.TrainingConfig], ["--config", str(path)])
-    runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
-    assert len(runs) == len(recipe.methods)
+    runs = plan_runs(recipe, args)
+    assert len(runs) == len(recipe.methods) * len(recipe.seeds)
     assert yaml.safe_load(path.read_text())["output_dir"].startswith("runs/pcfg/")

@@ -24,6 +24,7 @@ TINY = "--block_size 16 --eval_blocks 8 --teacher_from bert-2-32 --teacher_steps
 TINY += "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --eval_steps 4 --save_steps 4 --logging_steps 2"
 
 
+STUDENT, ONE_SHOT = "student/curriculum/seed-42", "student/one_shot/seed-42"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -76,16 +77,16 @@ def test_the_recipe_ends_with_table_results_plot_and_students(finished):
     table = done.stdout[done.stdout.index("method ") :].splitlines()
     assert [line.split()[0] for line in table[2:5]] == ["(teacher)", "curriculum", "one_shot"]
     assert (folder / "student/comparison.png").read_bytes()[1:4] == b"PNG"
-    stages = json.loads((folder / "student/curriculum.json").read_text())["stages"]
+    stages = json.loads((folder / STUDENT / "curriculum.json").read_text())["stages"]
     assert [(stage["name"], stage["until"]) for stage in stages] == [("layer 1", 2), ("layer 2", 4), ("kl", None)]
-    assert any(folder.joinpath("student").glob("runs/*/events*")) or any(folder.glob("student/**/events*"))
+    assert any(folder.glob(f"{STUDENT}/**/events*"))
 
 
 def test_the_student_is_plain_and_fills_masks_in_a_fresh_process(finished):
     folder, _ = finished
-    names = load_file(folder / "student/model.safetensors").keys()
+    names = load_file(folder / STUDENT / "model.safetensors").keys()
     assert not [name for name in names if "teacher" in name or "projection" in name]
-    done = run("recipes/fill_mask.py", str(folder / "student"))
+    done = run("recipes/fill_mask.py", str(folder / STUDENT))
     assert done.returncode == 0, done.stderr[-2000:]
     assert len([line for line in done.stdout.splitlines() if "[MASK]" in line and "->" in line]) == 3
 
@@ -93,18 +94,18 @@ def test_the_student_is_plain_and_fills_masks_in_a_fresh_process(finished):
 def test_a_second_run_uses_the_teacher_that_is_there_and_resumes(finished):
     folder, _ = finished
     before = (folder / "teacher/model.safetensors").stat().st_mtime_ns
-    student = load_file(folder / "student/model.safetensors")
+    student = load_file(folder / STUDENT / "model.safetensors")
     done = recipe(folder, "--resume_from_checkpoint", "last")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (folder / "teacher/model.safetensors").stat().st_mtime_ns == before
-    again = load_file(folder / "student/model.safetensors")
+    again = load_file(folder / STUDENT / "model.safetensors")
     assert all((again[name] == student[name]).all() for name in student)
 
 
 def test_the_teacher_reads_blocks_that_are_masked_once_only_once_for_all_students(finished, tmp_path):
     folder, _ = finished
     options = ["--mask_once", "--teacher", str(folder / "teacher"), "--teacher_cache", str(tmp_path / "cache")]
-    done = recipe(tmp_path, *options, "--compare_with", "one_shot", "labels")
+    done = recipe(tmp_path, *options, "--methods", "curriculum", "one_shot", "labels")
     assert done.returncode == 0, done.stderr[-3000:]
     first, second, labels = json.loads((tmp_path / "student/results.json").read_text())
     assert [result["method"] for result in (first, second, labels)] == ["curriculum", "one_shot", "labels"]
@@ -115,7 +116,7 @@ def test_the_same_seed_gives_the_same_teacher_and_student(finished, tmp_path):
     folder, _ = finished
     done = recipe(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    for model in ("teacher", "student", "student-one_shot"):
+    for model in ("teacher", STUDENT, ONE_SHOT):
         first, again = (load_file(place / model / "model.safetensors") for place in (folder, tmp_path))
         assert all(torch.equal(first[name], again[name]) for name in first), model
 
@@ -161,7 +162,7 @@ def test_students_are_made_by_size(bert_large, tokenizer, size, layers, hidden, 
 
 
 def test_a_config_file_is_a_random_model_and_a_model_folder_is_its_weights(bert_large, tokenizer, finished):
-    student = finished[0] / "student"
+    student = finished[0] / STUDENT
     again = bert_large.make_model(str(student), 0.0, tokenizer).state_dict()
     fresh = bert_large.make_model(str(student / "config.json"), 0.0, tokenizer).state_dict()
     name = "bert.encoder.layer.0.attention.self.query.weight"

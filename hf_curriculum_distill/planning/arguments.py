@@ -13,7 +13,7 @@ TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification"
 # Options of the recipes that change nothing in a plan. The recipes are no part of the package, so the list is
 # written out; a test compares it with them.
 RECIPE_OPTIONS = {
-    "compare_with", "dataset", "dataset_config", "dimension", "earlier_teachers", "eval_blocks", "evaluate_on",
+    "dataset", "dataset_config", "dimension", "earlier_teachers", "eval_blocks", "evaluate_on",
     "first_checkpoint", "grammar", "head_dim", "heldout_documents", "heldout_examples", "heldout_sentences",
     "initializer_range", "mask_once", "max_length", "methods", "model", "num_layers", "preprocessing_workers",
     "seeds", "shuffle_features", "sparsity", "start", "streaming", "student_heads", "student_width", "support",

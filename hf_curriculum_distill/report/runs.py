@@ -13,12 +13,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
 
-from hf_curriculum_distill.config import METHODS, CurriculumDistillationConfig
+from hf_curriculum_distill.config import METHODS, UNCACHED_METHODS, CurriculumDistillationConfig
 from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.report.results import write_results
 from hf_curriculum_distill.report.tables import format_summary
@@ -31,11 +31,26 @@ LABELS_ALONE = [{"label_weight": 1.0}]  # the stages of a training without a tea
 _METRICS = ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl")
 
 
+@dataclass(frozen=True)
+class Run:
+    """One student of a comparison.
+
+    Args:
+        method: its name in tables and in `results.json`: a method of the library, or the name of a variant.
+        recipe: the recipe's options, with what the variant changes.
+        args: the training arguments, likewise, with the run's own seed and folder.
+    """
+
+    method: str
+    recipe: ComparisonOptions
+    args: CurriculumDistillationConfig
+
+
 def compare_methods(
     recipe: ComparisonOptions,
     args: CurriculumDistillationConfig,
     find_teacher: Callable[..., Any],
-    distil: Callable[..., dict[str, Any]],
+    distil: Callable[[Run, Any], dict[str, Any]],
     recipe_logger: logging.Logger,
     threshold: float | None = None,
 ) -> str:
@@ -46,7 +61,7 @@ def compare_methods(
         args: what all runs share.
         find_teacher: `find_teacher(recipe, args)` trains the teacher if it is not there yet, and returns what `distil`
             needs of it.
-        distil: `distil(recipe, teacher, args, method)` trains the student of one run: see [`train_student`].
+        distil: `distil(run, teacher)` trains the student of one run: see [`train_student`].
         recipe_logger: says what happens, on the main process only, as the logger of this module does.
         threshold: the accuracy whose cost the table states: see [`format_summary`].
 
@@ -56,21 +71,23 @@ def compare_methods(
     Raises:
         SystemExit: the options describe no runs; it says what is wrong with them.
     """
-    logging.basicConfig(format="%(message)s")
-    for each in (recipe_logger, logger):
-        each.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    log_progress(recipe_logger, args)
     transformers.utils.logging.disable_progress_bar()  # one line a run says more here than a bar a checkpoint
-    try:
-        runs = plan_runs(args, recipe.methods, recipe.variants, recipe.seeds)
-    except (ValueError, TypeError) as error:
-        raise SystemExit(str(error)) from error
+    runs = planned_or_exit(recipe, args)
     teacher = find_teacher(recipe, args)
-    results = train_all(runs, partial(distil, recipe, teacher), args.output_dir)
+    results = train_all(runs, lambda run: distil(run, teacher), args)
     option = "" if threshold is None else f" --threshold {threshold:g}"
     return (
         f"{format_summary(results, threshold=threshold)}\n\n"
         f"plot: hf-curriculum-distill compare {args.output_dir}{option}"
     )
+
+
+def log_progress(recipe_logger: logging.Logger, args: CurriculumDistillationConfig) -> None:
+    """Have a recipe's logger and this module's say what happens, on the main process."""
+    logging.basicConfig(format="%(message)s")
+    for each in (recipe_logger, logger):
+        each.setLevel(logging.INFO if args.should_log else logging.WARNING)
 
 
 def teacher_arguments(
@@ -122,82 +139,83 @@ def check_kept_teacher(folder: str, facts: Mapping[str, tuple[Any, Any]]) -> Non
             )
 
 
-def plan_runs(
-    args: CurriculumDistillationConfig,
-    methods: Sequence[str],
-    variants: Mapping[str, Mapping[str, Any] | None] | str | None = None,
-    seeds: Sequence[int] | None = None,
-) -> dict[str, list[CurriculumDistillationConfig]]:
-    """Which runs a comparison consists of.
+def planned_or_exit(recipe: ComparisonOptions, args: CurriculumDistillationConfig) -> list[Run]:
+    """[`plan_runs`] for a command line, which ends with one line if the options describe no runs."""
+    try:
+        return plan_runs(recipe, args)
+    except (ValueError, TypeError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def plan_runs(recipe: ComparisonOptions, args: CurriculumDistillationConfig) -> list[Run]:
+    """Which runs a comparison consists of: each method of `recipe.methods` with each seed.
 
     Args:
+        recipe: its `variants` set options of the recipe or training arguments: `{"last layer": {"layer_order":
+            "last"}}`, or that as JSON; its `seeds` are `args.seed` alone by default.
         args: what all runs share.
-        methods: names to train: methods of the library or names in `variants`.
-        variants: name -> fields of `args` that differ: `{"last layer": {"layer_order": "last"}}`, or that as JSON.
-        seeds: `args.seed` alone by default.
 
     Returns:
-        Name of a method -> the arguments of its runs, one a seed, with folders `<output_dir>/<method>/seed-<seed>`.
+        The runs, method by method, in folders `<output_dir>/<method>/seed-<seed>`; a single one in `output_dir` itself.
 
     Raises:
         ValueError: a name is no method, a field is unknown, or a value is wrong.
     """
+    methods, variants = list(dict.fromkeys(recipe.methods)), recipe.variants or {}
     if isinstance(variants, str):
         try:
             variants = json.loads(variants)
         except json.JSONDecodeError as error:
             raise ValueError(f"variants is {variants!r}, which is no valid JSON ({error}).") from error
-    variants = variants or {}
-    known = {field.name for field in dataclasses.fields(args) if field.init} - {"seed", "output_dir"}
-    for name, overrides in variants.items():
-        for field in overrides or {}:
-            if field not in known:
-                near = difflib.get_close_matches(field, known, n=1)
+    options = {field.name for field in dataclasses.fields(recipe)} - {"methods", "variants", "seeds"}
+    arguments = {field.name for field in dataclasses.fields(args) if field.init} - {"seed", "output_dir"}
+    for name, changes in variants.items():
+        for field in changes or {}:
+            if field not in options | arguments:
+                near = difflib.get_close_matches(field, options | arguments, n=1)
                 hint = f"; did you mean {near[0]}?" if near else "."
-                raise ValueError(f"variants.{name} sets {field!r}, which is no training argument{hint}")
-    if len({name.replace(" ", "_") for name in methods}) < len(set(methods)):
+                raise ValueError(f"variants.{name} sets {field!r}, which is no option of a run{hint}")
+    if len({name.replace(" ", "_") for name in methods}) < len(methods):
         raise ValueError(f"methods are {', '.join(methods)}; two of these would share a folder, so rename one.")
-    runs: dict[str, list[CurriculumDistillationConfig]] = {}
-    for method in dict.fromkeys(methods):
+    runs = []
+    for method in methods:
         if method not in variants and method not in METHODS:
             names = ", ".join(dict.fromkeys([*variants, *METHODS]))
             raise ValueError(f"methods names {method!r}; use {names}, or describe it in variants.")
-        own = {"method": method} if method in METHODS else {}
+        changes = ({"method": method} if method in METHODS else {}) | dict(variants.get(method) or {})
+        if changes.get("method", args.method) in UNCACHED_METHODS:
+            changes.setdefault("teacher_cache", None)
+        own = dataclasses.replace(recipe, **{name: changes.pop(name) for name in options & changes.keys()})
         folder = os.path.join(args.output_dir, method.replace(" ", "_"))
-        runs[method] = [
-            dataclasses.replace(
-                args,
-                **own | dict(variants.get(method) or {}),
-                seed=seed,
-                output_dir=os.path.join(folder, f"seed-{seed}"),
-            )
-            for seed in ([args.seed] if seeds is None else seeds)
-        ]
+        for seed in [args.seed] if recipe.seeds is None else recipe.seeds:
+            place = {"seed": seed, "output_dir": os.path.join(folder, f"seed-{seed}")}
+            runs.append(Run(method, own, dataclasses.replace(args, **changes, **place)))
+    if len(runs) == 1:
+        runs = [dataclasses.replace(runs[0], args=dataclasses.replace(runs[0].args, output_dir=args.output_dir))]
+    if len(runs) > 1 and args.push_to_hub:
+        raise ValueError(f"push_to_hub pushes one student, but methods and seeds ask for {len(runs)}; push one by one.")
     return runs
 
 
 def train_all(
-    runs: Mapping[str, Sequence[CurriculumDistillationConfig]],
-    distil: Callable[[CurriculumDistillationConfig, str], dict[str, Any]],
-    folder: str,
+    runs: Sequence[Run], distil: Callable[[Run], dict[str, Any]], args: CurriculumDistillationConfig
 ) -> list[dict[str, Any]]:
     """Train one run after another, log how each ended, and keep `results.json` up to date.
 
     Args:
-        runs: name of a method -> the arguments of its runs, as [`plan_runs`] returns them.
-        distil: trains the student of one run, given its arguments and the name of its method: see [`train_student`].
-        folder: where `results.json` is written.
+        runs: those that [`plan_runs`] returns.
+        distil: trains the student of one run: see [`train_student`].
+        args: what all runs share; `results.json` is written into its `output_dir`.
 
     Returns:
         The objects of `results.json`.
     """
     results: list[dict[str, Any]] = []
-    for method, seeds in runs.items():
-        for args in seeds:
-            results.append(result := distil(args, method))
-            if args.should_save:
-                write_results(folder, results)
-                logger.info("%s, seed %d: %s", method, args.seed, _describe(result))
+    for run in runs:
+        results.append(result := distil(run))
+        if args.should_save:
+            write_results(args.output_dir, results)
+            logger.info("%s, seed %d: %s", run.method, run.args.seed, _describe(result))
     return results
 
 

@@ -27,5 +27,5 @@ def test_the_command_prints_the_quick_starts_plan(tmp_path):
     # what `make distill` wrote into results.json: its collator, too, labels equally many tokens of each block
     assert (total["student_flops"], total["teacher_flops"]) == (933_698_764_800, 834_645_196_800)
     assert total["seconds"] == pytest.approx(total["flops"] / 1e10)
-    assert lines[-1] == "not read, for these are options of a recipe: dataset, eval_blocks, teacher_steps, compare_with"
+    assert lines[-1] == "not read, for these are options of a recipe: dataset, eval_blocks, teacher_steps, methods"
     assert not teacher.exists()

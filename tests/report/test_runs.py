@@ -11,50 +11,75 @@ from conftest import assert_same_weights, weights
 from transformers import TrainerCallback, set_seed
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.report.runs import plan_runs, train_student
 from hf_curriculum_distill.tasks.parity import ParityMLPConfig, ParityMLPForSequenceClassification, SparseParity, stack
 
 # ---- the plan ----
 
 
+@dataclasses.dataclass
+class Options(ComparisonOptions):
+    seeds: list[int] | None = None
+    student: str = "bert-2-16"
+
+
 def test_every_method_has_a_run_for_each_seed_in_a_folder_of_its_own(config):
     args = config("all", learning_rate=0.25, max_steps=100)
     variants = {"last layer": {"layer_order": "last", "max_steps": 50}, "one_shot": {"temperature": 2.0}}
-    runs = plan_runs(args, ["curriculum", "last layer", "one_shot"], variants, seeds=[3, 5])
-    assert list(runs) == ["curriculum", "last layer", "one_shot"]
-    for method, folder in (("curriculum", "curriculum"), ("last layer", "last_layer"), ("one_shot", "one_shot")):
-        assert [run.seed for run in runs[method]] == [3, 5]
-        assert [run.output_dir for run in runs[method]] == [
-            os.path.join(args.output_dir, folder, f"seed-{seed}") for seed in (3, 5)
-        ]
-    chosen = {name: (run.method, run.layer_order, run.max_steps, run.temperature) for name, (run, _) in runs.items()}
-    assert chosen == {
-        "curriculum": ("curriculum", "sequential", 100, 1.0),
-        "last layer": ("curriculum", "last", 50, 1.0),
-        "one_shot": ("one_shot", "sequential", 100, 2.0),
+    runs = plan_runs(Options(["curriculum", "last layer", "one_shot"], variants, seeds=[3, 5]), args)
+    assert [(run.method, run.args.seed, os.path.relpath(run.args.output_dir, args.output_dir)) for run in runs] == [
+        (method, seed, os.path.join(folder, f"seed-{seed}"))
+        for method, folder in (("curriculum", "curriculum"), ("last layer", "last_layer"), ("one_shot", "one_shot"))
+        for seed in (3, 5)
+    ]
+    chosen = {
+        (run.method, run.args.method, run.args.layer_order, run.args.max_steps, run.args.temperature) for run in runs
     }
-    folders = [run.output_dir for seeds in runs.values() for run in seeds]
-    assert len(set(folders)) == 6
+    assert chosen == {
+        ("curriculum", "curriculum", "sequential", 100, 1.0),
+        ("last layer", "curriculum", "last", 50, 1.0),
+        ("one_shot", "one_shot", "sequential", 100, 2.0),
+    }
 
 
 def test_a_run_has_the_shared_arguments_but_for_what_its_variant_changes(config):
     args = config("all", lr_scheduler_type="cosine", warmup_steps=3, logging_steps=0.1, eval_steps=5, seed=9)
     before = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    (run,) = plan_runs(args, ["slow"], {"slow": {"learning_rate": 1e-5, "method": "online"}})["slow"]
+    [_, run] = plan_runs(Options(["labels", "slow"], {"slow": {"learning_rate": 1e-5, "method": "online"}}), args)
+    run = run.args
     differing = {n for n, value in before.items() if getattr(run, n) != value and n not in ("distributed_state",)}
     assert differing - {"logging_dir", "deepspeed_plugin"} == {"method", "learning_rate", "output_dir"}
     assert (run.method, run.learning_rate, run.seed) == ("online", 1e-5, 9)
     assert {name: getattr(args, name) for name in before} == before
 
 
+def test_a_variant_sets_options_of_the_recipe_too(config):
+    options = Options(["one_shot", "wide"], {"wide": {"student": "bert-2-32", "max_steps": 3}})
+    narrow, wide = plan_runs(options, config(max_steps=5))
+    assert [(run.recipe.student, run.args.max_steps) for run in (narrow, wide)] == [("bert-2-16", 5), ("bert-2-32", 3)]
+    assert options.student == "bert-2-16"
+
+
+def test_a_single_run_is_the_output_folder_itself(config):
+    args = config("here")
+    [run] = plan_runs(Options(["one_shot"]), args)
+    assert run.args.output_dir == args.output_dir
+    assert plan_runs(Options([]), args) == []
+
+
+def test_a_method_without_a_lasting_teacher_is_compared_with_others_that_read_a_cache(config):
+    methods = ["curriculum", "one_shot", "progressive", "online", "labels", "more labels"]
+    options = Options(methods, {"more labels": {"method": "labels", "max_steps": 9}})
+    runs = plan_runs(options, config(teacher_cache="cache"))
+    assert [run.args.teacher_cache for run in runs] == ["cache", "cache", None, None, None, None]
+
+
 def test_a_variant_without_changes_is_its_method_and_a_name_twice_is_one_run(config):
     runs = plan_runs(
-        config(), ["labels", "labels", "online"], {"labels": {}, "online": None, "unused": {"max_steps": 1}}
+        Options(["labels", "labels", "online"], {"labels": {}, "online": None, "unused": {"max_steps": 1}}), config()
     )
-    assert {method: [run.method for run in seeds] for method, seeds in runs.items()} == {
-        "labels": ["labels"],
-        "online": ["online"],
-    }
+    assert [(run.method, run.args.method) for run in runs] == [("labels", "labels"), ("online", "online")]
 
 
 @pytest.mark.parametrize(
@@ -64,22 +89,32 @@ def test_a_variant_without_changes_is_its_method_and_a_name_twice_is_one_run(con
         (["lst"], {"last": {}}, r"methods names 'lst'; use last, curriculum"),
         (["a"], {"a": {"learning_rat": 1.0}}, r"variants.a sets 'learning_rat', .* did you mean learning_rate\?"),
         (["labels"], {"a": {"hiden_weight": 1.0}}, r"variants.a sets 'hiden_weight', .* did you mean hidden_weight\?"),
-        (["a"], {"a": {"seed": 1}}, r"variants.a sets 'seed', which is no training argument"),
+        (["labels"], {"a": {"studnt": 1.0}}, r"variants.a sets 'studnt', .* did you mean student\?"),
+        (["a"], {"a": {"seed": 1}}, r"variants.a sets 'seed', which is no option of a run"),
+        (["a"], {"a": {"methods": ["b"]}}, r"variants.a sets 'methods', which is no option of a run"),
         (["a b", "a_b"], {"a b": {}, "a_b": {}}, "methods are a b, a_b; two of these would share a folder"),
-        (["a"], {"a": {"qqqqq": 1.0}}, r"variants.a sets 'qqqqq', which is no training argument\."),
+        (["a"], {"a": {"qqqqq": 1.0}}, r"variants.a sets 'qqqqq', which is no option of a run\."),
         (["a"], {"a": {"method": "curiculum"}}, r"method is 'curiculum'; use one of 'curriculum'"),
         (["a"], {"a": {"temperature": -1.0}}, r"temperature is -1.0"),
+        (["a"], '{"a": ', r"variants is '{\"a\": ', which is no valid JSON"),
     ],
 )
 def test_a_plan_that_cannot_run_is_refused(config, methods, variants, message):
     with pytest.raises(ValueError, match=message):
-        plan_runs(config(), methods, variants)
+        plan_runs(Options(methods, variants), config())
+
+
+def test_several_students_are_not_pushed_to_one_repository(config):
+    args = config(push_to_hub=True)
+    assert len(plan_runs(Options(["one_shot"]), args)) == 1
+    with pytest.raises(ValueError, match="push_to_hub pushes one student, but methods and seeds ask for 2"):
+        plan_runs(Options(["one_shot"], seeds=[1, 2]), args)
 
 
 @pytest.mark.parametrize("field", ["seed", "output_dir"])
 def test_a_variant_cannot_set_what_the_plan_sets(config, field):
     with pytest.raises((ValueError, TypeError), match=field):
-        plan_runs(config(), ["a"], {"a": {field: 3}}, seeds=[0])
+        plan_runs(Options(["a"], {"a": {field: 3}}), config())
 
 
 # ---- one run ----
@@ -205,6 +240,7 @@ def test_a_subclass_of_the_configuration_stays_one(tmp_path):
         extra: int = 3
 
     args = Own(str(tmp_path), use_cpu=True, report_to="none")
-    (run,) = plan_runs(args, ["a"], {"a": {"extra": 5}})["a"]
+    [run] = plan_runs(Options(["a"], {"a": {"extra": 5}}), args)
+    run = run.args
     assert type(run) is Own and run.extra == 5 and args.extra == 3
     assert torch.device("cpu") == run.device

@@ -5,31 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_curriculum_distill.losses import DIVERGENCES
-from hf_curriculum_distill.projections import PROJECTIONS
+from hf_curriculum_distill.config.checks import check_values
 from hf_curriculum_distill.stages import (
-    LAYER_ORDERS,
     Stage,
     StageScheduler,
     check_layer_range,
     curriculum_stages,
-    parse_layer_pairs,
     parse_stages,
     resolve_layer_map,
 )
-
-METHODS = ("curriculum", "one_shot", "progressive", "online", "labels")
-TEACHER_DTYPES = ("float32", "bfloat16", "float16")
-# their learning rates depend on more than the step, so they can't be restarted in each stage
-_STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-_FLAGS = ("shared_projection", "standardize_targets", "freeze_matched_layers", "truncate", "restart_schedule_per_stage")
 
 
 @dataclass
@@ -229,54 +218,7 @@ class CurriculumDistillationConfig(TrainingArguments):
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{name} is {value!r}, which is no valid JSON list ({error}).") from error
-        self._check_choice("method", METHODS)
-        self._check_choice("layer_order", LAYER_ORDERS)
-        self._check_choice("divergence", tuple(DIVERGENCES))
-        self._check_choice("projection", PROJECTIONS)
-        self._check_choice("hidden_positions", ("tokens", "labels"))
-        self._check_choice("layer_stack", ("encoder", "decoder"))
-        self._check_choice("train_prefix", ("joint", "block"))
-        self._check_choice("teacher_dtype", (None, *TEACHER_DTYPES))
-        if isinstance(self.layer_map, (list, tuple)):
-            parse_layer_pairs(self.layer_map)
-        else:
-            self._check_choice("layer_map", ("uniform", "last"), " or [[student_layer, teacher_layer], ...]")
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):  # a string like "false" would count as True
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
-        self._check_range("layer_stage_fraction", 0, 1, "both excluded", lambda x: 0 < x < 1)
-        self._check_range("stage_warmup_ratio", 0, 1, "1 excluded", lambda x: 0 <= x < 1)
-        for name in ("temperature", "hidden_weight"):
-            self._check_range(name, 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
-        for name in ("hidden_weight_in_logit_stage", "label_loss_weight"):
-            self._check_range(name, 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
-        self._check_range("projection_seed", 0, 2**64, "whole", lambda x: isinstance(x, int) and 0 <= x < 2**64)
-        counts = ["calibration_samples", "per_device_train_batch_size", "gradient_accumulation_steps"]
-        counts += [name for name in ("num_layer_stages", "teacher_cache_logits") if getattr(self, name) is not None]
-        for name in counts:
-            self._check_range(name, 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
-        # knobs of TrainingArguments that stages and losses are computed from
-        self._check_range("max_steps", -1, math.inf, "whole; -1: by epochs", lambda x: isinstance(x, int))
-        self._check_range("num_train_epochs", 0, math.inf, "finite", lambda x: 0 <= x < math.inf or self.max_steps > 0)
-        self._check_range("learning_rate", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
-        self._check_range("label_smoothing_factor", 0, 1, "both included", lambda x: 0 <= x <= 1)
-        schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
-        if schedule in _STATEFUL_SCHEDULES and (self.restart_schedule_per_stage or self.method == "online"):
-            knob = "restart_schedule_per_stage" if self.restart_schedule_per_stage else "method='online'"
-            raise ValueError(
-                f"{knob} needs a schedule that is a function of the step, but lr_scheduler_type is {schedule!r}; use "
-                "one like 'cosine' or 'linear'."
-            )
-        self._check_who_teaches()
-        if self.logit_chunk_size is not None:
-            self._check_range("logit_chunk_size", 0, math.inf, "whole", lambda x: isinstance(x, int) and x >= 0)
-            for name in ("torch_compile", "fp16", "deepspeed", "fsdp"):
-                if self.logit_chunk_size and getattr(self, name):
-                    raise ValueError(
-                        f"logit_chunk_size is {self.logit_chunk_size}, but with {name} logits are computed at once, "
-                        "because gradients of a chunk are taken inside the forward pass; leave one of the two out."
-                    )
-        self._check_cache()
+        check_values(self)
         if self.stages is not None:
             self.stages = parse_stages(self.stages)
 
@@ -350,48 +292,3 @@ class CurriculumDistillationConfig(TrainingArguments):
                 f"logit stage, need max_steps >= {needed}; raise it, lower num_layer_stages, or use "
                 "layer_order='last', which has one layer stage."
             ) from error
-
-    def _check_who_teaches(self) -> None:
-        if not isinstance(self.teacher_schedule, (list, tuple)):
-            self._check_choice("teacher_schedule", ("step", "fraction"))
-        else:
-            for end in self.teacher_schedule:
-                whole = isinstance(end, int) and not isinstance(end, bool) and end >= 1
-                if not (whole or (isinstance(end, float) and 0 < end < 1)):
-                    raise ValueError(
-                        f"teacher_schedule has {end!r}; write a number of steps from 1, or a fraction of max_steps "
-                        "between 0 and 1."
-                    )
-        if self.teacher_learning_rate is not None:
-            self._check_range("teacher_learning_rate", 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
-        if self.method == "online":
-            if self.fp16:
-                raise ValueError("method='online' with fp16 has no loss scaling for the teacher; use bf16 or fp32.")
-            if self.teacher_dtype not in (None, "float32"):
-                raise ValueError(
-                    f"teacher_dtype is {self.teacher_dtype!r}, but method='online' trains the teacher, which needs "
-                    "'float32' weights; use bf16=True for speed."
-                )
-
-    def _check_cache(self) -> None:
-        if self.teacher_cache is None:
-            return
-        if not isinstance(self.teacher_cache, (str, os.PathLike)) or not os.fspath(self.teacher_cache):
-            raise ValueError(f"teacher_cache is {self.teacher_cache!r}; give the name of a folder.")
-        self.teacher_cache = os.fspath(self.teacher_cache)
-        if self.method in ("progressive", "online", "labels"):
-            why = "no teacher is used" if self.method == "labels" else "the teacher changes while it teaches"
-            raise ValueError(
-                f"teacher_cache was given with method={self.method!r}, in which {why}, so that nothing can be read "
-                "again; leave it out, or use method='curriculum' or 'one_shot'."
-            )
-
-    def _check_choice(self, name: str, choices: tuple, otherwise: str = "") -> None:
-        if getattr(self, name) not in choices:
-            allowed = ", ".join(map(repr, choices)) + otherwise
-            raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {allowed}.")
-
-    def _check_range(self, name: str, low: float, high: float, note: str, holds: Any) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
-            raise ValueError(f"{name} is {value!r}; it must be a number between {low} and {high} ({note}).")

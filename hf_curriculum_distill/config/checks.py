@@ -1,0 +1,128 @@
+"""Checks of [`CurriculumDistillationConfig`]'s values, one by one and of those that can't be combined."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_curriculum_distill.losses import DIVERGENCES
+from hf_curriculum_distill.projections import PROJECTIONS
+from hf_curriculum_distill.stages import LAYER_ORDERS, parse_layer_pairs
+
+METHODS = ("curriculum", "one_shot", "progressive", "online", "labels")
+UNCACHED_METHODS = ("progressive", "online", "labels")  # no teacher whose targets stay the same
+TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+# their learning rates depend on more than the step, so they can't be restarted in each stage
+_STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+_FLAGS = ("shared_projection", "standardize_targets", "freeze_matched_layers", "truncate", "restart_schedule_per_stage")
+
+
+def check_values(config: TrainingArguments) -> None:
+    """Check each value, and those that exclude each other.
+
+    Args:
+        config: a [`CurriculumDistillationConfig`] whose lists are parsed already.
+
+    Raises:
+        ValueError: a value is unknown, out of range or excluded by another.
+    """
+    _check_choice(config, "method", METHODS)
+    _check_choice(config, "layer_order", LAYER_ORDERS)
+    _check_choice(config, "divergence", tuple(DIVERGENCES))
+    _check_choice(config, "projection", PROJECTIONS)
+    _check_choice(config, "hidden_positions", ("tokens", "labels"))
+    _check_choice(config, "layer_stack", ("encoder", "decoder"))
+    _check_choice(config, "train_prefix", ("joint", "block"))
+    _check_choice(config, "teacher_dtype", (None, *TEACHER_DTYPES))
+    if isinstance(config.layer_map, (list, tuple)):
+        parse_layer_pairs(config.layer_map)
+    else:
+        _check_choice(config, "layer_map", ("uniform", "last"), " or [[student_layer, teacher_layer], ...]")
+    for name in _FLAGS:
+        if not isinstance(getattr(config, name), bool):  # a string like "false" would count as True
+            raise ValueError(f"{name} is {getattr(config, name)!r}; it must be True or False.")
+    _check_range(config, "layer_stage_fraction", 0, 1, "both excluded", lambda x: 0 < x < 1)
+    _check_range(config, "stage_warmup_ratio", 0, 1, "1 excluded", lambda x: 0 <= x < 1)
+    for name in ("temperature", "hidden_weight"):
+        _check_range(config, name, 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
+    for name in ("hidden_weight_in_logit_stage", "label_loss_weight"):
+        _check_range(config, name, 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
+    _check_range(config, "projection_seed", 0, 2**64, "whole", lambda x: isinstance(x, int) and 0 <= x < 2**64)
+    counts = ["calibration_samples", "per_device_train_batch_size", "gradient_accumulation_steps"]
+    counts += [name for name in ("num_layer_stages", "teacher_cache_logits") if getattr(config, name) is not None]
+    for name in counts:
+        _check_range(config, name, 1, math.inf, "whole", lambda x: isinstance(x, int) and x >= 1)
+    # knobs of TrainingArguments that stages and losses are computed from
+    _check_range(config, "max_steps", -1, math.inf, "whole; -1: by epochs", lambda x: isinstance(x, int))
+    _check_range(config, "num_train_epochs", 0, math.inf, "finite", lambda x: 0 <= x < math.inf or config.max_steps > 0)
+    _check_range(config, "learning_rate", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
+    _check_range(config, "label_smoothing_factor", 0, 1, "both included", lambda x: 0 <= x <= 1)
+    schedule = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
+    if schedule in _STATEFUL_SCHEDULES and (config.restart_schedule_per_stage or config.method == "online"):
+        knob = "restart_schedule_per_stage" if config.restart_schedule_per_stage else "method='online'"
+        raise ValueError(
+            f"{knob} needs a schedule that is a function of the step, but lr_scheduler_type is {schedule!r}; use "
+            "one like 'cosine' or 'linear'."
+        )
+    _check_who_teaches(config)
+    if config.logit_chunk_size is not None:
+        _check_range(config, "logit_chunk_size", 0, math.inf, "whole", lambda x: isinstance(x, int) and x >= 0)
+        for name in ("torch_compile", "fp16", "deepspeed", "fsdp"):
+            if config.logit_chunk_size and getattr(config, name):
+                raise ValueError(
+                    f"logit_chunk_size is {config.logit_chunk_size}, but with {name} logits are computed at once, "
+                    "because gradients of a chunk are taken inside the forward pass; leave one of the two out."
+                )
+    _check_cache(config)
+
+
+def _check_who_teaches(config: TrainingArguments) -> None:
+    if not isinstance(config.teacher_schedule, (list, tuple)):
+        _check_choice(config, "teacher_schedule", ("step", "fraction"))
+    else:
+        for end in config.teacher_schedule:
+            whole = isinstance(end, int) and not isinstance(end, bool) and end >= 1
+            if not (whole or (isinstance(end, float) and 0 < end < 1)):
+                raise ValueError(
+                    f"teacher_schedule has {end!r}; write a number of steps from 1, or a fraction of max_steps "
+                    "between 0 and 1."
+                )
+    if config.teacher_learning_rate is not None:
+        _check_range(config, "teacher_learning_rate", 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
+    if config.method == "online":
+        if config.fp16:
+            raise ValueError("method='online' with fp16 has no loss scaling for the teacher; use bf16 or fp32.")
+        if config.teacher_dtype not in (None, "float32"):
+            raise ValueError(
+                f"teacher_dtype is {config.teacher_dtype!r}, but method='online' trains the teacher, which needs "
+                "'float32' weights; use bf16=True for speed."
+            )
+
+
+def _check_cache(config: TrainingArguments) -> None:
+    if config.teacher_cache is None:
+        return
+    if not isinstance(config.teacher_cache, (str, os.PathLike)) or not os.fspath(config.teacher_cache):
+        raise ValueError(f"teacher_cache is {config.teacher_cache!r}; give the name of a folder.")
+    config.teacher_cache = os.fspath(config.teacher_cache)
+    if config.method in UNCACHED_METHODS:
+        why = "no teacher is used" if config.method == "labels" else "the teacher changes while it teaches"
+        raise ValueError(
+            f"teacher_cache was given with method={config.method!r}, in which {why}, so that nothing can be read "
+            "again; leave it out, or use method='curriculum' or 'one_shot'."
+        )
+
+
+def _check_choice(config: TrainingArguments, name: str, choices: tuple, otherwise: str = "") -> None:
+    if getattr(config, name) not in choices:
+        allowed = ", ".join(map(repr, choices)) + otherwise
+        raise ValueError(f"{name} is {getattr(config, name)!r}; use one of {allowed}.")
+
+
+def _check_range(config: TrainingArguments, name: str, low: float, high: float, note: str, holds: Any) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+        raise ValueError(f"{name} is {value!r}; it must be a number between {low} and {high} ({note}).")

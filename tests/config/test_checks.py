@@ -1,0 +1,45 @@
+"""Wrong values and combinations are refused by name."""
+
+import math
+
+import pytest
+
+WRONG_VALUES = {
+    "layer_stack": ["both", None],
+    "method": ["progressive_", None, ""],
+    "stages": [5, "kl", ["kl"], [{"kl_weigth": 1.0}], [{}], [{"kl_weight": -1.0}], '[{"kl_weight": 1.0'],
+    "layer_map": ["first", 3, None, [[1]], [[1, 2], [1, 3]], [1, 2], '[[1, 2], "x"]'],
+    "num_layer_stages": [0, -1, 1.5, True, "2"],
+    "layer_order": ["random", None],
+    "hidden_positions": ["all", None],
+    "hidden_weight": [0, -0.1, math.inf, math.nan, "1", None],
+    "hidden_weight_in_logit_stage": [-0.1, math.inf, math.nan, "1", None],
+    "layer_stage_fraction": [0, 1, 0.0, 1.0, -0.5, 1.5, math.nan, True, "0.5"],
+    "temperature": [0, 0.0, -1.0, math.inf, math.nan, "2", None, True],
+    "divergence": ["kl", "forward", None],
+    "label_loss_weight": [-1, math.nan, math.inf, "1"],
+    "projection": ["learned", None],
+    "calibration_samples": [0, -3, 2.5, "256", math.nan, math.inf],
+    "logit_chunk_size": [-1, 2.5, "8", True, math.nan, math.inf],
+    "train_prefix": ["all", None],
+    "stage_warmup_ratio": [-0.1, 1, 1.0, math.nan],
+    "teacher_dtype": ["int8", "bf16", "auto"],
+    "teacher_schedule": ["steps", None, 3, [0], [1.0], [True], ["2"], "[1, 2"],
+    "teacher_learning_rate": [0, -1.0, math.nan, math.inf, "1"],
+    "teacher_cache": ["", 3, True],
+    "teacher_cache_logits": [0, -1, 2.5, math.nan, math.inf, "8", True],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG_VALUES.items() for value in values])
+def test_wrong_values_are_refused_by_name(config, name, value):
+    with pytest.raises(ValueError, match=f"{name}|not a layer pair|name a student layer twice"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau"])
+def test_a_schedule_with_a_memory_cannot_restart(config, schedule):
+    fields = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 1}
+    config(**fields)
+    with pytest.raises(ValueError, match="restart_schedule_per_stage needs a schedule that is a function of the step"):
+        config(restart_schedule_per_stage=True, **fields)
