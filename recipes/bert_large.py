@@ -15,6 +15,7 @@ Any option can stand in a YAML file; the command line wins.
 
 import logging
 import os
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -68,9 +69,17 @@ class RecipeArguments(ModelOptions, ComparisonOptions):
         default=2000, metadata={"help": "Documents held out for evaluation where the data has no validation split."}
     )
     eval_blocks: int = field(default=1024, metadata={"help": "Held-out blocks that are evaluated, at most."})
+    evaluate_on: str = field(
+        default="test",
+        metadata={"help": "The first held-out blocks are the 'test' set; the 'validation' set, as many, follows them."},
+    )
+    whole_words: bool = field(default=False, metadata={"help": "Mask whole words instead of single WordPieces."})
     mask_once: bool = field(
         default=False,
-        metadata={"help": "Mask the training blocks once for all epochs, in memory; teacher_cache needs that."},
+        metadata={"help": "Mask the training blocks once for all epochs; teacher_cache needs that."},
+    )
+    allow_untrained_teacher: bool = field(
+        default=False, metadata={"help": "Take a teacher that hardly knows more than the most frequent token."}
     )
     preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
@@ -108,13 +117,18 @@ def main():
     for student in {run.recipe.student for run in runs}:
         check_size(student)
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.teacher)
+    if recipe.streaming:
+        for run in runs:
+            run.args.accelerator_config.dispatch_batches = False  # each process reads shards of its own
     with args.main_process_first(desc="data"):
         train, heldout = load_data(recipe, tokenizer)
     pipeline = {
         "train_dataset": train,
         "eval_dataset": heldout,
         "processing_class": tokenizer,
-        "data_collator": MaskedBlocksCollator(tokenizer, recipe.mlm_probability, fixed_count=True),
+        "data_collator": MaskedBlocksCollator(
+            tokenizer, recipe.mlm_probability, fixed_count=True, whole_words=recipe.whole_words
+        ),
     }
     teacher = find_teacher(recipe, args, pipeline)
     results = train_all(runs, partial(distil, pipeline), args)
@@ -158,8 +172,25 @@ def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) 
         else:
             train_teacher(recipe, args, pipeline)
     model = AutoModelForMaskedLM.from_pretrained(recipe.teacher)
-    metrics = CurriculumDistillationTrainer(model=model, args=args, **pipeline).evaluate()
-    return {"method": "(teacher)", "eval_accuracy": metrics["eval_accuracy"]}
+    accuracy = CurriculumDistillationTrainer(model=model, args=args, **pipeline).evaluate()["eval_accuracy"]
+    share = share_of_most_frequent(pipeline["eval_dataset"])
+    logger.info(
+        "%s: masked top-1 %.4f on the %s set, whose most frequent token is %.4f of all",
+        recipe.teacher, accuracy, recipe.evaluate_on, share,
+    )  # fmt: skip
+    if accuracy < 2 * share and not recipe.allow_untrained_teacher:
+        raise SystemExit(
+            f"{recipe.teacher} is right on {accuracy:.1%} of the masked tokens, {share:.1%} of which are one and the "
+            "same token, so it has next to nothing to teach; train it on with --teacher_from, or set "
+            "--allow_untrained_teacher."
+        )
+    return {"method": "(teacher)", "eval_accuracy": accuracy}
+
+
+def share_of_most_frequent(heldout: Dataset) -> float:
+    """What always guessing the most frequent token would get right."""
+    counts = Counter(label for labels in heldout["labels"] for label in labels if label != -100)
+    return max(counts.values()) / counts.total()
 
 
 def train_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> None:
@@ -197,8 +228,10 @@ def load_data(recipe: RecipeArguments, tokenizer) -> tuple[Dataset | IterableDat
     config = recipe.dataset_config
     if config is None and recipe.dataset == "wikimedia/wikipedia":
         config = "20231101.en"
+    if recipe.evaluate_on not in ("test", "validation"):
+        raise SystemExit(f"evaluate_on is {recipe.evaluate_on!r}; use 'test' or 'validation'.")
     if recipe.mask_once and recipe.streaming:
-        raise SystemExit("mask_once keeps the training blocks in memory, so it can't be used with streaming.")
+        raise SystemExit("mask_once masks the blocks before training, so it can't be used with streaming.")
     documents = load_dataset(recipe.dataset, config, streaming=recipe.streaming)
     train, num_heldout = documents["train"], recipe.heldout_documents
     if "validation" in documents:
@@ -208,14 +241,20 @@ def load_data(recipe: RecipeArguments, tokenizer) -> tuple[Dataset | IterableDat
     else:
         train, heldout = train.train_test_split(test_size=num_heldout, seed=0).values()
     if recipe.streaming:
-        train = train.shuffle(seed=0, buffer_size=10_000)
+        train = train.shuffle(seed=0, buffer_size=10_000).repeat(
+            None
+        )  # no process runs out of its shards before another
     pack = partial(pack_blocks, tokenizer=tokenizer, block_size=recipe.block_size, text_column=recipe.text_column)
     train = pack(train, num_proc=recipe.preprocessing_workers)
     if recipe.mask_once:
         train = mask_once(train, tokenizer, recipe.mlm_probability, seed=1)
-    blocks = list(islice(pack(heldout), recipe.eval_blocks))
+    first = recipe.eval_blocks if recipe.evaluate_on == "validation" else 0
+    blocks = list(islice(pack(heldout), first, first + recipe.eval_blocks))
     if not blocks:
-        raise SystemExit(f"The held-out text fills no block of {recipe.block_size} tokens; raise --heldout_documents.")
+        raise SystemExit(
+            f"The held-out text fills no block of {recipe.block_size} tokens for the {recipe.evaluate_on} set; raise "
+            "--heldout_documents."
+        )
     return train, mask_once(blocks, tokenizer, recipe.mlm_probability, seed=0)
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ from hf_curriculum_distill.cli import parse_arguments
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "recipes/configs/bert_large/quickstart.yaml"
 TINY = "--block_size 16 --eval_blocks 8 --teacher_from bert-2-32 --teacher_steps 2 --student bert-2-16 --max_steps 8 "
-TINY += "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --eval_steps 4 --save_steps 4 --logging_steps 2"
+TINY += (
+    "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --eval_steps 4 --save_steps 4 --logging_steps 2 "
+)
+TINY += "--allow_untrained_teacher"
 
 
 STUDENT, ONE_SHOT = "student/curriculum/seed-42", "student/one_shot/seed-42"
@@ -127,8 +131,10 @@ def test_the_same_seed_gives_the_same_teacher_and_student(finished, tmp_path):
         (["--method", "two_shot"], 2, "method is 'two_shot'; use one of 'curriculum', 'one_shot'"),
         (["--student", "bert-huge"], 1, "'bert-huge' is no model"),
         (["--teacher_from", "bert-3-32"], 1, "holds a teacher with num_hidden_layers=2"),
-        (["--block_size", "100000"], 1, "fills no block of 100000 tokens"),
-        (["--mask_once", "--streaming"], 1, "mask_once keeps the training blocks in memory"),
+        (["--block_size", "100000"], 1, "fills no block of 100000 tokens for the test set"),
+        (["--evaluate_on", "train"], 1, "evaluate_on is 'train'; use 'test' or 'validation'"),
+        (["--allow_untrained_teacher", "False"], 1, "so it has next to nothing to teach"),
+        (["--mask_once", "--streaming"], 1, "mask_once masks the blocks before training"),
     ],
 )
 def test_wrong_options_are_said_before_training(finished, options, status, message):
@@ -186,7 +192,11 @@ def test_text_is_read_from_a_folder_and_some_of_it_held_out(bert_large, tokenize
     train, heldout = bert_large.load_data(recipe, tokenizer)
     assert isinstance(train, IterableDataset) == streaming
     assert set(heldout.column_names) == {"input_ids", "labels"} and len(heldout) == 3
-    blocks = [row["input_ids"] for row in train]
+    if streaming:  # without end, so that no process runs out of data before another
+        blocks = [row["input_ids"] for row in islice(train, 80)]
+        assert len({str(block) for block in blocks}) < 40
+    else:
+        blocks = [row["input_ids"] for row in train]
     assert {len(block) for block in blocks} == {10}
     numbers = {word for block in blocks for word in tokenizer.decode(block).split() if word.isdigit()}
     assert len(numbers) in (31, 32)  # the last block may leave one document's number out

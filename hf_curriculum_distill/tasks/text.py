@@ -74,10 +74,12 @@ class MaskedBlocksCollator:
         fixed_count: whether an example's number of labels is [`labels_per_example`] instead of random, as in the
             original BERT. Shapes are then the same from batch to batch, and the trainer knows them without waiting for
             the device.
+        whole_words: whether words are chosen instead of tokens, all pieces of a word together, as in BERT's later
+            releases; with `fixed_count` the last word of an example is masked in part if its pieces are too many.
 
     Raises:
-        ValueError: `random_ids` are not in the vocabulary, lengths differ and the tokenizer has no [PAD] token, or an
-            example has too few tokens to mask.
+        ValueError: `random_ids` are not in the vocabulary, lengths differ and the tokenizer has no [PAD] token, an
+            example has too few tokens to mask, or `whole_words` is set and the vocabulary marks no piece with ##.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class MaskedBlocksCollator:
         mlm_probability: float = 0.15,
         random_ids: Sequence[int] | None = None,
         fixed_count: bool = False,
+        whole_words: bool = False,
     ):
         if random_ids is not None and not (random_ids and 0 <= min(random_ids) <= max(random_ids) < len(tokenizer)):
             raise ValueError(f"random_ids is {random_ids}; give ids from 0 to {len(tokenizer) - 1}, or None for all.")
@@ -94,7 +97,16 @@ class MaskedBlocksCollator:
         self._masking = DataCollatorForLanguageModeling(
             tokenizer, mlm_probability=mlm_probability, random_replace_prob=0.1 if random_ids is None else 0.0
         )
-        if fixed_count:
+        self._continues_word = None
+        if whole_words:
+            pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+            self._continues_word = torch.tensor([piece.startswith("##") for piece in pieces])
+            if not self._continues_word.any():
+                raise ValueError(
+                    "whole_words needs a WordPiece vocabulary, in which the later pieces of a word begin with ##, and "
+                    f"that of {type(tokenizer).__name__} has none; leave it out."
+                )
+        if fixed_count or whole_words:
             self._masking.mlm_probability = 1.0  # of the tokens that are chosen
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -122,8 +134,8 @@ class MaskedBlocksCollator:
 
     def _mask(self, ids: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         exempt = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
-        if self.fixed_count:
-            exempt = ~self._choose(~exempt, lengths)
+        if self.fixed_count or self._continues_word is not None:
+            exempt = ~self._choose(~exempt, lengths, self._draws(ids))
         input_ids, labels = self._masking.torch_mask_tokens(ids, special_tokens_mask=exempt)
         if self.random_ids is not None:
             # A token to predict is still itself in 20 % of the cases: half of them get a random one.
@@ -131,8 +143,22 @@ class MaskedBlocksCollator:
             input_ids[random] = self.random_ids[torch.randint(len(self.random_ids), labels.shape)][random]
         return {"input_ids": input_ids, "labels": labels}
 
-    def _choose(self, maskable: Tensor, lengths: Tensor) -> Tensor:
-        """Draw `labels_per_example` of each example's maskable tokens, all equally likely: `[batch, length]`, bool."""
+    def _draws(self, ids: Tensor) -> Tensor:
+        """Uniform numbers `[batch, length]`; with whole words the pieces of a word share theirs."""
+        draws = torch.rand(ids.shape)
+        if self._continues_word is None:
+            return draws
+        word = (~self._continues_word[ids]).long().cumsum(1).clamp(min=1) - 1
+        return draws.gather(1, word)
+
+    def _choose(self, maskable: Tensor, lengths: Tensor, draws: Tensor) -> Tensor:
+        """Choose maskable tokens, all equally likely, `labels_per_example` of each example or a share of them.
+
+        Returns:
+            `[batch, length]`, bool.
+        """
+        if not self.fixed_count:
+            return maskable & (draws < self.mlm_probability)
         counts = torch.tensor([self.labels_per_example(length) for length in lengths.tolist()])
         if (lacking := counts > maskable.sum(1)).any():
             example = int(lacking.nonzero()[0])
@@ -142,7 +168,7 @@ class MaskedBlocksCollator:
                 f"special, but fixed_count masks {counts[example]} of so many; leave such examples out, or set "
                 "fixed_count=False."
             )
-        first = torch.rand(maskable.shape).masked_fill(~maskable, 2.0).topk(int(counts.max()), largest=False).indices
+        first = draws.masked_fill(~maskable, 2.0).sort(stable=True).indices[:, : int(counts.max())]
         return torch.zeros_like(maskable).scatter(1, first, torch.arange(first.shape[1]) < counts[:, None])
 
 
@@ -153,16 +179,16 @@ def _padded(examples: Sequence[dict[str, Any]], name: str, padding: int | None) 
 
 
 def mask_once(
-    blocks: Iterable[dict[str, Any]],
+    blocks: Dataset | Iterable[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     mlm_probability: float,
     seed: int,
     random_ids: Sequence[int] | None = None,
 ) -> Dataset:
-    """Mask a held-out set once, so that every evaluation of every method predicts the same tokens.
+    """Mask blocks once, so that every evaluation, or every epoch and every student, predicts the same tokens.
 
     Args:
-        blocks: rows with `input_ids`; all are held in memory.
+        blocks: rows with `input_ids`. A `Dataset` of files stays on disk, and the masked one is cached beside it.
         tokenizer: knows the special tokens.
         mlm_probability: share of the tokens that is to be predicted.
         seed: of the draws.
@@ -171,11 +197,16 @@ def mask_once(
     Returns:
         Rows with `input_ids` and `labels`, each as long as its block.
     """
-    blocks = list(blocks)
-    with preserved_random_state(seed):
-        masked = MaskedBlocksCollator(tokenizer, mlm_probability, random_ids)(blocks)
-    lengths = [len(block["input_ids"]) for block in blocks]
-    columns = {name: masked[name].tolist() for name in ("input_ids", "labels")}
-    return Dataset.from_dict(
-        {name: [row[:length] for row, length in zip(rows, lengths, strict=True)] for name, rows in columns.items()}
-    )
+    blocks = blocks if isinstance(blocks, Dataset) else Dataset.from_list(list(blocks))
+    collate = MaskedBlocksCollator(tokenizer, mlm_probability, random_ids)
+
+    def mask(batch: dict[str, list], indices: list[int]) -> dict[str, list[list[int]]]:
+        with preserved_random_state(seed + indices[0]):  # the fingerprint of a cached result holds the seed
+            masked = collate([{"input_ids": ids} for ids in batch["input_ids"]])
+        lengths = [len(ids) for ids in batch["input_ids"]]
+        return {
+            name: [row[:length] for row, length in zip(masked[name].tolist(), lengths, strict=True)]
+            for name in ("input_ids", "labels")
+        }
+
+    return blocks.map(mask, with_indices=True, batched=True, remove_columns=blocks.column_names, desc="Masking blocks")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
+from hf_curriculum_distill.tasks.pcfg import pcfg_tokenizer
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
 
 VOCABULARY = Path(__file__).parents[2] / "recipes/data/bert_uncased"
@@ -167,6 +168,45 @@ def test_an_example_with_too_few_tokens_to_mask_is_an_error_that_counts_them(tok
     for wrong in (-0.1, 1.5):
         with pytest.raises(ValueError, match="mlm_probability"):
             MaskedBlocksCollator(tokenizer, wrong, fixed_count=True)
+
+
+@given(seed=st.integers(0, 1000), fixed_count=st.booleans())
+def test_whole_words_are_masked_with_all_their_pieces(tokenizer, seed, fixed_count):
+    torch.manual_seed(seed)
+    words = [[2000], [3000, 2015], [4000, 2075, 2015], [5000]]  # 2015 and 2075 are ##s and ##ing
+    order = torch.randint(len(words), (40,)).tolist()
+    ids = [101, *(piece for word in order for piece in words[word]), 102]
+    collator = MaskedBlocksCollator(tokenizer, 0.3, fixed_count=fixed_count, whole_words=True)
+    counted = (collator([{"input_ids": ids}])["labels"][0] != -100).tolist()
+    assert not counted[0] and not counted[-1]
+    split, start = 0, 1
+    for word in order:
+        chosen = counted[start : start + len(words[word])]
+        start += len(words[word])
+        split += any(chosen) and not all(chosen)
+    assert split <= fixed_count  # the last word may have more pieces than are left to mask
+    if fixed_count:
+        assert sum(counted) == round(0.3 * len(ids))
+
+
+def test_whole_words_are_as_many_tokens_as_single_ones(tokenizer):
+    torch.manual_seed(0)
+    ids = torch.where(torch.rand(64, 128) < 0.3, 2015, 3000)
+    counted = MaskedBlocksCollator(tokenizer, 0.15, whole_words=True)([{"input_ids": row} for row in ids.tolist()])
+    assert abs((counted["labels"] != -100).float().mean() - 0.15) < 0.02
+
+
+def test_whole_words_need_a_vocabulary_of_word_pieces():
+    with pytest.raises(ValueError, match="whole_words needs a WordPiece vocabulary"):
+        MaskedBlocksCollator(pcfg_tokenizer(), whole_words=True)
+
+
+@given(num_blocks=st.integers(1, 5))
+def test_more_blocks_than_a_batch_are_masked_once_too(tokenizer, num_blocks):
+    rows = Dataset.from_dict({"input_ids": [[101, *range(2000, 2020), 102]] * (num_blocks * 500)})
+    masked = mask_once(rows, tokenizer, 0.15, seed=3)
+    assert len(masked) == len(rows) and masked.column_names == ["input_ids", "labels"]
+    assert len({str(labels) for labels in masked["labels"]}) > 0.6 * len(rows)  # no batch repeats another's draws
 
 
 def test_a_fixed_count_leaves_labels_that_are_there(tokenizer):
