@@ -23,7 +23,7 @@ from hf_curriculum_distill.cost import flop_rates, flop_units
 from hf_curriculum_distill.preparing.trainer import PreparedTrainer
 from hf_curriculum_distill.preparing.trial import relative_error
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.stages import Stage, num_frozen_layers
+from hf_curriculum_distill.stages import Stage, matched_pairs, num_frozen_layers
 from hf_curriculum_distill.teachers.cached import CachedTeacher
 from hf_curriculum_distill.teachers.loading import TeacherModel
 from hf_curriculum_distill.teachers.teacher import Targets, Teacher
@@ -167,6 +167,8 @@ class CurriculumDistillationTrainer(PreparedTrainer):
                 check_batch(self.model, batch.inputs, self._reads_labels)
             loss, outputs = super().compute_loss(model, batch.for_student(batch.inputs), return_outputs=True)
             self._comparison.update(batch, outputs, relative_error(self.args, self.model))
+            if self.args.evaluate_layers and self.projection_bank is not None and self.projection_bank.frozen:
+                self._comparison.update_layers(batch, self._student, model, matched_pairs(self.stages))
             return (loss, outputs) if return_outputs else loss
 
         batch = self._read(inputs, whole_logits=return_outputs)

@@ -556,6 +556,43 @@ def test_training_without_labels_matches_every_real_token(config, student, teach
     assert step_logs(trainer)[0]["kl"] == pytest.approx(kl.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_evaluations_report_each_layers_distance_from_its_target(config, student, teacher, examples, batch_size):
+    fields = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": batch_size}
+    logs, weights_after = {}, {}
+    for evaluate_layers in (False, True):
+        trainer = CurriculumDistillationTrainer(
+            copy.deepcopy(student),
+            config(f"{evaluate_layers}", evaluate_layers=evaluate_layers, **fields),
+            train_dataset=examples,
+            eval_dataset=examples[:8],
+            teacher_model=teacher,
+        )
+        assert "eval_layer_1_mse" not in trainer.evaluate()  # the bank is not measured yet
+        trainer.train()
+        logs[evaluate_layers] = [log for log in trainer.state.log_history if "eval_loss" in log]
+        weights_after[evaluate_layers] = weights(trainer.model)
+    assert_same_weights(*weights_after.values())
+    names = {f"eval_layer_{student_layer}_mse" for student_layer, _ in trainer.projection_bank.layer_pairs}
+    assert all(set(with_layers) - set(plain) == names for plain, with_layers in zip(*logs.values(), strict=True))
+
+    errors = {name: [] for name in names}
+    trainer.model.eval()
+    for example in examples[:8]:
+        inputs = {name: value for name, value in default_collate([example]).items() if name != "labels"}
+        with torch.no_grad():
+            student_states, teacher_states = (
+                model(**inputs, output_hidden_states=True).hidden_states for model in (trainer.model, teacher)
+            )
+        for student_layer, teacher_layer in trainer.projection_bank.layer_pairs:
+            target = trainer.projection_bank.project(student_layer, teacher_states[teacher_layer])
+            error = (student_states[student_layer] - target).square().mean(-1)[0]
+            counted = inputs["attention_mask"][0].bool()
+            errors[f"eval_layer_{student_layer}_mse"].append(error[counted])
+    for name, values in errors.items():
+        assert logs[True][-1][name] == pytest.approx(torch.cat(values).mean().item(), rel=1e-5)
+
+
 def test_evaluation_before_training_leaves_the_models_alone(config, student, teacher, examples):
     trainer = CurriculumDistillationTrainer(
         student, config(), train_dataset=examples, eval_dataset=examples[:8], teacher_model=teacher

@@ -17,7 +17,14 @@ UNCACHED_METHODS = ("progressive", "online", "labels")  # no teacher whose targe
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 # their learning rates depend on more than the step, so they can't be restarted in each stage
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-_FLAGS = ("shared_projection", "standardize_targets", "freeze_matched_layers", "truncate", "restart_schedule_per_stage")
+_FLAGS = (
+    "shared_projection",
+    "standardize_targets",
+    "freeze_matched_layers",
+    "truncate",
+    "restart_schedule_per_stage",
+    "evaluate_layers",
+)
 
 
 def check_values(config: TrainingArguments) -> None:

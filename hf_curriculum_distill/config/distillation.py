@@ -199,6 +199,15 @@ class CurriculumDistillationConfig(TrainingArguments):
         },
     )
 
+    # Parameters that control evaluation
+    evaluate_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether evaluations report how far each matched layer is from its target, as eval_layer_3_mse "
+            "(1: as far as the targets' mean); it takes another pass of the student."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:

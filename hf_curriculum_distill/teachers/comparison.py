@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.batches.checks import label_loss_mismatch
+from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import is_ctc
-from hf_curriculum_distill.stages import Stage
+from hf_curriculum_distill.losses import hidden_state_mse
+from hf_curriculum_distill.stages import LayerPair, Stage
 from hf_curriculum_distill.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -30,12 +32,12 @@ class StudentComparison:
 
     def __init__(self, teacher: Teacher | None, accelerator: Accelerator):
         self._teacher, self._accelerator = teacher, accelerator
-        self._metric = TeacherComparison()
+        self._metric, self._layers = TeacherComparison(), LayerComparison()
         self._knows_rows: bool | None = None  # whether labels are those of the rows of the logits; None: not seen yet
 
     def start(self) -> None:
         """Begin an evaluation."""
-        self._metric = TeacherComparison()
+        self._metric, self._layers = TeacherComparison(), LayerComparison()
 
     def update(self, batch: Batch, outputs: Any, tolerance: float) -> None:
         """Add a batch.
@@ -61,9 +63,25 @@ class StudentComparison:
             _, teacher_logits = self._teacher.forward(batch.with_rows(rows), Stage(kl_weight=1.0))
         self._metric.update(self._accelerator, logits[rows], teacher_logits, batch.labels, examples, len(batch))
 
+    def update_layers(
+        self, batch: Batch, student: PartialForward, model: nn.Module, pairs: Sequence[LayerPair]
+    ) -> None:
+        """Add how far the student's layers are from their targets on a batch, which takes a pass of the student's.
+
+        Args:
+            student: finds the layers of `model`, which may be wrapped.
+            pairs: the layers that are matched.
+        """
+        stage = Stage(hidden=pairs)
+        hidden, _ = student(model, batch.student_inputs, stage.student_layers)
+        self._teacher.advance(None)
+        targets = self._teacher.targets(batch, stage).hidden
+        self._layers.update(self._accelerator, hidden, targets, batch.weights(next(iter(hidden.values()))))
+
     def compute(self, prefix: str) -> dict[str, float]:
         """The metrics of the evaluation, by their names after `prefix`."""
-        return {f"{prefix}_{name}": value for name, value in self._metric.compute().items()}
+        metrics = self._metric.compute() | self._layers.compute()
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
 
 class TeacherComparison:
@@ -118,3 +136,40 @@ class TeacherComparison:
             return {}
         rows, *sums = self._sums.tolist()
         return {name: total / max(1.0, rows) for name, total in zip(self._names[1:], sums, strict=True)}
+
+
+class LayerComparison:
+    """Adds up the squared error of each layer's hidden states over an evaluation's batches.
+
+    `layer_3_mse` is that of layer 3: the mean over positions and coordinates, 1 where the targets are standardised and
+    the student always predicts their mean.
+    """
+
+    def __init__(self):
+        self._sums: Tensor | None = None
+
+    def update(
+        self, accelerator: Accelerator, hidden: Mapping[int, Tensor], targets: Mapping[int, Tensor], weights: Tensor
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            accelerator: see [`TeacherComparison.update`].
+            hidden, targets: `{layer: [batch, length, hidden]}`.
+            weights: of each position, `[batch, length]`.
+        """
+        self._names = [f"layer_{layer}_mse" for layer in targets]
+        errors = [
+            torch.stack([hidden_state_mse(*example) for example in zip(hidden[layer], target, weights, strict=True)])
+            for layer, target in targets.items()
+        ]
+        per_example = torch.stack([weights.sum(1).float(), *errors], 1)
+        sums = accelerator.gather_for_metrics(per_example).cpu().double().sum(0)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def compute(self) -> dict[str, float]:
+        """The mean of each layer over all batches so far; empty before the first."""
+        if self._sums is None:
+            return {}
+        weight, *sums = self._sums.tolist()
+        return {name: total / max(1.0, weight) for name, total in zip(self._names, sums, strict=True)}

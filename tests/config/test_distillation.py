@@ -41,6 +41,7 @@ OTHER_VALUES = {
     "teacher_schedule": ["fraction", [3, 7], [0.25, 0.5], []],
     "teacher_learning_rate": [1e-3, 1],
     "teacher_cache": ["cache", "/tmp/a folder"],
+    "evaluate_layers": [True],
     "teacher_cache_logits": [1, 10_000, None],
 }
 
