@@ -76,8 +76,8 @@ def choose_layers(layers: str | Sequence[int], num_layers: int, depth: int, whos
         raise ValueError(f"layers names {len(layers)} blocks, but num_layers is {num_layers}; they must agree.")
     if any(lower >= upper for lower, upper in pairwise([0, *layers, depth + 1])):
         raise ValueError(
-            f"layers is {list(layers)}, but the blocks of {whose} are numbered from 1 to {depth}; name each at most once, "
-            "in increasing order."
+            f"layers is {list(layers)}, but the blocks of {whose} are numbered from 1 to {depth}; name each at "
+            "most once, in increasing order."
         )
     return list(layers)
 
@@ -163,9 +163,7 @@ def _cut_lists(config: PreTrainedConfig, chosen: Sequence[int], depth: int) -> N
             setattr(config, name, [chosen.index(value + 1) for value in values if value + 1 in chosen])
         elif len(values) == depth:
             setattr(config, name, [values[number - 1] for number in chosen])
-    if hasattr(config, "attention_types") and hasattr(
-        config, "attention_layers"
-    ):  # from which GPT-Neo works out attention_layers
+    if {"attention_types", "attention_layers"} <= vars(config).keys():  # GPT-Neo works out the latter
         config.attention_types = [[config.attention_layers, 1]]
     if getattr(config, "out_indices", None):  # of a backbone
         if config.out_indices != [depth]:
