@@ -125,14 +125,15 @@ def student_config(
             part = _part(config, one, main_input)
             if part.hidden_size != hidden_size:
                 _scale(part, hidden_size)
-    config.name_or_path, config._commit_hash = "", None
+    config.name_or_path = ""
     try:
-        return type(config).from_dict(config.to_dict())  # works out what follows from other fields, and checks them
+        type(config).from_dict(config.to_dict())  # as a folder is read
     except Exception as error:  # of any kind: each family checks its fields as it likes
         raise ValueError(
             f"There is no {type(config).__name__} with num_layers={num_layers} and hidden_size={hidden_size} "
             f"({' '.join(str(error).split())}); choose other sizes, or make the student from a configuration of yours."
         ) from error
+    return config
 
 
 def stacks_of(config: PreTrainedConfig, stack: str | None) -> tuple[str, ...]:

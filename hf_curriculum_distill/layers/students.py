@@ -70,9 +70,9 @@ def student_from_teacher(
             "as they are; give another hidden_size, or leave projection_bank out."
         )
     config = student_config(teacher.config, num_layers, layers, hidden_size, stack, teacher.main_input_name)
-    config._attn_implementation, config.dtype = teacher.config._attn_implementation, teacher.dtype
+    config.dtype = teacher.dtype
     try:
-        student = _without_values(type(teacher), config) if copied else type(teacher)._from_config(config)
+        student = _without_values(type(teacher), config) if copied else type(teacher)(config)
         found = {one: len(find_block_stack(student, one)) for one in stacks}
     except Exception as error:  # of any kind: a family checks its sizes as it likes
         raise ValueError(
@@ -84,6 +84,8 @@ def student_from_teacher(
             f"The configuration of {type(teacher).__name__} does not say how many blocks it has: {found} instead of "
             f"num_layers={num_layers}; make the student from a configuration of yours."
         )
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(teacher.dtype)
     if copied:
         _copy_weights(student, teacher, {one: choose_layers(layers, num_layers, depths[one]) for one in stacks})
     elif projection_bank is not None:

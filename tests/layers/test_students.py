@@ -164,6 +164,14 @@ def test_a_student_has_the_teachers_dtype_generation_and_labels_but_no_name_of_i
     assert torch.equal(cached, student.generate(ids, do_sample=False, use_cache=False))
 
 
+def test_a_student_attends_as_its_teacher_does(tmp_path):
+    build("llama")[0].save_pretrained(tmp_path)
+    teacher = hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    for student in (student_from_teacher(teacher, 2), student_from_teacher(teacher, 2, hidden_size=16)):
+        output = student(torch.randint(3, VOCAB_SIZE, (1, 4)), output_attentions=True)
+        assert len(output.attentions) == 2  # which no faster implementation returns
+
+
 def test_a_teacher_that_was_cast_is_copied_with_the_buffers_that_it_computes_with():
     teacher, _, batch = build("llama")
     teacher.to(torch.bfloat16)
