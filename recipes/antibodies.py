@@ -3,8 +3,8 @@
     pip install olga==1.3.0
     python recipes/antibodies.py --output_dir runs/antibodies/data
 
-The model (Marcou et al. 2018; Sethna et al. 2019, doi 10.1093/bioinformatics/btz035, package olga) draws the genes and the
-junction between them; before and after the junction a chain is its V and its J gene as inherited, without mutations.
+The model (Marcou et al. 2018; Sethna et al. 2019, doi 10.1093/bioinformatics/btz035; package olga) draws genes and the
+junction between them; before and after it a chain is its V and its J gene as inherited, without mutations.
 Written as train.jsonl and validation.jsonl, one chain a row, its amino acids separated by spaces.
 """
 
