@@ -31,8 +31,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill import (
+    CurriculumDistillationConfig,
+    CurriculumDistillationTrainer,
+    ProjectionBank,
+    project_embeddings,
+)
 from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.layers import make_student, student_size
 from hf_curriculum_distill.options import ComparisonOptions, ModelOptions
 from hf_curriculum_distill.planning import SIZES, find_config, find_size
 from hf_curriculum_distill.report.runs import (
@@ -78,6 +84,13 @@ class RecipeArguments(ModelOptions, ComparisonOptions):
         default=False,
         metadata={"help": "Mask the training blocks once for all epochs; teacher_cache needs that."},
     )
+    student_embeddings: str = field(
+        default="random",
+        metadata={
+            "help": "How the embeddings of a randomly initialised student start: 'random', or 'projected', as the "
+            "teacher's through the projection's one matrix."
+        },
+    )
     allow_untrained_teacher: bool = field(
         default=False, metadata={"help": "Take a teacher that hardly knows more than the most frequent token."}
     )
@@ -114,8 +127,10 @@ def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
     log_progress(logger, args)
     runs = planned_or_exit(recipe, args)
-    for student in {run.recipe.student for run in runs}:
-        check_size(student)
+    for run in runs:
+        check_student(run)
+    if recipe.teacher_from is not None and student_size(recipe.teacher_from):
+        raise SystemExit(f"teacher_from is {recipe.teacher_from!r}, a student of a teacher; name a size or a model.")
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.teacher)
     if recipe.streaming:
         for run in runs:
@@ -146,8 +161,12 @@ def main():
 def distil(pipeline: dict, run: Run) -> dict:
     """Train one student; returns its object in results.json."""
     set_seed(run.args.seed)
-    student = make_model(run.recipe.student, run.recipe.dropout, pipeline["processing_class"])
-    trainer = CurriculumDistillationTrainer(model=student, args=run.args, teacher_model=run.recipe.teacher, **pipeline)
+    trainer = CurriculumDistillationTrainer(
+        model=start_student(run, pipeline["processing_class"]),
+        args=run.args,
+        teacher_model=run.recipe.teacher,
+        **pipeline,
+    )
     logger.info("%s: %s", run.args.output_dir, " -> ".join(stage.name for stage in trainer.stages))
     return train_student(trainer, run.method)
 
@@ -204,22 +223,62 @@ def train_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict)
     trainer.accelerator.wait_for_everyone()
 
 
+def start_student(run: Run, tokenizer) -> PreTrainedModel:
+    """The student before its first step."""
+    recipe, args = run.recipe, run.args
+    projected = recipe.student_embeddings == "projected"
+    if not (projected or student_size(recipe.student)):
+        return make_model(recipe.student, recipe.dropout, tokenizer)
+    teacher, bank = load_model(recipe.teacher, recipe.dropout), None
+    if projected:
+        config = find_config(recipe.student, teacher=teacher.config)
+        bank = ProjectionBank.create(
+            [(1, 1)],
+            [config.hidden_size],
+            [teacher.config.hidden_size],
+            kind=args.projection,
+            seed=args.projection_seed,
+            shared=True,
+        )
+    if student_size(recipe.student):
+        return make_student(recipe.student, teacher, projection_bank=bank)
+    return project_embeddings(make_model(recipe.student, recipe.dropout, tokenizer), teacher, bank)
+
+
 def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
     """A masked language model: a size or a config.json, randomly initialised, or the weights of a model's folder."""
     check_size(size)
     if os.path.isdir(size):
-        config = AutoConfig.from_pretrained(size)
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-        return AutoModelForMaskedLM.from_pretrained(size, config=config)
+        return load_model(size, dropout)
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     return AutoModelForMaskedLM.from_config(find_config(size, dropout, **tokens))
+
+
+def load_model(name: str, dropout: float) -> PreTrainedModel:
+    """A saved model, to train on in float32."""
+    config = AutoConfig.from_pretrained(name)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    return AutoModelForMaskedLM.from_pretrained(name, config=config, dtype=torch.float32)
+
+
+def check_student(run: Run) -> None:
+    """Whether the options describe a student, as far as can be said before the teacher is there."""
+    recipe, args = run.recipe, run.args
+    check_size(recipe.student)
+    if recipe.student_embeddings not in ("random", "projected"):
+        raise SystemExit(f"student_embeddings is {recipe.student_embeddings!r}; use 'random' or 'projected'.")
+    if recipe.student_embeddings == "projected" and args.method == "curriculum" and not args.shared_projection:
+        raise SystemExit(
+            f"{run.method}: with student_embeddings='projected' the student starts in the basis of one matrix, but the "
+            "targets of each layer have a matrix of their own; set --shared_projection true."
+        )
 
 
 def check_size(size: str) -> None:
     if not (os.path.exists(size) or find_size(size)):
         raise SystemExit(
-            f"{size!r} is no model: use {', '.join(SIZES)}, bert-LAYERS-HIDDEN, or a config.json or model folder "
-            "that exists."
+            f"{size!r} is no model: use {', '.join(SIZES)}, bert-LAYERS-HIDDEN, teacher-LAYERS, teacher-LAYERS-HIDDEN, "
+            "or a config.json or model folder that exists."
         )
 
 

@@ -176,6 +176,52 @@ def test_a_config_file_is_a_random_model_and_a_model_folder_is_its_weights(bert_
     assert fresh[name].shape == again[name].shape and not torch.equal(fresh[name], again[name])
 
 
+def student_of(bert_large, finished, tokenizer, *options):
+    """What the options start from, beside the teacher."""
+    teacher = str(finished[0] / "teacher")
+    command = ["--teacher", teacher, "--dropout", "0", "--use_cpu", "true", "--bf16", "false"]
+    command += ["--eval_strategy", "no", *options]
+    recipe, args = parse_arguments([bert_large.RecipeArguments, bert_large.TrainingConfig], command)
+    [run] = bert_large.planned_or_exit(recipe, args)
+    bert_large.check_student(run)
+    return bert_large.start_student(run, tokenizer), bert_large.load_model(teacher, 0.0), args
+
+
+def test_a_student_is_some_of_the_teachers_blocks(bert_large, finished, tokenizer):
+    student, teacher, _ = student_of(bert_large, finished, tokenizer, "--student", "teacher-1")
+    own, theirs = student.state_dict(), teacher.state_dict()
+    assert student.config.num_hidden_layers == 1 and student.config.hidden_size == teacher.config.hidden_size
+    block = "bert.encoder.layer.{}.attention.self.query.weight"
+    assert torch.equal(own[block.format(0)], theirs[block.format(1)])  # the last of two
+    name = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(own[name], theirs[name])
+
+
+@pytest.mark.parametrize("name", ["bert-3-16", "teacher-1-16"])
+def test_a_students_embeddings_start_in_the_basis_of_its_targets(bert_large, finished, tokenizer, name):
+    options = ["--student", name, "--student_embeddings", "projected", "--shared_projection", "true"]
+    student, teacher, args = student_of(bert_large, finished, tokenizer, *options)
+    trainer = bert_large.CurriculumDistillationTrainer(student, args, teacher_model=teacher)
+    own, theirs = (model.get_input_embeddings().weight.detach() for model in (student, teacher))
+    matrices = [tensor for key, tensor in trainer.projection_bank.tensors().items() if key.endswith(".weight")]
+    for matrix in matrices:
+        torch.testing.assert_close(own, theirs @ matrix.T)
+    assert len(matrices) == student.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--student", "bert-2"], "'bert-2' is no model: use bert-large"),
+        (["--student_embeddings", "teacher"], "student_embeddings is 'teacher'; use 'random' or 'projected'"),
+        (["--student", "bert-2-16", "--student_embeddings", "projected"], "set --shared_projection true"),
+    ],
+)
+def test_a_student_that_cannot_be_is_refused(bert_large, finished, tokenizer, options, message):
+    with pytest.raises(SystemExit, match=message):
+        student_of(bert_large, finished, tokenizer, *options)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_text_is_read_from_a_folder_and_some_of_it_held_out(bert_large, tokenizer, tmp_path, kind, streaming):
