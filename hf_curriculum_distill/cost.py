@@ -75,14 +75,14 @@ def count_flops(forward: Callable[[], tuple[object, Tensor | RowLogits | None]])
 
 
 def stage_flops(
-    objective: Objective, teacher: Teacher | CachedTeacher | None, batch: Batch, stage: Stage, frozen: int = 0
+    objective: Objective, teacher: Teacher | CachedTeacher | None, batch: Batch, stage: Stage, frozen: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Operations of the student (forward and backward) and of the teacher for one batch of a stage.
 
     A teacher that learns also trains on the same rows.
 
     Args:
-        frozen: the highest layer of the student that gets no gradient; 0 for none.
+        frozen: the highest layer of the student that gets no gradient (0: the embeddings); None for none.
 
     Returns:
         two arrays, each as in [`count_flops`].
@@ -90,7 +90,7 @@ def stage_flops(
     student, of_teacher = objective.student.model, np.zeros(2, np.int64)
     forward = count_flops(lambda: objective.forward(student, batch, stage))
     backward = 2 * forward
-    if frozen:
+    if frozen is not None:
         backward -= 2 * count_flops(lambda: objective.forward(student, batch, Stage(hidden=[(frozen, 0)])))
     if stage.needs_teacher:
         of_teacher += count_flops(lambda: teacher.forward(batch, stage))
@@ -100,7 +100,7 @@ def stage_flops(
 
 
 def flop_rates(
-    objective: Objective, teacher: Teacher | CachedTeacher | None, batch: Batch, stage: Stage, frozen: int = 0
+    objective: Objective, teacher: Teacher | CachedTeacher | None, batch: Batch, stage: Stage, frozen: int | None = None
 ) -> list[list[float]]:
     """Operations for each of [`flop_units`], measured on one batch.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,13 @@ class Objective:
         self._balances_experts = balances_experts(student.model)
 
     def __call__(
-        self, model: Callable[..., Any], batch: Batch, stage: Stage, targets: Targets, counts: Tensor, frozen: int = 0
+        self,
+        model: Callable[..., Any],
+        batch: Batch,
+        stage: Stage,
+        targets: Targets,
+        counts: Tensor,
+        frozen: int | None = None,
     ) -> StageLoss:
         """The stage's loss on a batch.
 
@@ -69,7 +75,7 @@ class Objective:
             model: the student, or its outermost wrapper.
             counts: the divisors of the sums, `[number of positions, number of rows]` that count in the whole
                 accumulated batch.
-            frozen: the highest layer of the student that gets no gradient; 0 for none.
+            frozen: the highest layer of the student that gets no gradient (0: the embeddings); None for none.
 
         Raises:
             ValueError: the stage learns from labels and the batch has none, or hidden states do not fit the batch.
@@ -85,7 +91,15 @@ class Objective:
                 return logits, auxiliary_loss(self.student.model, outputs)
             return sum_over_chunks(functools.partial(logit_losses, stage, self._args, targets.logits, labels), logits)
 
-        hidden, logits = self.forward(model, batch, stage, frozen, reduce if in_chunks or adds_balance else None)
+        independent = self._args.train_prefix == "independent" and not stage.needs_logits
+        hidden, logits = self.forward(
+            model,
+            batch,
+            stage,
+            frozen,
+            reduce if in_chunks or adds_balance else None,
+            targets.hidden if independent else None,
+        )
         num_positions, num_rows = counts.clamp(min=1)
         terms, parts = {}, []
         if stage.hidden:
@@ -108,14 +122,20 @@ class Objective:
         return StageLoss(functools.reduce(operator.add, parts), terms, None if in_chunks else logits)
 
     def forward(
-        self, model: Callable[..., Any], batch: Batch, stage: Stage, frozen: int = 0, reduce: Callable | None = None
+        self,
+        model: Callable[..., Any],
+        batch: Batch,
+        stage: Stage,
+        frozen: int | None = None,
+        reduce: Callable | None = None,
+        substitutes: Mapping[int, Tensor] | None = None,
     ) -> tuple[dict[int, Tensor], Any]:
         """Run the student for the outputs that a stage matches.
 
         Args:
             model: the student, or its outermost wrapper.
-            frozen: the highest layer of the student that gets no gradient; 0 for none.
-            reduce: see [`Wanted`].
+            frozen: the highest layer of the student that gets no gradient (0: the embeddings); None for none.
+            reduce, substitutes: see [`Wanted`].
 
         Returns:
             hidden states `{student_layer: [batch, length, hidden]}`; and the logits of the rows that count,
@@ -135,6 +155,7 @@ class Objective:
             truncate=self._args.truncate,
             chunk_size=batch.chunk_size if stage.needs_logits else None,
             reduce=reduce,
+            substitutes=substitutes or {},
         )
 
 

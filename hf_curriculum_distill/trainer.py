@@ -23,7 +23,7 @@ from hf_curriculum_distill.cost import flop_rates, flop_units
 from hf_curriculum_distill.preparing.trainer import PreparedTrainer
 from hf_curriculum_distill.preparing.trial import relative_error
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.stages import Stage, matched_pairs, num_frozen_layers
+from hf_curriculum_distill.stages import Stage, matched_pairs
 from hf_curriculum_distill.teachers.cached import CachedTeacher
 from hf_curriculum_distill.teachers.loading import TeacherModel
 from hf_curriculum_distill.teachers.teacher import Targets, Teacher
@@ -175,7 +175,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         stage = self._enter_stage(batch)
         counts = batch.counts if num_items_in_batch is None else num_items_in_batch
         targets = self._target_source.targets(batch, stage) if stage.needs_teacher else Targets()
-        loss = self._objective(model, batch, stage, targets, counts, self._num_frozen)
+        loss = self._objective(model, batch, stage, targets, counts, self._frozen_layer)
         learnt = {} if self.teacher is None else self.teacher.learn(batch, counts, self.accelerator)
         self._totals.add_terms(learnt | loss.terms)  # the teacher's first, for it explains the rest
         self._last = batch, stage, targets.computed
@@ -192,14 +192,13 @@ class CurriculumDistillationTrainer(PreparedTrainer):
     def _enter_stage(self, batch: Batch) -> Stage:
         """The stage of this optimizer step; at its first batch, log it and measure its operations."""
         index = self.stage_scheduler.index_at(self.state.global_step)
-        stage = self.stage_scheduler.stages[index]
+        stage = self.stage_scheduler.stage_at(self.state.global_step)
         if stage.needs_teacher:
             self.teacher.advance(self.state.global_step)
         if index == self._stage_index:
             return stage
         begins, self._stage_index = self._stage_index is None, index
-        freezing = self.args.train_prefix, self.args.freeze_matched_layers
-        self._num_frozen = num_frozen_layers(self.stages, index, *freezing)
+        self._frozen_layer = self.args.frozen_layer(self.stages, index)
         if begins:
             self._try_out(batch)
         if self.args.device.type != "cpu":  # check values once a stage, because this waits for the device
@@ -207,6 +206,8 @@ class CurriculumDistillationTrainer(PreparedTrainer):
                 on_host = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in batch.inputs.items()}
                 check_batch(self.model, on_host, self._reads_labels)
         first, end = self.stage_scheduler.span(index)
+        if index and self.state.global_step == first and not self.args.carry_optimizer:
+            self.optimizer.state.clear()  # also after a resume from this step, whose checkpoint has the state of before
         logger.info("Stage %d of %d: %s (steps %d to %d)", index + 1, len(self.stages), stage.name, first + 1, end)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
@@ -214,7 +215,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         if self.args.torch_compile:
             torch.compiler.reset()  # a stage is another graph; after a number of them dynamo no longer compiles
         if index not in self._totals.rates:
-            rates = flop_rates(self._objective, self._target_source, batch, stage, self._num_frozen)
+            rates = flop_rates(self._objective, self._target_source, batch, stage, self._frozen_layer)
             self._totals.set_rates(index, rates, self.accelerator)
         return stage
 
@@ -263,7 +264,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _end_step(self, control: TrainerControl) -> None:
-        if self.args.restart_schedule_per_stage and self.accelerator.optimizer_step_was_skipped:
+        if self._schedules_by_stage and self.accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()  # an fp16 step that overflowed: the stage continues, and so must its schedule
         if self.state.global_step in self.stage_scheduler.boundaries and self.args.logging_strategy != "no":
             control.should_log = True  # so that no logged average mixes two stages

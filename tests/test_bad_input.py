@@ -495,7 +495,7 @@ def test_a_bank_of_another_teacher_is_refused_and_one_for_other_blocks_too(refus
 WRONG_VALUES = {
     **{name: ["yes", "false", 1, 0, None, math.nan, []]
        for name in ("shared_projection", "standardize_targets", "freeze_matched_layers", "truncate",
-                    "restart_schedule_per_stage")},
+                    "restart_schedule_per_stage", "freeze_embeddings_in_layer_stages", "carry_optimizer")},
     "projection_seed": [-1, 2**64, 1.5, "0", None, True, math.nan, [1]],
     "max_steps": ["8", 8.0, None, True, math.nan],
     "num_train_epochs": [-1, math.nan, math.inf, "3", None],

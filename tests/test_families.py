@@ -192,7 +192,9 @@ def test_a_model_that_shares_its_blocks_learns_and_teaches(config, who):
         assert stage[-4:].mean() < 0.8 * stage[:4].mean()
 
 
-@pytest.mark.parametrize("fields", [{"train_prefix": "block"}, {"freeze_matched_layers": True}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"train_prefix": "block"}, {"freeze_matched_layers": True}, {"finished_layer_rate": 0.5}], ids=str
+)
 def test_layers_of_a_shared_block_are_not_frozen_apart(config, fields):
     with pytest.raises(ValueError, match="AlbertForMaskedLM runs one block for many layers"):
         CurriculumDistillationTrainer(albert(1), config(**fields), train_dataset=text(), teacher_model=model("bert", 2))

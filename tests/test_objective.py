@@ -1,5 +1,6 @@
 """A stage's loss against a computation by hand in float64, from the whole outputs of the plain model."""
 
+import itertools
 import math
 
 import pytest
@@ -138,6 +139,43 @@ def test_the_loss_its_terms_and_its_gradients_are_those_by_hand(config, name, st
     unused = expected.keys() - actual.keys()
     assert all(not expected[parameter].any() for parameter in unused)
     assert_close(actual, {parameter: value for parameter, value in expected.items() if parameter not in unused})
+
+
+@every_model
+@pytest.mark.parametrize("truncate", [True, False])
+def test_independent_segments_are_blocks_called_one_at_a_time_on_the_targets_below(config, name, truncate):
+    args = config(train_prefix="independent", layer_order="together", truncate=truncate)
+    case, stage = Case(name, args), Stage(hidden=[[1, 2], [2, 4], [3, 6]], hidden_weight=0.5)
+    case.hidden[3] = torch.randn(3, 9, WIDTH)
+    body = case.model.base_model
+    blocks = body.encoder.layer if name == "bert" else body.h
+    calls = []
+    handles = [b.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True) for b in blocks]
+    case.model(**{key: case.inputs[key] for key in ("input_ids", "attention_mask")}, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    own = calls[0][0][0]  # the student's embeddings, and then the targets
+    inputs = [own, case.hidden[1].double(), case.hidden[2].double()]
+    mask = case.inputs["attention_mask"].bool()
+    segments = []
+    for number, (block, states, ((_, *more), kwargs)) in enumerate(zip(blocks, inputs, calls, strict=True), start=1):
+        output = block(states, *more, **kwargs)
+        error = ((output if torch.is_tensor(output) else output[0]) - case.hidden[number].double()).square().mean(-1)
+        segments.append(0.5 * error[mask].sum() / (case.counts[0] * 3))
+    made = case.loss(stage)
+    assert_close({"total": made.total}, {"total": sum(segments)})
+    actual = gradients(case.model, made.total)
+    of_segments = [gradients(case.model, segment) for segment in segments]
+    for one, other in itertools.combinations(of_segments, 2):
+        assert one and other and not one.keys() & other.keys()  # no segment's loss reaches another's parameters
+    assert_close(actual, {name: gradient for segment in of_segments for name, gradient in segment.items()})
+
+
+def test_the_logit_stage_runs_the_students_own_states(config):
+    independent = Case("bert", config(train_prefix="independent", layer_order="together"))
+    joint, stage = Case("bert", config()), STAGES["all"]
+    joint.hidden, joint.logits, joint.counts = independent.hidden, independent.logits, independent.counts
+    assert torch.equal(independent.loss(stage).total, joint.loss(stage).total)
 
 
 @every_model

@@ -400,6 +400,141 @@ def test_frozen_blocks_stay_as_the_stages_before_left_them(config, teacher, exam
     assert moved(6, 8) == {3, "head"}
 
 
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"train_prefix": "block"}, {"layer_order": "together"}], ids=str)
+def test_embeddings_that_layer_stages_freeze_train_in_the_logit_stage_alone(
+    config, student, teacher, examples, truncate, fields
+):
+    assert student.bert.embeddings.word_embeddings.weight is student.cls.predictions.decoder.weight
+    embeddings, first, seen = dict(student.bert.embeddings.named_parameters()), weights(student.bert.embeddings), {}
+
+    class Watch(hf.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            trained = {name for name, parameter in embeddings.items() if parameter.grad is not None}
+            held = {name for name, parameter in embeddings.items() if parameter in optimizer.state}
+            moved = {name for name, parameter in embeddings.items() if not torch.equal(parameter, first[name])}
+            seen[state.global_step] = trained, held, moved
+
+    stays = {"freeze_embeddings_in_layer_stages": True, "truncate": truncate, "weight_decay": 0.1}
+    trainer = train(student, teacher, config(**stays, **fields), examples, callbacks=[Watch()])
+    (begin,) = trainer.stage_scheduler.boundaries[-1:]
+    for step in range(begin):
+        assert seen[step] == (set(), set(), set())
+    assert seen[begin] == (set(embeddings), set(), set())
+    assert seen[begin + 1] == (set(embeddings), set(embeddings), set(embeddings))
+
+
+def test_the_hidden_term_of_a_step_has_that_steps_weight(config, student, teacher, examples):
+    stages = [{"hidden": [[2, 4]], "until": 2}]
+    stages += [{"hidden": [[2, 4]], "hidden_weight": 0.8, "kl_weight": 1.0, "hidden_weight_at_end": 0.2}]
+    trainer = train(student, teacher, config(stages=stages), examples)
+    for log, weight in zip(step_logs(trainer), [1.0, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], strict=True):
+        assert log["loss"] == pytest.approx(log.get("kl", 0.0) + weight * log["hidden_mse"], rel=1e-5)
+
+
+class Recorder(hf.TrainerCallback):
+    """The weights, the learning rates and the optimizer's step counts after each optimizer step, by name."""
+
+    def __init__(self, model):
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.weights, self.rates, self.counts = {0: weights(model)}, {}, {}
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        step = state.global_step + 1
+        self.weights[step] = weights(model)
+        self.rates[step] = {self.names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        self.counts[step] = {self.names[p]: int(held["step"]) for p, held in optimizer.state.items() if "step" in held}
+
+
+def recorded(student, teacher, args, examples):
+    recorder = Recorder(student)
+    trainer = train(student, teacher, args, examples, callbacks=[recorder])
+    return recorder, trainer
+
+
+def test_finished_layers_move_at_their_share_of_the_rate(config, teacher, examples):
+    stages = [{"hidden": [[1, 1]], "until": 2}, {"hidden": [[2, 2]], "until": 5}, {"kl_weight": 1.0}]
+    sgd = {"stages": stages, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "weight_decay": 0.1}
+    runs = []
+    for rate in (1.0, 0.25):
+        student = tiny_bert(3, seed=1).double()
+        runs.append(recorded(student, teacher, config(finished_layer_rate=rate, **sgd), examples)[0].weights)
+    for step in range(3):
+        assert_same_weights(runs[1][step], runs[0][step])
+    for name, start in runs[0][2].items():  # the first step of the second stage begins from the same weights
+        whole, slowed = (run[3][name] - start for run in runs)
+        finished = "embeddings" in name or "layer.0." in name or "decoder.weight" in name  # which is tied
+        torch.testing.assert_close(slowed, whole * (0.25 if finished else 1.0), rtol=1e-9, atol=1e-12)
+        assert whole.any() == (finished or "layer.1." in name) or "key.bias" in name
+
+
+@pytest.mark.parametrize(
+    "optim, schedule, restart_schedule_per_stage",
+    [("adamw_torch", "cosine", False), ("adamw_torch", "linear", True), ("adafactor", "constant_with_warmup", False)],
+)
+def test_rates_of_layers_are_those_of_the_schedule_times_their_share(
+    config, teacher, examples, optim, schedule, restart_schedule_per_stage
+):
+    fields = {"lr_scheduler_type": schedule, "warmup_steps": 2, "optim": optim, "weight_decay": 0.1}
+    fields |= {"restart_schedule_per_stage": restart_schedule_per_stage, "layer_order": "cumulative"}
+    fields |= {"max_steps": 12, "num_layer_stages": 3, "logging_steps": 1}
+    plain, logs = recorded(tiny_bert(3, seed=1), teacher, config("plain", **fields), examples)
+    slowed, trainer = recorded(
+        tiny_bert(3, seed=1), teacher, config("slowed", finished_layer_rate=0.3, **fields), examples
+    )
+    assert [log["learning_rate"] for log in step_logs(trainer)] == [log["learning_rate"] for log in step_logs(logs)]
+    assert trainer.stage_scheduler.boundaries == (2, 4, 6)
+    for step, rates in slowed.rates.items():
+        finished = {3: 1, 4: 1, 5: 2, 6: 2}.get(step)
+        for name, rate in rates.items():
+            layer = int(name.split("layer.")[1][0]) + 1 if "encoder.layer." in name else 0
+            share = 0.3 if finished is not None and layer <= finished else 1.0
+            assert rate == pytest.approx(plain.rates[step][name] * share, rel=1e-12), (step, name)
+    decays = {decay: set() for decay in (0.0, 0.1)}
+    for group in trainer.optimizer.param_groups:
+        decays[group["weight_decay"]] |= {slowed.names[parameter] for parameter in group["params"]}
+    assert decays[0.1] == set(trainer.get_decay_parameter_names(trainer.model)) & set(slowed.names.values())
+    assert decays[0.0] == set(slowed.names.values()) - decays[0.1]
+
+
+@pytest.mark.parametrize("second", [{}, {"finished_layer_rate": 1.0}], ids=["again", "at the whole rate"])
+def test_a_second_train_has_the_rates_of_its_own_arguments(config, student, teacher, examples, second):
+    args, recorder = config(finished_layer_rate=0.3, layer_order="cumulative"), Recorder(student)
+    trainer = train(student, teacher, args, examples, callbacks=[recorder])
+    first = recorder.rates.copy()
+    for name, value in second.items():
+        setattr(args, name, value)
+    trainer.train()
+    share = 1 / 0.3 if second else 1.0
+    of_embeddings = [rates["bert.embeddings.LayerNorm.weight"] for rates in (recorder.rates[4], first[4])]
+    assert of_embeddings[0] == pytest.approx(of_embeddings[1] * share)
+    assert recorder.rates[8] == pytest.approx(first[8])
+
+
+def test_an_optimizer_of_ones_own_has_no_groups_by_layer(config, student, teacher, examples):
+    optimizer, layers = torch.optim.AdamW(student.parameters(), lr=1e-3), config(finished_layer_rate=0.3)
+    with pytest.raises(ValueError, match=r"finished_layer_rate is 0\.3, which needs .* but `optimizers` were given"):
+        train(copy.deepcopy(student), teacher, layers, examples, optimizers=(optimizer, None))
+    train(student, teacher, layers, examples, optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 1e-3}))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_stage_begins_without_the_optimizers_state_iff_it_is_not_carried(config, teacher, examples, own):
+    for carried in (True, False):
+        student = tiny_bert(STUDENT_DEPTH, seed=1)
+        optimizers = {"optimizers": (torch.optim.AdamW(student.parameters()), None)} if own else {}
+        recorder = Recorder(student)
+        args = config(f"{carried}", stages=STAGES, carry_optimizer=carried)
+        train(student, teacher, args, examples, callbacks=[recorder], **optimizers)
+        name = "bert.embeddings.LayerNorm.weight"  # which every stage trains
+        expected = [1, 2, 3, 4, 5, 6, 7, 8] if carried else [1, 2, 3, 1, 2, 1, 2, 3]
+        assert [recorder.counts[step][name] for step in range(1, 9)] == expected
+        last = {"bert.encoder.layer.1.output.dense.weight": [0, 0, 0, 1, 2]}
+        last["cls.predictions.bias"] = [0, 0, 0, 0, 0, 1]
+        for name, counts in last.items():
+            assert [recorder.counts[step].get(name, 0) for step in range(1, len(counts) + 1)] == counts
+
+
 def test_each_stage_can_have_its_own_warm_up(config, student, teacher, examples):
     args = config(restart_schedule_per_stage=True, stage_warmup_ratio=0.5, max_steps=16, learning_rate=1.0, optim="sgd")
     trainer = train(student, teacher, args, examples)
@@ -408,11 +543,13 @@ def test_each_stage_can_have_its_own_warm_up(config, student, teacher, examples)
     assert [log["learning_rate"] for log in step_logs(trainer)] == pytest.approx(short + short + long)
 
 
-@pytest.mark.parametrize("train_prefix", ["joint", "block"])
+@pytest.mark.parametrize("train_prefix", ["joint", "block", "independent"])
 def test_truncation_changes_nothing_but_the_cost(config, student, teacher, examples, train_prefix):
-    results = []
+    results, stages = [], STAGES
+    if train_prefix == "independent":
+        student, stages = tiny_bert(3, seed=1), [{"hidden": [[1, 2], [2, 4]], "until": 4}, {"kl_weight": 1.0}]
     for truncate in (True, False):
-        args = config(f"{truncate}", stages=STAGES, truncate=truncate, weight_decay=0.1, train_prefix=train_prefix)
+        args = config(f"{truncate}", stages=stages, truncate=truncate, weight_decay=0.1, train_prefix=train_prefix)
         trainer = train(copy.deepcopy(student), teacher, args, examples)
         results.append((weights(trainer.model), step_logs(trainer)))
     assert_same_weights(results[0][0], results[1][0])
@@ -717,8 +854,13 @@ RESUMABLE = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"
 
 @pytest.mark.parametrize(
     "fields",
-    [{"stages": STAGES}, {"restart_schedule_per_stage": True, "train_prefix": "block"}],
-    ids=["joint", "block"],
+    [
+        {"stages": STAGES},
+        {"restart_schedule_per_stage": True, "train_prefix": "block"},
+        {"finished_layer_rate": 0.3, "carry_optimizer": False, "freeze_embeddings_in_layer_stages": True}
+        | {"hidden_weight_in_logit_stage": 0.5, "hidden_weight_at_end": 0.0, "restart_schedule_per_stage": True},
+    ],
+    ids=["joint", "block", "between stages"],
 )
 def test_a_resumed_run_is_one_that_was_never_interrupted(config, teacher, examples, fields):
     def run(resume_from=None):
@@ -753,6 +895,10 @@ def test_a_resumed_run_is_one_that_was_never_interrupted(config, teacher, exampl
         ({"method": "one_shot"}, "method changed from 'curriculum' to 'one_shot'"),
         ({"train_prefix": "block"}, "settings.train_prefix changed from 'joint' to 'block'"),
         ({"restart_schedule_per_stage": True}, "settings.restart_schedule_per_stage changed from False to True"),
+        ({"carry_optimizer": False}, "settings.carry_optimizer changed from True to False"),
+        ({"finished_layer_rate": 0.5}, "settings.finished_layer_rate changed from 1.0 to 0.5"),
+        ({"freeze_embeddings_in_layer_stages": True}, "settings.freeze_embeddings_in_layer_stages changed from False"),
+        ({"hidden_weight_at_end": 0.5}, r"stages changed from .* to .*'hidden_weight_at_end': 0\.5"),
     ],
 )
 def test_resuming_another_run_says_what_changed(config, student, teacher, examples, change, message):

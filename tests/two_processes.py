@@ -24,6 +24,7 @@ STAGES = [
 ONE_BY_ONE = [{"hidden": [[1, 2]], "until": 2}, {"hidden": [[2, 4]], "until": 4}, {"kl_weight": 1.0}]
 ONLINE = {"method": "online", "label_loss_weight": 0.5, "teacher_learning_rate": 2e-3, "max_grad_norm": 0.5}
 ONLINE |= {"lr_scheduler_type": "cosine"}
+FROZEN_EMBEDDINGS = {"freeze_embeddings_in_layer_stages": True}
 SAVED = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 4}  # saved between two logs
 EPOCHS = {"stages": STAGES, "max_steps": -1, "num_train_epochs": 4}  # two steps each
 
@@ -61,6 +62,9 @@ def main():
     run("checkpointed", stages=STAGES, gradient_checkpointing=True)
     run("chunks", stages=STAGES, logit_chunk_size=3)
     run("block", stages=ONE_BY_ONE, train_prefix="block", freeze_matched_layers=True)
+
+    run("slowed", stages=ONE_BY_ONE, finished_layer_rate=0.3, carry_optimizer=False, **FROZEN_EMBEDDINGS)
+    run("independent", stages=STAGES[1:], train_prefix="independent", **FROZEN_EMBEDDINGS)
 
     teachers = folder / "teachers"
     if processes.is_main_process:

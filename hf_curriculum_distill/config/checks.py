@@ -17,14 +17,10 @@ UNCACHED_METHODS = ("progressive", "online", "labels")  # no teacher whose targe
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 # their learning rates depend on more than the step, so they can't be restarted in each stage
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-_FLAGS = (
-    "shared_projection",
-    "standardize_targets",
-    "freeze_matched_layers",
-    "truncate",
-    "restart_schedule_per_stage",
-    "evaluate_layers",
-)
+# their steps don't follow the learning rates of parameter groups, or their memory is elsewhere than in their state
+_OTHER_OPTIMIZERS = ("layerwise", "lomo", "schedule_free")
+_FLAGS = ("shared_projection", "standardize_targets", "freeze_matched_layers", "truncate", "restart_schedule_per_stage")
+_FLAGS += ("freeze_embeddings_in_layer_stages", "carry_optimizer", "evaluate_layers")
 
 
 def check_values(config: TrainingArguments) -> None:
@@ -42,7 +38,7 @@ def check_values(config: TrainingArguments) -> None:
     _check_choice(config, "projection", PROJECTIONS)
     _check_choice(config, "hidden_positions", ("tokens", "labels"))
     _check_choice(config, "layer_stack", ("encoder", "decoder"))
-    _check_choice(config, "train_prefix", ("joint", "block"))
+    _check_choice(config, "train_prefix", ("joint", "block", "independent"))
     _check_choice(config, "teacher_dtype", (None, *TEACHER_DTYPES))
     if isinstance(config.layer_map, (list, tuple)):
         parse_layer_pairs(config.layer_map)
@@ -57,6 +53,14 @@ def check_values(config: TrainingArguments) -> None:
         _check_range(config, name, 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
     for name in ("hidden_weight_in_logit_stage", "label_loss_weight"):
         _check_range(config, name, 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
+    if config.hidden_weight_at_end is not None:
+        _check_range(config, "hidden_weight_at_end", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
+        if not (config.hidden_weight_at_end or config.hidden_weight_in_logit_stage):
+            raise ValueError(
+                "hidden_weight_at_end is 0, and so is hidden_weight_in_logit_stage, so that the logit stage has no "
+                "hidden term to anneal; set hidden_weight_in_logit_stage to the weight that it begins with."
+            )
+    _check_range(config, "finished_layer_rate", 0, 1, "0 excluded", lambda x: 0 < x <= 1)
     _check_range(config, "projection_seed", 0, 2**64, "whole", lambda x: isinstance(x, int) and 0 <= x < 2**64)
     counts = ["calibration_samples", "per_device_train_batch_size", "gradient_accumulation_steps"]
     counts += [name for name in ("num_layer_stages", "teacher_cache_logits") if getattr(config, name) is not None]
@@ -67,13 +71,8 @@ def check_values(config: TrainingArguments) -> None:
     _check_range(config, "num_train_epochs", 0, math.inf, "finite", lambda x: 0 <= x < math.inf or config.max_steps > 0)
     _check_range(config, "learning_rate", 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
     _check_range(config, "label_smoothing_factor", 0, 1, "both included", lambda x: 0 <= x <= 1)
-    schedule = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
-    if schedule in _STATEFUL_SCHEDULES and (config.restart_schedule_per_stage or config.method == "online"):
-        knob = "restart_schedule_per_stage" if config.restart_schedule_per_stage else "method='online'"
-        raise ValueError(
-            f"{knob} needs a schedule that is a function of the step, but lr_scheduler_type is {schedule!r}; use "
-            "one like 'cosine' or 'linear'."
-        )
+    _check_schedule(config)
+    _check_between_stages(config)
     _check_who_teaches(config)
     if config.logit_chunk_size is not None:
         _check_range(config, "logit_chunk_size", 0, math.inf, "whole", lambda x: isinstance(x, int) and x >= 0)
@@ -84,6 +83,53 @@ def check_values(config: TrainingArguments) -> None:
                     "because gradients of a chunk are taken inside the forward pass; leave one of the two out."
                 )
     _check_cache(config)
+
+
+def _check_schedule(config: TrainingArguments) -> None:
+    schedule = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
+    knobs = {
+        "restart_schedule_per_stage": config.restart_schedule_per_stage,
+        "method='online'": config.method == "online",
+        "finished_layer_rate": config.finished_layer_rate != 1,
+    }
+    if schedule in _STATEFUL_SCHEDULES and any(knobs.values()):
+        knob = next(name for name, used in knobs.items() if used)
+        raise ValueError(
+            f"{knob} needs a schedule that is a function of the step, but lr_scheduler_type is {schedule!r}; use "
+            "one like 'cosine' or 'linear'."
+        )
+
+
+def _check_between_stages(config: TrainingArguments) -> None:
+    if config.train_prefix == "independent" and config.stages is None and config.layer_order != "together":
+        raise ValueError(
+            f"train_prefix='independent' trains all segments at once, but layer_order is {config.layer_order!r}, which "
+            "matches one layer after another; use layer_order='together'."
+        )
+    if config.train_prefix == "block" and config.finished_layer_rate != 1:
+        raise ValueError(
+            f"finished_layer_rate is {config.finished_layer_rate}, but train_prefix='block' freezes the finished "
+            "layers; use train_prefix='joint', or leave finished_layer_rate out."
+        )
+    if config.freeze_embeddings_in_layer_stages and config.layer_stack == "decoder":
+        raise ValueError(
+            "freeze_embeddings_in_layer_stages was given with layer_stack='decoder', whose first block runs after the "
+            "whole encoder, which would be frozen, too; leave it out, or match the encoder."
+        )
+    optimizer = getattr(config.optim, "value", config.optim)
+    knobs = {
+        f"finished_layer_rate={config.finished_layer_rate}": (config.finished_layer_rate != 1, ("deepspeed", "fsdp")),
+        "carry_optimizer=False": (not config.carry_optimizer, ("deepspeed",)),
+    }
+    for knob, (used, launches) in knobs.items():
+        if used and any(kind in optimizer for kind in _OTHER_OPTIMIZERS):
+            raise ValueError(
+                f"{knob} needs an optimizer with a learning rate for each group of parameters and a state for each "
+                f"parameter, but optim is {optimizer!r}; use one like 'adamw_torch'."
+            )
+        for name in launches if used else ():
+            if getattr(config, name):
+                raise ValueError(f"{knob} can't be had with {name}, whose optimizer is out of reach; launch with DDP.")
 
 
 def _check_who_teaches(config: TrainingArguments) -> None:

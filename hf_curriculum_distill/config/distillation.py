@@ -16,6 +16,7 @@ from hf_curriculum_distill.stages import (
     StageScheduler,
     check_layer_range,
     curriculum_stages,
+    frozen_layer,
     parse_stages,
     resolve_layer_map,
 )
@@ -88,6 +89,13 @@ class CurriculumDistillationConfig(TrainingArguments):
     hidden_weight_in_logit_stage: float = field(
         default=0.0, metadata={"help": "Weight of the last layer stage's hidden-state MSE in the logit stage."}
     )
+    hidden_weight_at_end: float | None = field(
+        default=None,
+        metadata={
+            "help": "What hidden_weight_in_logit_stage changes to, linearly with the steps, until training ends; 0 "
+            "anneals the hidden term away, and by default its weight stays the same."
+        },
+    )
     hidden_positions: str = field(
         default="tokens",
         metadata={
@@ -133,8 +141,22 @@ class CurriculumDistillationConfig(TrainingArguments):
     train_prefix: str = field(
         default="joint",
         metadata={
-            "help": "What a layer stage trains: 'joint' (all blocks up to its layer) or 'block' (only those above the "
-            "previous stage's layer)."
+            "help": "What a layer stage trains: 'joint' (all blocks up to its layer), 'block' (only those above the "
+            "previous stage's layer) or 'independent' (all segments at once, each with the target of the matched layer "
+            "below it as its input and no gradient into lower ones; with layer_order='together')."
+        },
+    )
+    finished_layer_rate: float = field(
+        default=1.0,
+        metadata={
+            "help": "The share of the learning rate at which a layer stage goes on training the blocks up to the "
+            "previous stage's layer, embeddings included: 1 for all of it; train_prefix='block' is 0."
+        },
+    )
+    freeze_embeddings_in_layer_stages: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether layer stages freeze all that runs before the first block; the logit stage trains it."
         },
     )
     freeze_matched_layers: bool = field(
@@ -157,12 +179,19 @@ class CurriculumDistillationConfig(TrainingArguments):
         },
     )
 
-    # Parameters that control the learning rate
+    # Parameters that control the optimizer
     restart_schedule_per_stage: bool = field(
         default=False, metadata={"help": "Whether each stage has a learning-rate schedule of its own."}
     )
     stage_warmup_ratio: float = field(
         default=0.2, metadata={"help": "Fraction of each stage that is warm-up, with restart_schedule_per_stage."}
+    )
+    carry_optimizer: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the optimizer keeps its moments and step counts from one stage to the next; if False, "
+            "each stage begins without."
+        },
     )
 
     # Parameters that control the teacher
@@ -269,6 +298,7 @@ class CurriculumDistillationConfig(TrainingArguments):
             if self.method != "curriculum":
                 return (Stage(**logit_stage),)
             logit_stage["hidden_weight"] = self.hidden_weight_in_logit_stage
+            logit_stage["hidden_weight_at_end"] = self.hidden_weight_at_end
             pairs = resolve_layer_map(self.layer_map, self.num_layer_stages, student_depth, teacher_depth)
             stages = tuple(
                 curriculum_stages(pairs, self.layer_order, self.layer_stage_fraction, self.hidden_weight, logit_stage)
@@ -281,6 +311,16 @@ class CurriculumDistillationConfig(TrainingArguments):
                 )
             check_layer_range(stage.hidden, student_depth, teacher_depth or 0)
         return stages
+
+    @property
+    def treats_layers_apart(self) -> bool:
+        """Whether a stage freezes some layers, trains them more slowly, or cuts them off from others."""
+        return self.freeze_matched_layers or self.train_prefix != "joint" or self.finished_layer_rate != 1
+
+    def frozen_layer(self, stages: Sequence[Stage], index: int) -> int | None:
+        """The student's highest layer that gets no gradient in a stage: see [`~stages.frozen_layer`]."""
+        frozen = self.train_prefix, self.freeze_matched_layers, self.freeze_embeddings_in_layer_stages
+        return frozen_layer(stages, index, *frozen)
 
     def schedule(self, stages: Sequence[Stage], max_steps: int) -> StageScheduler:
         """The scheduler of the stages that [`resolve_stages`] returned.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.blocks import backbone_config, find_block_stack
@@ -28,22 +29,25 @@ class Wanted:
         logits: whether to run the later blocks and the head, and return logits.
         rows: row numbers `[rows]` into the flattened logits, of the logits to return; None for all.
         gather: whether to pick the rows before the head, which needs logits with one row for each token, or after it.
-        frozen: layers up to this one run without gradients.
+        frozen: layers up to this one (0: the embeddings) run without gradients; None for none.
         truncate: whether to stop after the highest of `layers` if no logits are returned.
         chunk_size: the number of rows that the head reads at a time: the model stops before its head, and logits are
             a [`RowLogits`]. They are still a tensor if rows are not gathered before the head, and for classifiers.
         reduce: a function of the logits and the model's outputs (None if the head runs in chunks) that is called inside
             the model's forward, where wrappers see its gradients; its result is returned in place of the logits.
+        substitutes: states by layer, `{layer: [batch, length, hidden]}`, that the next block reads in place of that
+            layer's output. No gradient goes from a block above the lowest of them to what runs before it.
     """
 
     layers: Sequence[int] = ()
     logits: bool = False
     rows: Tensor | None = None
     gather: bool = True
-    frozen: int = 0
+    frozen: int | None = None
     truncate: bool = True
     chunk_size: int | None = None
     reduce: Callable[[Tensor | RowLogits, Any], Any] | None = None
+    substitutes: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         self.gather = self.gather and self.rows is not None
@@ -108,7 +112,7 @@ class PartialForward:
         """Check that hidden states can be matched while the model trains.
 
         Args:
-            freezes: whether a stage freezes earlier layers.
+            freezes: whether a stage freezes earlier layers, or trains them in another way.
 
         Raises:
             ValueError: training skips blocks at random (layer drop), blocks run outside of autograd, or a layer to be
@@ -128,15 +132,27 @@ class PartialForward:
         if freezes and len(set(self.blocks)) < self.depth:
             raise ValueError(
                 f"{type(self.model).__name__} runs one block for many layers, so that no layer can be frozen while "
-                "others train; leave out freeze_matched_layers and train_prefix='block'."
+                "others train; leave out freeze_matched_layers, finished_layer_rate and train_prefix='block' or "
+                "'independent'."
             )
 
-    def parameters_before(self, layer: int, frozen: int = 0) -> Iterator[nn.Parameter]:
+    @property
+    def hooks_blocks_in_recomputation(self) -> bool:
+        """Whether activation checkpointing also recomputes what hooks do, which by then are no longer active."""
+        checkpointed = all(isinstance(block, GradientCheckpointingLayer) for block in self.blocks)
+        return not checkpointed or "__call__" in vars(GradientCheckpointingLayer)  # transformers before 5.23
+
+    def layer_of_parameters(self) -> dict[nn.Parameter, int]:
+        """The number of each parameter's block; 0 for all others."""
+        layers = dict.fromkeys(self.model.parameters(), 0)
+        return layers | {p: number for number, block in enumerate(self.blocks, start=1) for p in block.parameters()}
+
+    def parameters_before(self, layer: int, frozen: int | None = None) -> Iterator[nn.Parameter]:
         """The parameters that a loss on the output of block `layer` trains, with layers up to `frozen` frozen."""
-        if not frozen:  # embeddings (and, for a decoder's blocks, the encoder) come before the first block
+        if frozen is None:  # embeddings (and, for a decoder's blocks, the encoder) come before the first block
             first = next(self.blocks[0].parameters(), None)
             yield from itertools.takewhile(lambda parameter: parameter is not first, self.model.parameters())
-        for block in self.blocks[frozen:layer]:
+        for block in self.blocks[frozen or 0 : layer]:
             yield from block.parameters()
 
     def accepts(self, name: str) -> bool:
@@ -185,6 +201,7 @@ class PartialForward:
         model.forward = MethodType(forward, model)
         self._handles = [self.blocks[0].register_forward_pre_hook(self._record_input, with_kwargs=True)]
         for block in dict.fromkeys(self.blocks):
+            self._handles.append(block.register_forward_pre_hook(self._substitute_input, with_kwargs=True))
             hook = functools.partial(self._record_output, self.blocks.index(block) + 1)
             self._handles.append(block.register_forward_hook(hook))
         self._handles += [m.register_forward_hook(self._gather_rows) for m in self._modules_before_head()]
@@ -214,7 +231,7 @@ class PartialForward:
         active = self._active = self._pending
         wanted = active.wanted
         try:
-            if wanted.frozen:
+            if wanted.frozen is not None:
                 torch.set_grad_enabled(False)
             outputs = original(*args, **kwargs)
         except _Stop:
@@ -292,16 +309,33 @@ class PartialForward:
 
     def _record_input(self, block, args, kwargs) -> None:
         active = self._active
-        if active is not None and 0 in active.wanted.layers and 0 not in active.hidden:
+        if active is None or active.number:  # a shared block runs again for later layers
+            return
+        if active.wanted.frozen == 0:
+            torch.set_grad_enabled(active.grad_enabled)
+        if 0 in active.wanted.layers:
             active.hidden[0] = args[0] if args else kwargs["hidden_states"]
             self._maybe_stop(active, 0)
+
+    def _substitute_input(self, block, args, kwargs):
+        active = self._active
+        substitutes = {} if active is None else active.wanted.substitutes
+        if not substitutes or active.number < min(substitutes):
+            return None
+        inputs = {**dict(enumerate(args)), **kwargs}
+        states = 0 if args else "hidden_states"
+        # a position bias or an encoder's states, for instance, are computed before, and passed to every block
+        detached = {n: v.detach() if isinstance(v, Tensor) and n != states else v for n, v in inputs.items()}
+        if active.number in substitutes:
+            detached[states] = substitutes[active.number].to(inputs[states].dtype)
+        return tuple(detached[n] for n in range(len(args))), {n: detached[n] for n in kwargs}
 
     def _record_output(self, first: int, block, args, output) -> None:
         active = self._active
         if active is None:
             return
         number = active.number = max(first, active.number + 1)  # a shared block runs again for later layers
-        if active.wanted.frozen and number == active.wanted.frozen:
+        if number == active.wanted.frozen:
             torch.set_grad_enabled(active.grad_enabled)
         if number in active.wanted.layers:
             active.hidden[number] = output if isinstance(output, Tensor) else output[0]

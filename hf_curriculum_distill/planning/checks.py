@@ -155,7 +155,7 @@ def check_layer_map(run: DryRun) -> tuple[str, tuple[Stage, ...]]:
     check_stages(stages, run.args, run.student, deepspeed=bool(run.args.deepspeed))
     check_cache(stages, run.args, run.student.model)
     if pairs := parse_layer_pairs(matched_pairs(stages)):
-        run.student.check_training(run.args.freeze_matched_layers or run.args.train_prefix == "block")
+        run.student.check_training(run.args.treats_layers_apart)
         widths = [run.student.hidden_size], [run.teacher.partial_forward.hidden_size]
         ProjectionBank.create(pairs[:1], *widths, kind=run.args.projection)
     return f"{len(pairs)} layers of {depths[0]} learn from the teacher's {depths[1] or 0}", stages

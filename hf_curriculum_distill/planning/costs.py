@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_curriculum_distill.planning.dry_run import DryRun
 from hf_curriculum_distill.planning.memory import PeakMemory
 from hf_curriculum_distill.planning.optimizer import OptimizerMemory
-from hf_curriculum_distill.stages import Stage, StageScheduler, matched_pairs, num_frozen_layers
+from hf_curriculum_distill.stages import Stage, StageScheduler, matched_pairs
 
 
 @dataclass
@@ -60,11 +60,12 @@ class RunCosts:
         teacher, costs, stepped = self._teacher_bytes(stages, online), [], set()
         for index, stage in enumerate(stages):
             first, end = scheduler.span(index)
-            frozen = num_frozen_layers(stages, index, args.train_prefix, args.freeze_matched_layers)
+            frozen = args.frozen_layer(stages, index)
             *flops, trained, peak = self._try(stage, frozen, online)
             passes = (end - first) * args.gradient_accumulation_steps * self.num_processes
             student_flops, teacher_flops = (passes * each for each in flops)
-            stepped |= trained  # an optimizer keeps its states for parameters that later stages leave alone
+            # an optimizer keeps its states for parameters that later stages leave alone
+            stepped = trained | stepped if args.carry_optimizer else trained
             costs.append(
                 {
                     "name": stage.name,
@@ -80,7 +81,7 @@ class RunCosts:
             )
         return costs
 
-    def _try(self, stage: Stage, frozen: int, online: bool) -> tuple[int, int, set[str], PeakMemory]:
+    def _try(self, stage: Stage, frozen: int | None, online: bool) -> tuple[int, int, set[str], PeakMemory]:
         try:
             return self.run.measure(stage, frozen, online)
         except (RuntimeError, NotImplementedError) as error:

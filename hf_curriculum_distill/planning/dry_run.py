@@ -98,11 +98,13 @@ class DryRun:
             self._batch = read(inputs).with_rows(numbers, numbers)
             self._counts = torch.ones(2, dtype=torch.long)
 
-    def measure(self, stage: Stage, frozen: int = 0, online: bool = False) -> tuple[int, int, set[str], PeakMemory]:
+    def measure(
+        self, stage: Stage, frozen: int | None = None, online: bool = False
+    ) -> tuple[int, int, set[str], PeakMemory]:
         """Measure a micro-batch of a stage.
 
         Args:
-            frozen: the highest layer of the student that gets no gradient; 0 for none.
+            frozen: the highest layer of the student that gets no gradient (0: the embeddings); None for none.
             online: whether the teacher also trains, on the labels.
 
         Returns:
@@ -125,7 +127,7 @@ class DryRun:
         dims = ([model.hidden_size] * len(stage.hidden) for model in (self.student, self.teacher.partial_forward))
         return ProjectionBank.create(stage.hidden, *dims).freeze()
 
-    def _try_step(self, teacher: Teacher | None, stage: Stage, frozen: int) -> tuple[set[str], PeakMemory]:
+    def _try_step(self, teacher: Teacher | None, stage: Stage, frozen: int | None) -> tuple[set[str], PeakMemory]:
         student, models = self.student.model, [self.student.model, *([teacher.model] if teacher else [])]
         chunks = cut_rows(self.num_rows, self._batch.chunk_size or max(1, self.num_rows))
         sizes = {(chunk.stop - chunk.start) * num_classes(student) for chunk in chunks}
@@ -138,7 +140,7 @@ class DryRun:
                 parameter.grad = None
         return trained, memory
 
-    def _loss(self, teacher: Teacher | None, stage: Stage, frozen: int) -> Tensor:
+    def _loss(self, teacher: Teacher | None, stage: Stage, frozen: int | None) -> Tensor:
         """What the trainer does with a micro-batch before its backward pass."""
         targets = teacher.targets(self._batch, stage) if stage.needs_teacher else Targets()
         loss = self._objective(self.student.model, self._batch, stage, targets, self._counts, frozen)

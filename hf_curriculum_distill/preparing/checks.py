@@ -14,13 +14,29 @@ from hf_curriculum_distill.layers.heads import (
     is_ctc,
     num_classes,
 )
-from hf_curriculum_distill.stages import Stage, num_frozen_layers
+from hf_curriculum_distill.stages import Stage
 
 
 def check_launch(
-    args: CurriculumDistillationConfig, compute_loss_func: Callable | None, shards_parameters: bool = False
+    args: CurriculumDistillationConfig,
+    compute_loss_func: Callable | None,
+    shards_parameters: bool = False,
+    has_optimizer: bool = False,
 ) -> None:
-    """Raise a `ValueError` for Trainer's arguments with which losses would be wrong."""
+    """Raise a `ValueError` for Trainer's arguments with which losses or steps would be wrong.
+
+    Args:
+        compute_loss_func: that the trainer was given.
+        shards_parameters: whether it is launched with FSDP or DeepSpeed.
+        has_optimizer: whether it was given an optimizer or a scheduler.
+    """
+    if args.finished_layer_rate != 1 and (shards_parameters or has_optimizer):
+        why = "FSDP and DeepSpeed shard them" if shards_parameters else "`optimizers` were given"
+        raise ValueError(
+            f"finished_layer_rate is {args.finished_layer_rate}, which needs the trainer's own groups of parameters, "
+            f"one a layer, but {why}; "
+            + ("launch with DDP." if shards_parameters else "leave them out, or pass optimizer_cls_and_kwargs.")
+        )
     if args.logit_chunk_size and shards_parameters:
         raise ValueError(
             f"logit_chunk_size is {args.logit_chunk_size}, but FSDP and DeepSpeed need all logits at once; leave it "
@@ -64,6 +80,14 @@ def check_stages(
             "stages match hidden states of an online teacher, and standardize_targets would measure them before it "
             "has learnt anything; set standardize_targets=False."
         )
+    if deepspeed and not args.carry_optimizer:
+        raise ValueError("carry_optimizer=False can't be had with DeepSpeed, which keeps its own optimizer; use DDP.")
+    checkpoints = any(getattr(args, f"{name}_checkpointing", False) for name in ("activation", "gradient"))
+    if args.train_prefix == "independent" and checkpoints and student.hooks_blocks_in_recomputation:
+        raise ValueError(
+            f"train_prefix='independent' gives blocks of {type(student.model).__name__} other inputs than those that "
+            "gradient_checkpointing would recompute them from; leave one of the two out."
+        )
     if deepspeed and args.weight_decay and not all(stage.needs_logits for stage in stages):
         raise ValueError(
             f"weight_decay is {args.weight_decay}, but DeepSpeed takes missing gradients for zeros and would shrink "
@@ -74,19 +98,21 @@ def check_stages(
 def _check_trained(stages: Sequence[Stage], args: CurriculumDistillationConfig, student: PartialForward) -> None:
     idle = []
     for index, stage in enumerate(stages):
-        frozen = num_frozen_layers(stages, index, args.train_prefix, args.freeze_matched_layers)
+        frozen = args.frozen_layer(stages, index)
         layer = student.depth if stage.needs_logits else max(stage.student_layers)
         trained = student.model.parameters() if stage.needs_logits else student.parameters_before(layer, frozen)
         if not any(parameter.requires_grad for parameter in trained):
             idle.append((stage, layer))
     if not idle:
         return
+    off = "have requires_grad=False"
+    if args.freeze_embeddings_in_layer_stages:
+        off += " or are frozen by freeze_embeddings_in_layer_stages"
     names, highest = ", ".join(repr(stage.name) for stage, _ in idle), max(layer for _, layer in idle)
     kept = [list(pair) for pair in dict.fromkeys(p for s in stages for p in s.hidden) if pair[0] > highest]
     raise ValueError(
         f"{names} would train nothing: all parameters of the student that the loss reaches, up to block {highest}, "
-        "have requires_grad=False; unfreeze some of them"
-        + (f", or match higher layers only, with layer_map={kept}." if kept else ".")
+        f"{off}; unfreeze some of them" + (f", or match higher layers only, with layer_map={kept}." if kept else ".")
     )
 
 

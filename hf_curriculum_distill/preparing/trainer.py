@@ -28,7 +28,12 @@ from hf_curriculum_distill.preparing.checks import check_cache, check_launch, ch
 from hf_curriculum_distill.preparing.trial import try_out
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.resuming.trainer import ResumableTrainer
-from hf_curriculum_distill.schedules import restarted_schedule
+from hf_curriculum_distill.schedules import (
+    restarted_schedule,
+    schedule_factor,
+    slowed_schedule,
+    split_groups_by_layer,
+)
 from hf_curriculum_distill.stages import matched_pairs, parse_layer_pairs
 from hf_curriculum_distill.teachers.cached import CachedTeacher
 from hf_curriculum_distill.teachers.comparison import StudentComparison
@@ -54,7 +59,8 @@ class PreparedTrainer(ResumableTrainer):
             ]  # evaluations need these; the forward may have other inputs with "label" in their names
         self._given_bank = projection_bank
         self._bank_made_of: tuple | None = None
-        check_launch(self.args, self.compute_loss_func)  # before weights are loaded
+        self._has_optimizer = self.optimizer is not None or self.lr_scheduler is not None
+        check_launch(self.args, self.compute_loss_func, False, self._has_optimizer)  # before weights are loaded
         self._student = PartialForward(self.model, self.args.layer_stack)
         if teacher_model is not None:
             self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)
@@ -88,7 +94,7 @@ class PreparedTrainer(ResumableTrainer):
         """
         args = self.args
         args.check()
-        check_launch(args, self.compute_loss_func, self._shards_parameters)
+        check_launch(args, self.compute_loss_func, self._shards_parameters, self._has_optimizer)
         if (now := self._describe_teacher()) != self._who_teaches:
             raise ValueError(
                 f"The trainer was made with {self._who_teaches}, but the arguments now say {now}: another teacher. "
@@ -126,7 +132,7 @@ class PreparedTrainer(ResumableTrainer):
                 f"projection_bank is a {type(given).__name__}; pass a ProjectionBank, which "
                 "ProjectionBank.from_pretrained reads from a folder."
             )
-        self._student.check_training(self.args.freeze_matched_layers or self.args.train_prefix == "block")
+        self._student.check_training(self.args.treats_layers_apart)
         dims = self._student.hidden_size, self.teacher.partial_forward.hidden_size
         before, self._bank_made_of = self._bank_made_of, (pairs, dims, bank_settings(self.args))
         if given is None and before == self._bank_made_of:
@@ -172,20 +178,29 @@ class PreparedTrainer(ResumableTrainer):
             self.teacher.plan(max_steps)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """As `Trainer`; with `restart_schedule_per_stage`, the schedule begins again with each stage."""
-        if self._declared_stages and self.args.restart_schedule_per_stage and self.lr_scheduler is None:
-            optimizer = self.optimizer if optimizer is None else optimizer
-            factor = restarted_schedule(
-                self.stage_scheduler,
-                self.args.lr_scheduler_type,
-                optimizer.defaults["lr"],
-                self.args.stage_warmup_ratio,
-                self.args.lr_scheduler_kwargs or {},
-            )
-            self.lr_scheduler = LambdaLR(optimizer, factor)
-            self._created_lr_scheduler = True
-            return self.lr_scheduler
-        return super().create_scheduler(num_training_steps, optimizer)
+        """As `Trainer`; with `restart_schedule_per_stage`, the schedule begins again with each stage, and with
+        `finished_layer_rate` each layer has its own."""
+        if not self._declared_stages or self.lr_scheduler is not None or not self._schedules_by_stage:
+            return super().create_scheduler(num_training_steps, optimizer)
+        args, stages = self.args, self.stage_scheduler
+        optimizer = self.optimizer if optimizer is None else optimizer
+        name, peak, kwargs = args.lr_scheduler_type, optimizer.defaults["lr"], args.lr_scheduler_kwargs or {}
+        if args.restart_schedule_per_stage:
+            factor = restarted_schedule(stages, name, peak, args.stage_warmup_ratio, kwargs)
+        else:
+            warmup = args.get_warmup_steps(num_training_steps)
+            factor = schedule_factor(name, num_training_steps, peak, warmup, kwargs)
+        if args.finished_layer_rate != 1:
+            layers = split_groups_by_layer(optimizer, self._student.layer_of_parameters())
+            factor = [slowed_schedule(factor, stages, layer, args.finished_layer_rate) for layer in layers]
+        self.lr_scheduler = LambdaLR(optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    @property
+    def _schedules_by_stage(self) -> bool:
+        """Whether learning rates depend on the stage, so that a schedule must take every step of the training."""
+        return self.args.restart_schedule_per_stage or self.args.finished_layer_rate != 1
 
     def _try_out(self, batch: Batch) -> None:
         """Before the first step: whether two examples give every output that a later stage needs."""

@@ -33,6 +33,9 @@ _SETTINGS = (
     "label_smoothing_factor",
     "train_prefix",
     "freeze_matched_layers",
+    "freeze_embeddings_in_layer_stages",
+    "finished_layer_rate",
+    "carry_optimizer",
     "hidden_positions",
     "standardize_targets",
     "restart_schedule_per_stage",
@@ -207,6 +210,10 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder
     Raises:
         ValueError: something changed since the checkpoint was written; says what, from what, to what.
     """
+    if "settings" in saved:  # of which an earlier version had fewer
+        fields = dataclasses.fields(CurriculumDistillationConfig)
+        defaults = {field.name: field.default for field in fields if field.name in current["settings"]}
+        saved = {**saved, "settings": defaults | saved["settings"]}
     changes = []
     for name in _FIXED + _FIXED_DATA * same_data:
         changes += _differences(name, saved.get(name), json.loads(json.dumps(current.get(name))))

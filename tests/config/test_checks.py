@@ -14,6 +14,8 @@ WRONG_VALUES = {
     "hidden_positions": ["all", None],
     "hidden_weight": [0, -0.1, math.inf, math.nan, "1", None],
     "hidden_weight_in_logit_stage": [-0.1, math.inf, math.nan, "1", None],
+    "hidden_weight_at_end": [-0.1, math.inf, math.nan, "1", True, 0.0],
+    "finished_layer_rate": [0, 0.0, -0.1, 1.1, math.nan, "1", None, True],
     "layer_stage_fraction": [0, 1, 0.0, 1.0, -0.5, 1.5, math.nan, True, "0.5"],
     "temperature": [0, 0.0, -1.0, math.inf, math.nan, "2", None, True],
     "divergence": ["kl", "forward", None],
@@ -21,7 +23,7 @@ WRONG_VALUES = {
     "projection": ["learned", None],
     "calibration_samples": [0, -3, 2.5, "256", math.nan, math.inf],
     "logit_chunk_size": [-1, 2.5, "8", True, math.nan, math.inf],
-    "train_prefix": ["all", None],
+    "train_prefix": ["all", None, "independent"],
     "stage_warmup_ratio": [-0.1, 1, 1.0, math.nan],
     "teacher_dtype": ["int8", "bf16", "auto"],
     "teacher_schedule": ["steps", None, 3, [0], [1.0], [True], ["2"], "[1, 2"],
@@ -43,3 +45,43 @@ def test_a_schedule_with_a_memory_cannot_restart(config, schedule):
     config(**fields)
     with pytest.raises(ValueError, match="restart_schedule_per_stage needs a schedule that is a function of the step"):
         config(restart_schedule_per_stage=True, **fields)
+
+
+EXCLUDED = {
+    "plateau": (
+        {"finished_layer_rate": 0.5, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+        "finished_layer_rate needs a schedule that is a function of the step",
+    ),
+    "frozen and slowed": (
+        {"finished_layer_rate": 0.5, "train_prefix": "block"},
+        r"finished_layer_rate is 0\.5, but train_prefix='block' freezes the finished layers; use train_prefix='joint'",
+    ),
+    "one after another and independent": (
+        {"train_prefix": "independent", "layer_order": "cumulative"},
+        "trains all segments at once, but layer_order is 'cumulative', .*; use layer_order='together'",
+    ),
+    "nothing to anneal": (
+        {"hidden_weight_at_end": 0.0},
+        "hidden_weight_at_end is 0, and so is hidden_weight_in_logit_stage, .*; set hidden_weight_in_logit_stage",
+    ),
+    "an encoder as embeddings": (
+        {"freeze_embeddings_in_layer_stages": True, "layer_stack": "decoder"},
+        "layer_stack='decoder', whose first block runs after the whole encoder, which would be frozen",
+    ),
+    "one rate": ({"finished_layer_rate": 0.5, "optim": "lomo"}, r"finished_layer_rate=0\.5 needs .* optim is 'lomo'"),
+    "layerwise": ({"carry_optimizer": False, "optim": "galore_adamw_layerwise"}, "carry_optimizer=False needs an"),
+    "elsewhere": ({"carry_optimizer": False, "optim": "schedule_free_adamw"}, "optim is 'schedule_free_adamw'; use"),
+}
+
+
+@pytest.mark.parametrize("name", EXCLUDED)
+def test_what_excludes_each_other_is_refused(config, name):
+    fields, message = EXCLUDED[name]
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"finished_layer_rate": 0.5}, {"carry_optimizer": False}], ids=str)
+def test_deepspeeds_optimizer_is_out_of_reach(config, fields):
+    with pytest.raises(ValueError, match="can't be had with deepspeed, whose optimizer is out of reach; launch with"):
+        config(deepspeed={"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": "auto"}, **fields)

@@ -22,6 +22,7 @@ OTHER_VALUES = {
     "hidden_weight": [0.5, 2, 20.0],
     "hidden_positions": ["labels"],
     "hidden_weight_in_logit_stage": [0.5, 1, 20.0],
+    "hidden_weight_at_end": [0.5, 2],
     "layer_stage_fraction": [0.01, 0.99],
     "temperature": [0.5, 2, 4.0],
     "divergence": ["reverse_kl", "jensen_shannon"],
@@ -33,10 +34,13 @@ OTHER_VALUES = {
     "calibration_samples": [1, 10_000],
     "logit_chunk_size": [0, 1, 512],
     "train_prefix": ["block"],
+    "finished_layer_rate": [0.1, 0.999],
+    "freeze_embeddings_in_layer_stages": [True],
     "freeze_matched_layers": [True],
     "truncate": [False],
     "restart_schedule_per_stage": [True],
     "stage_warmup_ratio": [0.0, 0.99],
+    "carry_optimizer": [False],
     "teacher_dtype": ["float32", "bfloat16", "float16"],
     "teacher_schedule": ["fraction", [3, 7], [0.25, 0.5], []],
     "teacher_learning_rate": [1e-3, 1],
@@ -174,3 +178,16 @@ def test_arguments_of_another_trainer_are_refused_by_the_fields_they_add(tmp_pat
     args = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, predict_with_generate=True)
     with pytest.raises(ValueError, match=r"Seq2SeqTrainingArguments with fields .*predict_with_generate"):
         CurriculumDistillationConfig.from_training_arguments(args)
+
+
+def test_the_hidden_term_is_annealed_in_the_logit_stage_alone(config):
+    fields = {"layer_order": "together", "hidden_weight_in_logit_stage": 0.5, "hidden_weight_at_end": 0.0}
+    layers, logits = config(**fields).resolve_stages(2, 4)
+    assert (layers.hidden_weight, layers.hidden_weight_at_end) == (1.0, None)
+    assert (logits.hidden, logits.hidden_weight, logits.hidden_weight_at_end) == (layers.hidden, 0.5, 0.0)
+
+
+def test_segments_are_independent_where_they_are_matched_together_or_in_stages_of_ones_own(config):
+    assert config(train_prefix="independent", layer_order="together").train_prefix == "independent"
+    stages = [{"hidden": [[1, 2], [2, 4]], "until": 0.5}, {"kl_weight": 1.0}]
+    assert config(train_prefix="independent", stages=stages).layer_order == "sequential"

@@ -241,7 +241,7 @@ def test_the_head_runs_on_the_chosen_rows_only(name):
 
 
 @every_architecture
-@pytest.mark.parametrize("frozen", [1, 2])
+@pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_frozen_blocks_change_no_value_and_get_no_gradient(name, frozen):
     model, block, batch = build(name)
     blocks, partial = blocks_of(model, block), PartialForward(model)
@@ -264,6 +264,81 @@ def test_frozen_blocks_change_no_value_and_get_no_gradient(name, frozen):
             assert frozen_gradients[parameter_name] is None, parameter_name
     if "input_ids" in batch:
         assert frozen_gradients[names[id(model.get_input_embeddings().weight)]] is None
+
+
+def blocks_one_at_a_time(model, blocks, batch, substitutes):
+    """Outputs of blocks that read the substitutes, where there are some: each block is called by itself."""
+    calls = []
+
+    def record(_, args, kwargs):
+        detached = [v.detach() if isinstance(v, torch.Tensor) else v for v in (*args, *kwargs.values())]
+        calls.append((detached[: len(args)], dict(zip(kwargs, detached[len(args) :], strict=True))))
+
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    hidden, _ = full_forward(model, blocks, batch)
+    for handle in handles:
+        handle.remove()
+    first = min(substitutes)
+    outputs = {number: hidden[number] for number in range(first + 1)}
+    for number in range(first + 1, DEPTH + 1):
+        args, kwargs = calls[number - 1]
+        states = substitutes.get(number - 1, outputs[number - 1])
+        call = ([states, *args[1:]], kwargs) if args else ([], kwargs | {"hidden_states": states})
+        output = blocks[number - 1](*call[0], **call[1])
+        outputs[number] = output if isinstance(output, torch.Tensor) else output[0]
+    return outputs
+
+
+@pytest.mark.parametrize(
+    "name, matched",
+    [(name, (1, 3)) for name in ARCHITECTURES]
+    + [(name, (0, 2, 3)) for name in ARCHITECTURES if name != "deberta-v2"],  # which convolves between blocks 1 and 2
+)
+def test_segments_that_read_substitutes_are_blocks_called_one_at_a_time_on_them(name, matched):
+    model, block, batch = build(name)
+    model.eval()  # blocks that run apart draw other dropouts
+    model.config.get_text_config().use_cache = False
+    blocks, partial = blocks_of(model, block), PartialForward(model)
+    number_of, shape = partial.layer_of_parameters(), full_forward(model, blocks, batch)[0][1].shape
+    substitutes = {layer: torch.randn(shape, generator=torch.Generator().manual_seed(layer)) for layer in matched}
+    for below, layer in zip((None, *matched), matched, strict=False):
+        expected = blocks_one_at_a_time(model, blocks, batch, substitutes)[layer]
+        same_randomness()
+        actual = partial(model, batch, matched, substitutes=substitutes)[0][layer]
+        assert torch.equal(actual, expected)
+        if not expected.requires_grad:  # embeddings without parameters
+            continue
+        trained = gradients(model, actual)
+        assert_equal_gradients(trained, gradients(model, expected))
+        segment = range(0 if below is None else below + 1, layer + 1)
+        assert {number_of[p] for n, p in model.named_parameters() if trained[n] is not None} <= set(segment)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_checkpointed_segments_have_the_same_gradients(name):
+    model, _, batch = build(name)
+    partial = PartialForward(model)
+    same_randomness()
+    shape = partial(model, batch, [1])[0][1].shape
+    substitutes, grads = {1: torch.randn(shape)}, []
+    if partial.hooks_blocks_in_recomputation:
+        pytest.fail(f"{name} is refused with train_prefix='independent' and gradient checkpointing")
+    for checkpoints in (False, True):
+        if checkpoints:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        same_randomness()
+        hidden, _ = partial(model, batch, [1, 3], substitutes=substitutes)
+        grads.append(gradients(model, hidden[1] + hidden[3]))
+    assert_equal_gradients(*reversed(grads))
+
+
+def test_parameters_belong_to_their_block_and_all_others_to_none():
+    model, _, _ = build("bert")
+    layers = PartialForward(model).layer_of_parameters()
+    assert {name: layers[parameter] for name, parameter in model.named_parameters()} == {
+        name: int(name.split("layer.")[1].split(".")[0]) + 1 if "encoder.layer." in name else 0
+        for name, _ in model.named_parameters()
+    }
 
 
 @every_architecture
@@ -324,7 +399,7 @@ def test_a_copy_of_an_installed_model_runs_its_own_weights():
 
 
 @pytest.mark.parametrize("name", CHECKPOINTED)
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("frozen", [None, 0, 1])
 def test_checkpointed_activations_give_the_same_gradients(name, frozen):
     model, _, batch = build(name)
     partial = PartialForward(model)

@@ -132,6 +132,10 @@ REFUSED = {
     "ends beyond the steps": (
         {"method": "progressive", "teacher_schedule": [4, 9]}, r"each checkpoint must stop teaching after the one"
     ),
+    "frozen embeddings alone": (
+        {"stages": [{"hidden": [[0, 0]], "until": 2}, {"kl_weight": 1.0}], "freeze_embeddings_in_layer_stages": True},
+        r"'layer 0' would train nothing: .* or are frozen by freeze_embeddings_in_layer_stages",
+    ),
     "layerdrop": ({"layerdrop": 0.1}, r"The student's layerdrop is 0.1"),
 }  # fmt: skip
 

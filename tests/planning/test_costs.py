@@ -18,6 +18,9 @@ RUNS = {
     "embeddings": {"stages": [{"hidden": [[0, 0]], "until": 2}, {"hidden": [[2, 1]], "until": 5}, {"kl_weight": 1.0}]},
     "one_shot": {"method": "one_shot"},
     "online": {"method": "online"},
+    "segments": {"train_prefix": "independent", "layer_order": "together"},
+    "frozen embeddings": {"freeze_embeddings_in_layer_stages": True, "carry_optimizer": False},
+    "annealed": {"hidden_weight_in_logit_stage": 0.5, "hidden_weight_at_end": 0.0, "finished_layer_rate": 0.3},
     "labels": {"method": "labels"},
 }
 

@@ -3,6 +3,7 @@
 import pytest
 from conftest import STUDENT_DEPTH, TEACHER_DEPTH, VOCAB_SIZE
 from transformers import BertModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.layers.forward import PartialForward
@@ -36,6 +37,12 @@ def test_chunks_of_logits_are_refused_only_where_parameters_are_sharded(config):
     check_launch(config(logit_chunk_size=0), None, shards_parameters=True)
     with pytest.raises(ValueError, match="logit_chunk_size is 7, but FSDP and DeepSpeed need all logits at once"):
         check_launch(config(logit_chunk_size=7), None, shards_parameters=True)
+
+
+def test_rates_of_layers_need_parameters_that_are_whole(config):
+    check_launch(config(finished_layer_rate=0.5), None)
+    with pytest.raises(ValueError, match=r"finished_layer_rate is 0\.5, .* but FSDP and DeepSpeed shard them; launch"):
+        check_launch(config(finished_layer_rate=0.5), None, shards_parameters=True)
 
 
 def test_several_gpus_in_one_process_are_refused(config):
@@ -79,6 +86,22 @@ def test_deepspeed_would_shrink_what_a_layer_stage_leaves_out(config, student):
     check(config(method="one_shot", **decayed), student, deepspeed=True)
     with pytest.raises(ValueError, match=r"weight_decay is 0\.1, but DeepSpeed takes missing gradients for zeros"):
         check(config(**decayed), student, deepspeed=True)
+
+
+def test_deepspeed_keeps_its_optimizer(config, student):
+    check(config(carry_optimizer=False), student)
+    with pytest.raises(ValueError, match="carry_optimizer=False can't be had with DeepSpeed"):
+        check(config(carry_optimizer=False), student, deepspeed=True)
+
+
+def test_substituted_inputs_are_not_recomputed_by_hooks_inside_a_checkpoint(config, student, monkeypatch):
+    segments = {"train_prefix": "independent", "layer_order": "together", "gradient_checkpointing": True}
+    check(config(**segments), student)
+    called = GradientCheckpointingLayer.__call__
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", lambda *args: called(*args), raising=False)  # < 5.23
+    check(config(**segments | {"gradient_checkpointing": False}), student)
+    with pytest.raises(ValueError, match="train_prefix='independent' gives blocks of BertForMaskedLM other inputs"):
+        check(config(**segments), student)
 
 
 # ---- stages that train nothing ----

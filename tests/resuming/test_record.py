@@ -150,6 +150,15 @@ def test_what_changed_is_said(change, messages, tmp_path):
     assert all(message in str(error.value) for message in messages)
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_was_its_default():
+    saved, current = json.loads(json.dumps(RECORD)), json.loads(json.dumps(RECORD))
+    current["settings"]["carry_optimizer"] = True
+    check_resumable(saved, current, "folder")
+    current["settings"]["carry_optimizer"] = False
+    with pytest.raises(ValueError, match=r"settings\.carry_optimizer changed from True to False"):
+        check_resumable(saved, current, "folder")
+
+
 def test_other_data_resume_where_their_order_need_not_go_on():
     saved = json.loads(json.dumps(RECORD))
     changed = RECORD | {"samples_per_step": 8, "data": RECORD["data"] | {"seed": 0}}

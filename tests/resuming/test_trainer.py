@@ -21,6 +21,15 @@ from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistil
 
 STEPS, SAVED = 12, {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
 LAYERS = {"stages": [{"hidden": [[1, 2]], "until": 4}, {"hidden": [[2, 4]], "until": 8}, {"kl_weight": 1.0}]}
+# LAYERS, its last stage with a hidden term that is annealed; and segments apart
+ANNEALED = [*LAYERS["stages"][:2], {"hidden": [[2, 4]], "kl_weight": 1.0, "hidden_weight_at_end": 0.0}]
+SEGMENTS = [{"hidden": [[1, 2], [2, 4]], "until": 4}, {"hidden": [[2, 4]], "until": 8}, {"kl_weight": 1.0}]
+NEW_STATE = {"carry_optimizer": False, "freeze_embeddings_in_layer_stages": True}
+BETWEEN_STAGES = {
+    "annealed, slowed": {"stages": ANNEALED, "finished_layer_rate": 0.3, "restart_schedule_per_stage": True},
+    "independent": {"stages": SEGMENTS, "train_prefix": "independent", "finished_layer_rate": 0.3},
+}
+BETWEEN_STAGES = {name: NEW_STATE | fields for name, fields in BETWEEN_STAGES.items()}
 METHODS = {
     "curriculum": LAYERS,
     "one_shot": {"method": "one_shot"},
@@ -177,7 +186,7 @@ def train(folder, method, data, event=None, step=None):
         str(folder), per_device_train_batch_size=4, learning_rate=1e-3, weight_decay=0.1,
         eval_steps=4, report_to="none", disable_tqdm=True, use_cpu=True,
         lr_scheduler_type="cosine",
-        **{"max_steps": STEPS, "eval_strategy": "steps"} | SAVED | METHODS[method] | fields,
+        **{"max_steps": STEPS, "eval_strategy": "steps"} | SAVED | (METHODS | BETWEEN_STAGES)[method] | fields,
     )  # fmt: skip
     callbacks = [Killer(event, step)] if event in CALLBACK_EVENTS else []
     if event and not callbacks:
@@ -273,6 +282,16 @@ def test_a_run_killed_again_and_again_is_one_that_was_never_interrupted(tmp_path
         assert in_fork(train, folder, method, data, event, step) == -signal.SIGKILL, (event, step)
     assert in_fork(train, folder, method, data) == 0
     assert_same_outcome(folder, uninterrupted(method, data))
+
+
+@pytest.mark.parametrize("knobs", BETWEEN_STAGES)
+def test_what_changes_between_stages_is_the_same_after_a_kill_on_either_side(tmp_path, uninterrupted, knobs):
+    folder = tmp_path / "run"
+    sides = [("optimizer_step", 3), ("half the model", 4), ("save", 4), ("optimizer_step", 4), ("step_end", 5)]
+    for event, step in [*sides, ("save_to_json", 8), ("step_begin", 8), ("step_end", 9), ("save", 10)]:
+        assert in_fork(train, folder, knobs, "plain", event, step) == -signal.SIGKILL, (event, step)
+    assert in_fork(train, folder, knobs, "plain") == 0
+    assert_same_outcome(folder, uninterrupted(knobs, "plain"))
 
 
 @pytest.mark.parametrize(
