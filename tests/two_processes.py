@@ -60,6 +60,7 @@ def main():
     run("", stages=STAGES)
     run("checkpointed", stages=STAGES, gradient_checkpointing=True)
     run("chunks", stages=STAGES, logit_chunk_size=3)
+    run("pca", stages=STAGES, projection="pca")
     run("block", stages=ONE_BY_ONE, train_prefix="block", freeze_matched_layers=True)
 
     teachers = folder / "teachers"

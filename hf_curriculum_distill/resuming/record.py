@@ -30,6 +30,7 @@ FORMAT_VERSION = 2
 _SETTINGS = (
     "temperature",
     "divergence",
+    "hidden_loss",
     "label_smoothing_factor",
     "train_prefix",
     "freeze_matched_layers",
@@ -40,6 +41,9 @@ _SETTINGS = (
     "teacher_schedule",
     "teacher_learning_rate",
 )
+
+# What a record that lacks a setting stands for: it was written before there was a choice.
+_ONCE_FIXED = {"hidden_loss": "mse"}
 
 # Prefixes of the arguments that say where, when and how a run reads, writes and evaluates, but not what it learns; and
 # the names of others.
@@ -207,6 +211,7 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder
     Raises:
         ValueError: something changed since the checkpoint was written; says what, from what, to what.
     """
+    saved, current = (record | {"settings": _ONCE_FIXED | record.get("settings", {})} for record in (saved, current))
     changes = []
     for name in _FIXED + _FIXED_DATA * same_data:
         changes += _differences(name, saved.get(name), json.loads(json.dumps(current.get(name))))

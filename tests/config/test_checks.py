@@ -12,6 +12,7 @@ WRONG_VALUES = {
     "num_layer_stages": [0, -1, 1.5, True, "2"],
     "layer_order": ["random", None],
     "hidden_positions": ["all", None],
+    "hidden_loss": ["l1", "hidden_mse", None],
     "hidden_weight": [0, -0.1, math.inf, math.nan, "1", None],
     "hidden_weight_in_logit_stage": [-0.1, math.inf, math.nan, "1", None],
     "layer_stage_fraction": [0, 1, 0.0, 1.0, -0.5, 1.5, math.nan, True, "0.5"],
@@ -43,3 +44,10 @@ def test_a_schedule_with_a_memory_cannot_restart(config, schedule):
     config(**fields)
     with pytest.raises(ValueError, match="restart_schedule_per_stage needs a schedule that is a function of the step"):
         config(restart_schedule_per_stage=True, **fields)
+
+
+@pytest.mark.parametrize("temperature", [2, 0.5])
+def test_hard_labels_have_no_temperature(config, temperature):
+    assert config(divergence="hard").temperature == config(divergence="hard", temperature=1).temperature == 1
+    with pytest.raises(ValueError, match=rf"temperature is {temperature} with divergence='hard', which has none"):
+        config(divergence="hard", temperature=temperature)

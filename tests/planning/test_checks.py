@@ -122,9 +122,16 @@ TWICE = [{"hidden": [[1, 1]], "until": 2}, {"hidden": [[1, 2]], "until": 4}, {"k
 REFUSED = {
     "a layer twice": ({"stages": TWICE}, r"name a student layer twice"),
     "a cache for nobody": ({"stages": [{"label_weight": 1.0}], "teacher_cache": "cache"}, "no stage needs the teacher"),
+    "a pca of a teacher that changes": (
+        {
+            "method": "online", "projection": "pca", "standardize_targets": False,
+            "stages": [{"hidden": [[1, 2]], "until": 4}, {"kl_weight": 1.0}],
+        },
+        r"the teacher changes while it teaches; use a random projection",
+    ),  # fmt: skip
     "a cache that keeps too little": (
         {"divergence": "reverse_kl", "teacher_cache": "cache", "teacher_cache_logits": 8},
-        r"only 'forward_kl' can be computed from",
+        r"only 'forward_kl' and 'hard' can be computed from",
     ),
     "too few ends": (
         {"method": "progressive", "teacher_schedule": [0.5]}, r"teacher_schedule has 1 ends for 3 checkpoints"

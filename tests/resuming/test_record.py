@@ -150,6 +150,13 @@ def test_what_changed_is_said(change, messages, tmp_path):
     assert all(message in str(error.value) for message in messages)
 
 
+def test_a_record_from_before_there_was_a_choice_resumes_with_what_was_fixed_then():
+    saved = json.loads(json.dumps(RECORD))
+    check_resumable(saved, RECORD | {"settings": RECORD["settings"] | {"hidden_loss": "mse"}}, "folder")
+    with pytest.raises(ValueError, match=r"settings\.hidden_loss changed from 'mse' to 'cosine'"):
+        check_resumable(saved, RECORD | {"settings": RECORD["settings"] | {"hidden_loss": "cosine"}}, "folder")
+
+
 def test_other_data_resume_where_their_order_need_not_go_on():
     saved = json.loads(json.dumps(RECORD))
     changed = RECORD | {"samples_per_step": 8, "data": RECORD["data"] | {"seed": 0}}
