@@ -49,18 +49,73 @@ def hidden_state_mse(student: Tensor, target: Tensor, mask: Tensor | None = None
 
     ```
     """
-    if student.shape != target.shape:
-        raise ValueError(
-            f"The student's hidden states are {tuple(student.shape)} and the teacher's, projected, "
-            f"{tuple(target.shape)} (batch, positions, hidden size); they must have the same positions. Take a teacher "
-            "that cuts its input into the same tokens or patches, with as many special ones."
-        )
+    _check_same_shape(student, target)
     error = student.float() - target.float()
     if mask is None:
         return error.square().mean(-1).sum()
     # `where` rather than a product: a padded position may hold inf or nan, and 0 * nan is nan, in the gradient too
     error = torch.where((mask != 0)[..., None], error, 0.0)
     return (error.square().mean(-1) * mask).sum()
+
+
+def hidden_state_cosine(student: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Cosine distance between hidden states: the sum over positions of 1 minus the cosine similarity.
+
+    Between 0 and 2 a position; zero if and only if both states have the same direction. A state of zeros has none, and
+    its similarity counts as 0. Arguments, result and error as of [`hidden_state_mse`].
+
+    ```python
+    >>> student, target = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]]), torch.tensor([[[2.0, 0.0], [5.0, 0.0]]])
+    >>> hidden_state_cosine(student, target).item()  # the same direction, and a right angle
+    1.0
+
+    ```
+    """
+    _check_same_shape(student, target)
+    distance = 1 - F.cosine_similarity(_counted(student, mask), _counted(target, mask), dim=-1)
+    return distance.sum() if mask is None else (distance * mask).sum()
+
+
+def hidden_state_layer_norm_mse(student: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[`hidden_state_mse`] of both states after a layer norm without weights, which takes out their mean and size.
+
+    Between 0 and 4 a position; zero if and only if each student state is its target times a positive number plus a
+    number. The feature map transfer of MobileBERT (Sun et al., 2020, arXiv 2004.02984). Arguments, result and error as
+    of [`hidden_state_mse`].
+
+    ```python
+    >>> target = torch.tensor([[[1.0, 2.0, 4.0]]])
+    >>> hidden_state_layer_norm_mse(3 * target + 5, target).item() < 1e-9
+    True
+
+    ```
+    """
+    _check_same_shape(student, target)
+    # BERT's epsilon: with a larger one the loss would depend on the size of small states
+    normed = (F.layer_norm(_counted(states, mask), states.shape[-1:], eps=1e-12) for states in (student, target))
+    return hidden_state_mse(*normed, mask)
+
+
+# by the name that the config's `hidden_loss` has for it
+HIDDEN_LOSSES = {
+    "mse": hidden_state_mse,
+    "cosine": hidden_state_cosine,
+    "layer_norm_mse": hidden_state_layer_norm_mse,
+}
+
+
+def _check_same_shape(student: Tensor, target: Tensor) -> None:
+    if student.shape != target.shape:
+        raise ValueError(
+            f"The student's hidden states are {tuple(student.shape)} and the teacher's, projected, "
+            f"{tuple(target.shape)} (batch, positions, hidden size); they must have the same positions. Take a teacher "
+            "that cuts its input into the same tokens or patches, with as many special ones."
+        )
+
+
+def _counted(states: Tensor, mask: Tensor | None) -> Tensor:
+    """The states in float32, with zeros where the mask is 0: a padded position may hold inf or nan."""
+    return states.float() if mask is None else torch.where((mask != 0)[..., None], states.float(), 0.0)
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -206,19 +261,56 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, label_smoothing: float
     return F.cross_entropy(student_logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
 
 
+def hard_label_loss(student_logits: Tensor, teacher: Tensor | TopLogits, temperature: float = 1.0) -> Tensor:
+    """Cross-entropy of the student's logits with the teacher's likeliest class, summed over rows.
+
+    Not a divergence: it is zero where that class has probability 1 for the student, whatever it has for the teacher.
+    What Panigrahi et al. (2025, arXiv 2410.05464) train with: a temperature near 0 for the teacher alone.
+
+    Args:
+        student_logits: `[rows, classes]`.
+        teacher: logits of the same shape, or the result of [`top_logits`] for the same rows. Of equally likely classes
+            it is the first that counts.
+        temperature: always 1, because the likeliest class is the same at every temperature.
+
+    Returns:
+        the sum in nats, a float32 scalar.
+
+    Raises:
+        ValueError: the temperature is not 1.
+
+    ```python
+    >>> student = torch.zeros(1, 4)  # even odds
+    >>> round(hard_label_loss(student, torch.tensor([[1.0, 5.0, 2.0, 0.0]])).item() / math.log(4), 6)
+    1.0
+
+    ```
+    """
+    if temperature != 1:
+        raise ValueError(f"temperature is {temperature}, but the hard-label loss has none; leave it at 1.")
+    if not isinstance(teacher, TopLogits):
+        return cross_entropy(student_logits, teacher.argmax(-1))
+    likelihoods = teacher.log_probabilities[:, :-1]
+    likeliest = likelihoods == likelihoods.amax(-1, keepdim=True)
+    return cross_entropy(student_logits, teacher.classes.masked_fill(~likeliest, student_logits.shape[-1]).amin(-1))
+
+
 # by the name that the config's `divergence` has for it
 DIVERGENCES = {
     "forward_kl": kl_divergence,
     "reverse_kl": reverse_kl_divergence,
     "jensen_shannon": jensen_shannon_divergence,
+    "hard": hard_label_loss,
 }
+# those that can be computed from the likeliest classes alone
+TOP_DIVERGENCES = {"forward_kl": top_kl_divergence, "hard": hard_label_loss}
 _LIGER_BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}
 
 
 def fused_divergence(name: str) -> Callable[[Tensor, Tensor, float], Tensor]:
     """One of `DIVERGENCES`, with the loss and the gradient of each chunk of rows from one kernel of Liger-Kernel.
 
-    The teacher's logits get no gradient.
+    The teacher's logits get no gradient. There is no kernel for "hard", which torch computes.
 
     Args:
         name: a key of `DIVERGENCES`.
@@ -229,6 +321,8 @@ def fused_divergence(name: str) -> Callable[[Tensor, Tensor, float], Tensor]:
     Raises:
         ImportError: Liger-Kernel, an optional dependency, is not installed.
     """
+    if name not in _LIGER_BETAS:
+        return DIVERGENCES[name]
     from liger_kernel.transformers.functional import liger_jsd
 
     def divergence(student: Tensor, teacher: Tensor) -> Tensor:

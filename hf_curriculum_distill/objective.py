@@ -53,7 +53,7 @@ class Objective:
 
     Args:
         student: runs the student.
-        args: weights, divergence, temperature, and what the student runs.
+        args: losses, weights, temperature, and what the student runs.
     """
 
     def __init__(self, student: PartialForward, args: CurriculumDistillationConfig):
@@ -103,14 +103,15 @@ class Objective:
         num_positions, num_rows = counts.clamp(min=1)
         terms, parts = {}, []
         if stage.hidden:
+            loss_of, name = losses.HIDDEN_LOSSES[self._args.hidden_loss], f"hidden_{self._args.hidden_loss}"
             errors = [
-                losses.hidden_state_mse(hidden[layer], targets.hidden[layer], batch.weights(targets.hidden[layer]))
+                loss_of(hidden[layer], targets.hidden[layer], batch.weights(targets.hidden[layer]))
                 for layer in stage.student_layers
             ]
             num_matched = num_rows if self._args.hidden_positions == "labels" else num_positions
             error = errors[0] if len(errors) == 1 else torch.stack(errors).mean()
-            terms["hidden_mse"] = error / num_matched
-            parts.append(_weighted(terms["hidden_mse"], stage.hidden_weight))
+            terms[name] = error / num_matched
+            parts.append(_weighted(terms[name], stage.hidden_weight))
         if adds_balance:
             logits, balance = logits
             terms["aux_loss"] = batch.num_rows * balance / num_rows  # weight a mean over tokens by the rows
@@ -181,13 +182,14 @@ def logit_losses(
     terms, parts = {}, []
     if stage.kl_weight:
         if isinstance(target_logits, losses.TopLogits):
-            divergence = losses.top_kl_divergence
+            divergence = losses.TOP_DIVERGENCES[args.divergence]
         elif args.use_liger_kernel and _runs_triton(logits):
             divergence = losses.fused_divergence(args.divergence)
         else:
             divergence = losses.DIVERGENCES[args.divergence]
-        terms["kl"] = divergence(logits, target_logits[rows], args.temperature)
-        parts.append(_weighted(terms["kl"], stage.kl_weight))
+        name = "hard_label_loss" if args.divergence == "hard" else "kl"  # a cross-entropy is no divergence
+        terms[name] = divergence(logits, target_logits[rows], args.temperature)
+        parts.append(_weighted(terms[name], stage.kl_weight))
     if stage.label_weight:
         terms["label_loss"] = losses.cross_entropy(logits, labels[rows], args.label_smoothing_factor)
         parts.append(_weighted(terms["label_loss"], stage.label_weight))

@@ -100,6 +100,10 @@ TRAINER_ARGUMENTS = (
             {"method": "online", "stages": [{"hidden": [[1, 2]]}]},
             r"standardize_targets would measure them before it has learnt anything; set standardize_targets=False",
         ),
+        (
+            {"method": "online", "stages": [{"hidden": [[1, 2]]}], "standardize_targets": False, "projection": "pca"},
+            r"'pca' projection are measured on the teacher before the first step, but the teacher changes while it",
+        ),
         ({"hidden_positions": "masked"}, r"hidden_positions is 'masked'; use one of 'tokens', 'labels'"),
         ({"hidden_weight": 0.0}, r"hidden_weight is 0.0; it must be a number between 0 and inf \(0 excluded\)"),
         ({"teacher_schedule": "steps"}, r"teacher_schedule is 'steps'; use one of 'step', 'fraction'"),

@@ -10,13 +10,19 @@ from hypothesis import strategies as st
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.losses import (
     DIVERGENCES,
+    HIDDEN_LOSSES,
+    TOP_DIVERGENCES,
     cross_entropy,
+    hard_label_loss,
     hidden_state_mse,
     jensen_shannon_divergence,
     kl_divergence,
+    top_logits,
 )
 
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=list(DIVERGENCES))
+PROPER = {name: divergence for name, divergence in DIVERGENCES.items() if name != "hard"}  # zero at equality alone
+every_divergence = pytest.mark.parametrize("divergence", PROPER.values(), ids=list(PROPER))
+every_hidden_loss = pytest.mark.parametrize("name", HIDDEN_LOSSES)
 seeds, sizes = st.integers(0, 10**6), st.integers(1, 5)
 
 
@@ -76,22 +82,106 @@ def test_hidden_state_mse_is_the_slow_weighted_sum_with_its_gradient(seed, batch
     torch.testing.assert_close(grad, gradient, rtol=1e-5, atol=1e-6)
 
 
+def slow_distance(name, student, target):
+    """Between two lists of numbers, in float64; and its gradient with respect to the student's, as derived on paper."""
+    width = len(student)
+    if name == "cosine":
+        size, target_size = (math.sqrt(sum(x * x for x in state)) for state in (student, target))
+        similarity = sum(x * y for x, y in zip(student, target, strict=True)) / (size * target_size)
+        pairs = zip(student, target, strict=True)
+        return 1 - similarity, [(similarity * x / size - y / target_size) / size for x, y in pairs]
+    if name == "mse":
+        errors = [x - y for x, y in zip(student, target, strict=True)]
+        return sum(error**2 for error in errors) / width, [2 * error / width for error in errors]
+    means = [sum(state) / width for state in (student, target)]
+    deviations = [
+        math.sqrt(sum((x - m) ** 2 for x in s) / width) for s, m in zip((student, target), means, strict=True)
+    ]
+    own, other = ([(x - m) / d for x in s] for s, m, d in zip((student, target), means, deviations, strict=True))
+    value, through = slow_distance("mse", own, other)
+    mean, along = sum(through) / width, sum(g * x for g, x in zip(through, own, strict=True)) / width
+    return value, [(g - mean - x * along) / deviations[0] for g, x in zip(through, own, strict=True)]
+
+
+@every_hidden_loss
+@given(
+    seed=seeds,
+    batch=sizes,
+    length=sizes,
+    width=st.integers(3, 6),
+    mask=st.sampled_from([None, lambda noise: noise > 0, lambda noise: noise.clamp(min=0)]),
+)
+def test_a_hidden_loss_is_the_slow_weighted_sum_with_its_gradient(name, seed, batch, length, width, mask):
+    student, target = normal(batch, length, width, seed=seed), normal(batch, length, width, seed=seed + 1)
+    mask = mask and mask(normal(batch, length, seed=seed + 2))
+    expected, gradient = 0.0, torch.zeros_like(student)
+    for b in range(batch):
+        for i in range(length):
+            weight = 1.0 if mask is None else float(mask[b, i])
+            value, slopes = slow_distance(name, student[b, i].tolist(), target[b, i].tolist())
+            expected += weight * value
+            gradient[b, i] = weight * torch.tensor(slopes)
+    actual, grad = value_and_gradient(HIDDEN_LOSSES[name], student, target, mask)
+    assert actual.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    steepest = max(1.0, gradient.abs().max().item())
+    torch.testing.assert_close(grad, gradient, rtol=1e-3, atol=1e-5 * steepest)
+
+
+# each hidden loss, and what may be done to states without its noticing; the losses before it notice
+UNNOTICED = {
+    "mse": lambda states, size, shift: states,
+    "cosine": lambda states, size, shift: size * states,
+    "layer_norm_mse": lambda states, size, shift: size * states + shift,
+}
+
+
+@every_hidden_loss
+@given(seed=seeds, size=st.sampled_from([1e-3, 0.5, 2.0, 1e3]))
+def test_a_hidden_loss_is_zero_iff_states_are_equal_but_for_what_it_leaves_out(name, seed, size):
+    target, shift = normal(2, 3, 16, seed=seed), 2 + normal(2, 3, 1, seed=seed + 1).abs()
+    left_out = UNNOTICED[name](target, size, size * shift)
+    assert HIDDEN_LOSSES[name](left_out, target).item() == pytest.approx(0, abs=1e-5)
+    for other in (left_out + 0.5 * left_out.std() * normal(2, 3, 16, seed=seed + 2), left_out.flip(-1), -left_out):
+        assert HIDDEN_LOSSES[name](other, target).item() > 0.05
+    stricter = list(HIDDEN_LOSSES)[: list(HIDDEN_LOSSES).index(name)]
+    assert all(HIDDEN_LOSSES[one](left_out, target).item() > 0.05 for one in stricter)
+
+
+@pytest.mark.parametrize("name, highest", [("cosine", 2.0), ("layer_norm_mse", 4.0)])
+def test_opposite_states_cost_the_most(name, highest):
+    target = normal(1, 3, 16, seed=0)
+    assert HIDDEN_LOSSES[name](-2 * target, target).item() == pytest.approx(3 * highest, rel=1e-5)
+
+
+@every_hidden_loss
+def test_states_without_direction_or_deviation_have_finite_losses_and_gradients(name):
+    target = normal(1, 3, 8, seed=0)
+    target[0, 1] = 0.0
+    student = torch.zeros(1, 3, 8)
+    student[0, 2] = 7.3
+    value, gradient = value_and_gradient(HIDDEN_LOSSES[name], student, target)
+    assert torch.isfinite(value) and torch.isfinite(gradient).all()
+
+
+@every_hidden_loss
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
-def test_a_padded_position_contributes_neither_value_nor_gradient(bad, dtype):
+def test_a_padded_position_contributes_neither_value_nor_gradient(name, bad, dtype):
+    hidden_loss = HIDDEN_LOSSES[name]
     student, target = normal(2, 4, 8, seed=0), normal(2, 4, 8, seed=1)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]], dtype=dtype)
-    expected = hidden_state_mse(student[mask.bool()], target[mask.bool()])
+    expected = hidden_loss(student[mask.bool()], target[mask.bool()])
     target[~mask.bool()] = bad
+    student[1, 1] = bad
     student.requires_grad_()
-    loss = hidden_state_mse(student, target, mask)
+    loss = hidden_loss(student, target, mask)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     loss.backward()
     assert (student.grad[~mask.bool()] == 0).all()
     assert torch.isfinite(student.grad).all()
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", PROPER)
 @given(
     seed=seeds,
     rows=sizes,
@@ -183,11 +273,50 @@ def test_cross_entropy_is_the_slow_sum_with_its_gradient(seed, rows, classes, sm
     torch.testing.assert_close(grad.double(), gradient, rtol=0, atol=1e-6 * scale)
 
 
-@pytest.mark.parametrize("loss", [hidden_state_mse, *DIVERGENCES.values()])
+@given(seed=seeds, rows=sizes, classes=st.integers(2, 7), tied=st.booleans(), scale=st.sampled_from([0.1, 1.0, 1e4]))
+def test_hard_labels_are_a_cross_entropy_with_the_teachers_first_choice(seed, rows, classes, tied, scale):
+    student, teacher = normal(rows, classes, seed=seed, scale=scale), normal(rows, classes, seed=seed + 1, scale=scale)
+    if tied:  # as logits in bfloat16 often are
+        teacher[:, -1] = teacher[:, 0] = teacher.amax(-1) + scale
+    choices = torch.tensor([row.index(max(row)) for row in teacher.tolist()])
+    chosen = torch.eye(classes).double()[choices]
+    expected, gradient = -(chosen * log_softmax(student)).sum(), log_softmax(student).exp() - chosen
+    # of two equal classes a cache with room for one may keep either
+    for targets in (teacher, *(top_logits(teacher, k) for k in range(1 + tied, classes))):
+        actual, grad = value_and_gradient(hard_label_loss, student, targets)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6 * rows * scale)
+        torch.testing.assert_close(grad.double(), gradient, rtol=0, atol=1e-6 * scale)
+
+
+def test_hard_labels_are_the_limit_of_cold_teachers_and_have_no_temperature():
+    student, teacher = normal(4, 9, seed=0), normal(4, 9, seed=1)
+    cold = (teacher.double() / 1e-20).softmax(-1)  # as in the paper, where the student's temperature is 1
+    assert hard_label_loss(student, teacher).item() == pytest.approx(-(cold * log_softmax(student)).sum().item())
+    assert torch.equal(hard_label_loss(student, teacher), hard_label_loss(student, 7 * teacher + 3))
+    with pytest.raises(ValueError, match=r"temperature is 2\.0, but the hard-label loss has none"):
+        hard_label_loss(student, teacher, 2.0)
+
+
+def test_hard_labels_at_equal_distributions_cost_what_the_first_choice_is_unlikely():
+    logits = torch.tensor([[2.0, 0.0, 0.0]]).double()
+    expected = -logits.log_softmax(-1)[0, 0].item()
+    assert hard_label_loss(logits, logits).item() == pytest.approx(expected) and expected > 0.1
+    sure = torch.tensor([[200.0, 0.0, 0.0]])
+    assert hard_label_loss(sure, logits).item() == 0.0
+
+
+@given(seed=seeds, name=st.sampled_from(list(TOP_DIVERGENCES)))
+def test_of_the_likeliest_classes_those_losses_can_be_computed_that_are_listed(seed, name):
+    student, teacher = normal(4, 7, seed=seed), normal(4, 7, seed=seed + 1)
+    whole, own = DIVERGENCES[name](student, teacher), TOP_DIVERGENCES[name](student, top_logits(teacher, 6))
+    torch.testing.assert_close(own, whole, rtol=1e-4, atol=1e-5)  # the rest is one class
+
+
+@pytest.mark.parametrize("loss", [*HIDDEN_LOSSES.values(), *DIVERGENCES.values()])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_summed_in_float32(loss, dtype):
     student, teacher = normal(64, 16, 32, seed=0).to(dtype), normal(64, 16, 32, seed=1).to(dtype)
-    if loss is not hidden_state_mse:
+    if loss not in HIDDEN_LOSSES.values():
         student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
     plain = loss(student, teacher)
     with torch.autocast("cpu", torch.bfloat16):
@@ -197,7 +326,7 @@ def test_low_precision_inputs_are_summed_in_float32(loss, dtype):
     assert plain.item() == pytest.approx(loss(student.float(), teacher.float()).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", [hidden_state_mse, *DIVERGENCES.values(), cross_entropy])
+@pytest.mark.parametrize("loss", [*HIDDEN_LOSSES.values(), *DIVERGENCES.values(), cross_entropy])
 def test_nothing_counted_is_zero_with_zero_gradient(loss):
     student = torch.zeros(0, 7, requires_grad=True)
     target = torch.zeros(0, dtype=torch.long) if loss is cross_entropy else torch.zeros(0, 7)

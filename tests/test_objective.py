@@ -19,6 +19,10 @@ from hf_curriculum_distill.teachers.teacher import Targets
 VOCABULARY, WIDTH, DEPTH = 50, 16, 3
 
 
+def standardised(state):
+    return (state - state.mean()) / state.std(correction=0)
+
+
 def gpt2():
     torch.manual_seed(1)
     sizes = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": DEPTH, "n_head": 2, "n_positions": 32}
@@ -34,6 +38,11 @@ STAGES = {
     "labels": Stage(label_weight=1.0),
     "both": Stage(kl_weight=0.5, label_weight=2.0),
     "all": Stage(hidden=[[1, 2], [2, 4]], hidden_weight=0.25, kl_weight=2.0, label_weight=0.5),
+}
+DISTANCES = {
+    "mse": lambda state, target: (state - target).square().mean(),
+    "cosine": lambda state, target: 1 - (state @ target) / (state.norm() * target.norm()),
+    "layer_norm_mse": lambda state, target: (standardised(state) - standardised(target)).square().mean(),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 every_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
@@ -85,13 +94,16 @@ class Case:
             if self.args.hidden_positions == "tokens":
                 matched = [(b, i) for b in range(3) for i in range(9) if self.inputs["attention_mask"][b, i]]
                 number = num_positions
-            terms["hidden_mse"] = sum(
-                (outputs.hidden_states[layer][b, i] - self.hidden[layer][b, i].double()).square().mean()
+            terms[f"hidden_{self.args.hidden_loss}"] = sum(
+                DISTANCES[self.args.hidden_loss](outputs.hidden_states[layer][b, i], self.hidden[layer][b, i].double())
                 for layer in stage.student_layers
                 for b, i in matched
             ) / (number * len(stage.hidden))
         temperature, smoothing = self.args.temperature, self.args.label_smoothing_factor
-        if stage.kl_weight:
+        if stage.kl_weight and self.args.divergence == "hard":
+            chosen = [(b, i, target.argmax()) for (b, i, _), target in zip(labelled, self.logits, strict=True)]
+            terms["hard_label_loss"] = -sum(outputs.logits[b, i].log_softmax(-1)[c] for b, i, c in chosen) / num_rows
+        elif stage.kl_weight:
             terms["kl"] = 0.0
             for (b, i, _), target in zip(labelled, self.logits.double(), strict=True):
                 student = (outputs.logits[b, i] / temperature).log_softmax(-1)
@@ -103,8 +115,8 @@ class Case:
                 log_probabilities = outputs.logits[b, i].log_softmax(-1)
                 own = (1 - smoothing) * log_probabilities[label] + smoothing * log_probabilities.mean()
                 terms["label_loss"] -= own / num_rows
-        weights = {"hidden_mse": stage.hidden_weight, "kl": stage.kl_weight, "label_loss": stage.label_weight}
-        return sum(weights[term] * value for term, value in terms.items()), terms
+        weights = dict.fromkeys(("kl", "hard_label_loss"), stage.kl_weight) | {"label_loss": stage.label_weight}
+        return sum(weights.get(term, stage.hidden_weight) * value for term, value in terms.items()), terms
 
 
 def gradients(model, loss):
@@ -123,6 +135,8 @@ def assert_close(actual, expected):
 SETTINGS = {
     "plain": {},
     "other settings": {"temperature": 2.0, "label_smoothing_factor": 0.1, "hidden_positions": "labels"},
+    "cosines and hard labels": {"hidden_loss": "cosine", "divergence": "hard"},
+    "layer norms": {"hidden_loss": "layer_norm_mse", "hidden_positions": "labels"},
 }
 
 
@@ -210,8 +224,9 @@ def test_the_losses_of_the_examples_add_up_to_that_of_the_batch(config, name, st
 
 
 @every_model
-def test_padding_and_what_a_teacher_says_of_it_change_nothing(config, name):
-    case = Case(name, config())
+@pytest.mark.parametrize("hidden_loss", DISTANCES)
+def test_padding_and_what_a_teacher_says_of_it_change_nothing(config, name, hidden_loss):
+    case = Case(name, config(hidden_loss=hidden_loss))
     expected = case.loss(STAGES["all"]).total
     padding = case.inputs["attention_mask"] == 0
     for states in case.hidden.values():

@@ -72,11 +72,19 @@ def step_logs(trainer):
 # ---- losses in float32 ----
 
 
-def hidden_error(states, bank):
+def standardised(states, bank):
     tensors = {name: tensor.double() for name, tensor in bank.tensors().items()}
     target = states["teacher hidden"] @ tensors["layer_1_2.weight"].T
-    target = (target - tensors["layer_1_2.mean"]) / tensors["layer_1_2.std"]
-    return (states["student hidden"] - target).square().mean(-1)[states["mask"]].mean()
+    return (target - tensors["layer_1_2.mean"]) / tensors["layer_1_2.std"]
+
+
+def hidden_error(states, bank):
+    return (states["student hidden"] - standardised(states, bank)).square().mean(-1)[states["mask"]].mean()
+
+
+def cosine_distance(states, bank):
+    student, target = states["student hidden"], standardised(states, bank)
+    return (1 - (student * target).sum(-1) / (student.norm(dim=-1) * target.norm(dim=-1)))[states["mask"]].mean()
 
 
 def kl(log_p, log_q):
@@ -99,6 +107,12 @@ TERMS = {
     "forward_kl": ({"kl_weight": 1.0}, {}, lambda states, _: 4.0 * kl(*log_probabilities(states))),
     "reverse_kl": ({"kl_weight": 1.0}, {}, lambda states, _: 4.0 * kl(*reversed(log_probabilities(states)))),
     "jensen_shannon": ({"kl_weight": 1.0}, {}, lambda states, _: jensen_shannon(states)),
+    "hidden_cosine": ({"hidden": [[1, 2]]}, {"hidden_loss": "cosine"}, cosine_distance),
+    "hard": (
+        {"kl_weight": 1.0},
+        {"temperature": 1.0},
+        lambda states, _: F.cross_entropy(states["student logits"], states["teacher logits"].argmax(-1)),
+    ),
     "labels": (
         {"label_weight": 1.0},
         {"label_smoothing_factor": 0.1},
@@ -142,10 +156,12 @@ def test_every_loss_is_float32_arithmetic_on_the_models_outputs(config, student,
             return loss
 
     divergence = {"divergence": term} if stage.get("kl_weight") else {}
-    args = config(stages=[stage], max_steps=1, temperature=2.0, **divergence, **options, **fields)
+    args = config(stages=[stage], max_steps=1, **{"temperature": 2.0} | divergence | options | fields)
     trainer, _ = train(student, teacher, args, examples, Keeping)
     dtypes = {key: value.dtype for key, value in states.items()}
-    if "autocast" in name and term != "hidden_mse":  # blocks end in a layer norm, which autocast runs in float32
+    if "autocast" in name and not term.startswith(
+        "hidden"
+    ):  # blocks end in a layer norm, which autocast runs in float32
         assert dtypes["student logits"] == getattr(torch, name.split()[0])
     if half_student:
         assert torch.bfloat16 in (dtypes.get("student hidden"), dtypes.get("student logits"))

@@ -276,6 +276,7 @@ def train_nowhere(monkeypatch, config, fixed_count=True, **fields):
         {},
         {"hidden_positions": "labels", "logit_chunk_size": 3},
         {"train_prefix": "block", "divergence": "jensen_shannon", "temperature": 2.0},
+        {"hidden_loss": "cosine", "divergence": "hard"},
         {"stages": None, "method": "online"},
     ],
     ids=str,

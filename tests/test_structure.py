@@ -122,6 +122,7 @@ def test_the_trainers_parameters_are_those_of_trainer_and_its_own_two():
         ("report", "format_summary"),
         ("cost", "count_flops"),
         ("losses", "kl_divergence"),
+        ("projections", "ProjectionBank"),
         ("metrics", "CountedAccuracy"),
     ],
 )

@@ -363,6 +363,28 @@ def test_another_divergence_is_another_loss(config, student, teacher, examples, 
     assert losses["forward_kl"][1] == losses[divergence][1]  # evaluation means one thing
 
 
+def test_hard_labels_are_logged_under_their_own_name_and_evaluated_as_any_divergence(
+    config, student, teacher, examples
+):
+    evaluated = []
+    for divergence in ("forward_kl", "hard"):
+        args = config(divergence, method="one_shot", divergence=divergence, max_steps=1, learning_rate=0.0)
+        trainer = train(copy.deepcopy(student), teacher, args, examples, eval_dataset=examples)
+        evaluated.append(trainer.evaluate()["eval_kl"])
+    (log,) = step_logs(trainer)
+    assert "kl" not in log and log["loss"] == pytest.approx(log["hard_label_loss"], rel=1e-5)
+    assert evaluated[0] == evaluated[1]
+
+
+@pytest.mark.parametrize("hidden_loss", ["cosine", "layer_norm_mse"])
+def test_a_hidden_loss_is_logged_under_its_name_and_trained(config, student, teacher, examples, hidden_loss):
+    args = config(stages=[{"hidden": [[1, 2]]}], hidden_loss=hidden_loss, max_steps=40, learning_rate=1e-2)
+    logs = step_logs(train(student, teacher, args, examples))
+    assert all(log["loss"] == pytest.approx(log[f"hidden_{hidden_loss}"], rel=1e-5) for log in logs)
+    assert "hidden_mse" not in logs[0]
+    assert sum(log["loss"] for log in logs[-5:]) < 0.9 * sum(log["loss"] for log in logs[:5])
+
+
 def test_frozen_blocks_stay_as_the_stages_before_left_them(config, teacher, examples):
     student, snapshots = tiny_bert(3, seed=1), {}
 
@@ -890,8 +912,10 @@ def test_a_resumed_run_is_one_that_was_never_interrupted(config, teacher, exampl
         ({"max_steps": 10}, "max_steps changed from 8 to 10"),
         ({"layer_map": [[1, 1], [2, 4]]}, r"stages changed from .*\[1, 2\].* to .*\[1, 1\]"),
         ({"temperature": 2.0}, "settings.temperature changed from 1.0 to 2.0"),
+        ({"hidden_loss": "cosine"}, "settings.hidden_loss changed from 'mse' to 'cosine'"),
         ({"projection_seed": 3}, "projection_matrices changed"),
         ({"shared_projection": True}, "projection_matrices changed"),
+        ({"projection": "pca"}, "projection_matrices changed"),
         ({"method": "one_shot"}, "method changed from 'curriculum' to 'one_shot'"),
         ({"train_prefix": "block"}, "settings.train_prefix changed from 'joint' to 'block'"),
         ({"restart_schedule_per_stage": True}, "settings.restart_schedule_per_stage changed from False to True"),
@@ -967,6 +991,36 @@ def test_calibration_measures_the_training_data(config, student, teacher, exampl
     torch.testing.assert_close(bank.tensors()["layer_1_2.mean"], projected.mean(0).float(), rtol=1e-4, atol=1e-5)
     deviation = projected.std(0, correction=0).float()
     torch.testing.assert_close(bank.tensors()["layer_1_2.std"], deviation, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"standardize_targets": False, "shared_projection": True}], ids=str)
+@pytest.mark.parametrize("projection", ["pca", "rotated_pca"])
+def test_a_pca_is_measured_on_the_training_data_and_read_from_a_checkpoint(
+    config, student, teacher, examples, projection, fields
+):
+    fields = fields | {"projection": projection, "save_strategy": "steps", "save_steps": 3}
+    args = config("whole", calibration_samples=len(examples), **fields)
+    whole = train(copy.deepcopy(student), teacher, args, examples)
+    bank, batch = whole.projection_bank, default_collate(examples)
+    with torch.no_grad():
+        hidden = teacher(**batch, output_hidden_states=True).hidden_states
+    states = [hidden[layer][batch["attention_mask"].bool()].double() for layer in (2, 4)]
+    if args.shared_projection:
+        states = [torch.cat([own - own.mean(0) for own in states])] * 2
+    for (student_layer, teacher_layer), own in zip(((1, 2), (2, 4)), states, strict=True):
+        covariance = torch.cov(own.T, correction=0)
+        matrix = bank.tensors()[f"layer_{student_layer}_{teacher_layer}.weight"].double()
+        kept, most = (matrix @ covariance @ matrix.T).trace(), torch.linalg.eigvalsh(covariance)[-16:].sum()
+        assert kept.item() == pytest.approx(most.item(), rel=1e-5)
+    # another sample would give another bank
+    resumed = CurriculumDistillationTrainer(
+        copy.deepcopy(student), config("resumed", calibration_samples=9, **fields), train_dataset=examples,
+        teacher_model=teacher,
+    )  # fmt: skip
+    assert resumed.projection_bank.lacks_matrices
+    resumed.train(resume_from_checkpoint=os.path.join(args.output_dir, "checkpoint-3"))
+    assert resumed.projection_bank.fingerprint == bank.fingerprint
+    assert_same_weights(weights(resumed.model), weights(whole.model))
 
 
 def test_without_standardisation_the_targets_are_the_projections(config, student, teacher, examples):

@@ -61,6 +61,7 @@ def main():
     run("", stages=STAGES)
     run("checkpointed", stages=STAGES, gradient_checkpointing=True)
     run("chunks", stages=STAGES, logit_chunk_size=3)
+    run("pca", stages=STAGES, projection="pca")
     run("block", stages=ONE_BY_ONE, train_prefix="block", freeze_matched_layers=True)
 
     run("slowed", stages=ONE_BY_ONE, finished_layer_rate=0.3, carry_optimizer=False, **FROZEN_EMBEDDINGS)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_curriculum_distill.losses import DIVERGENCES
+from hf_curriculum_distill.losses import DIVERGENCES, HIDDEN_LOSSES
 from hf_curriculum_distill.projections import PROJECTIONS
 from hf_curriculum_distill.stages import LAYER_ORDERS, parse_layer_pairs
 
@@ -35,6 +35,7 @@ def check_values(config: TrainingArguments) -> None:
     _check_choice(config, "method", METHODS)
     _check_choice(config, "layer_order", LAYER_ORDERS)
     _check_choice(config, "divergence", tuple(DIVERGENCES))
+    _check_choice(config, "hidden_loss", tuple(HIDDEN_LOSSES))
     _check_choice(config, "projection", PROJECTIONS)
     _check_choice(config, "hidden_positions", ("tokens", "labels"))
     _check_choice(config, "layer_stack", ("encoder", "decoder"))
@@ -51,6 +52,12 @@ def check_values(config: TrainingArguments) -> None:
     _check_range(config, "stage_warmup_ratio", 0, 1, "1 excluded", lambda x: 0 <= x < 1)
     for name in ("temperature", "hidden_weight"):
         _check_range(config, name, 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
+    if config.divergence == "hard" and config.temperature != 1:
+        raise ValueError(
+            f"temperature is {config.temperature!r} with divergence='hard', which has none: the teacher's first choice "
+            "is the same at every temperature, and the student's is 1. Leave temperature out, or use another "
+            "divergence."
+        )
     for name in ("hidden_weight_in_logit_stage", "label_loss_weight"):
         _check_range(config, name, 0, math.inf, "finite", lambda x: 0 <= x < math.inf)
     if config.hidden_weight_at_end is not None:

@@ -82,12 +82,20 @@ class CurriculumDistillationConfig(TrainingArguments):
     )
 
     # Parameters that control the layer stages
+    hidden_loss: str = field(
+        default="mse",
+        metadata={
+            "help": "What is minimised between hidden states, a position: 'mse', 'cosine' (1 - cosine similarity) or "
+            "'layer_norm_mse' (MSE after a layer norm of both, which leaves out mean and size, as MobileBERT); logged "
+            "as hidden_ and this name."
+        },
+    )
     hidden_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of the hidden-state MSE in layer stages; with SGD it scales their learning rate."},
+        metadata={"help": "Weight of the hidden loss in layer stages; with SGD it scales their learning rate."},
     )
     hidden_weight_in_logit_stage: float = field(
-        default=0.0, metadata={"help": "Weight of the last layer stage's hidden-state MSE in the logit stage."}
+        default=0.0, metadata={"help": "Weight of the last layer stage's hidden loss in the logit stage."}
     )
     hidden_weight_at_end: float | None = field(
         default=None,
@@ -113,7 +121,11 @@ class CurriculumDistillationConfig(TrainingArguments):
     )
     divergence: str = field(
         default="forward_kl",
-        metadata={"help": "Divergence of the student's logits: 'forward_kl', 'reverse_kl' or 'jensen_shannon'."},
+        metadata={
+            "help": "Divergence of the student's logits: 'forward_kl', 'reverse_kl' or 'jensen_shannon', logged as kl; "
+            "or 'hard', the cross-entropy with the teacher's first choice, which has no temperature and is logged as "
+            "hard_label_loss."
+        },
     )
     label_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy on the labels in the logit stage."}
@@ -122,19 +134,30 @@ class CurriculumDistillationConfig(TrainingArguments):
     # Parameters that control the projection bank
     projection: str = field(
         default="gaussian",
-        metadata={"help": "Kind of fixed matrix: 'gaussian', 'rademacher', 'orthogonal' or 'identity' (first units)."},
+        metadata={
+            "help": "Kind of fixed matrix: 'gaussian', 'rademacher', 'orthogonal', 'identity' (first units), 'pca' "
+            "(the directions in which the teacher's states vary most on the calibration sample; whitened by "
+            "standardize_targets) or 'rotated_pca' (the same, mixed by a random rotation, so that directions keep "
+            "their relative sizes)."
+        },
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of the projections and of the calibration sample."})
     shared_projection: bool = field(
         default=False,
-        metadata={"help": "Whether all layers share one matrix, so that a residual stream keeps one basis."},
+        metadata={
+            "help": "Whether all layers share one matrix, so that a residual stream keeps one basis; a PCA pools the "
+            "covariances of their teacher layers."
+        },
     )
     standardize_targets: bool = field(
         default=True,
         metadata={"help": "Whether to standardise projected states by the calibration sample's mean and deviation."},
     )
     calibration_samples: int = field(
-        default=256, metadata={"help": "Training examples to measure the projected states' mean and deviation on."}
+        default=256,
+        metadata={
+            "help": "Training examples to measure the projected states' mean and deviation, and a PCA's directions, on."
+        },
     )
 
     # Parameters that control what a stage trains and runs

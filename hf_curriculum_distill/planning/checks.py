@@ -156,8 +156,9 @@ def check_layer_map(run: DryRun) -> tuple[str, tuple[Stage, ...]]:
     check_cache(stages, run.args, run.student.model)
     if pairs := parse_layer_pairs(matched_pairs(stages)):
         run.student.check_training(run.args.treats_layers_apart)
-        widths = [run.student.hidden_size], [run.teacher.partial_forward.hidden_size]
-        ProjectionBank.create(pairs[:1], *widths, kind=run.args.projection)
+        widths = run.student.hidden_size, run.teacher.partial_forward.hidden_size
+        bank = ProjectionBank.create(pairs[:1], *([width] for width in widths), kind=run.args.projection)
+        bank.check_fits(pairs[:1], *widths, None if run.args.method == "online" else "")
     return f"{len(pairs)} layers of {depths[0]} learn from the teacher's {depths[1] or 0}", stages
 
 

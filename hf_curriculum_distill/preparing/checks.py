@@ -14,6 +14,7 @@ from hf_curriculum_distill.layers.heads import (
     is_ctc,
     num_classes,
 )
+from hf_curriculum_distill.losses import TOP_DIVERGENCES
 from hf_curriculum_distill.stages import Stage
 
 
@@ -145,10 +146,11 @@ def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, mod
         raise ValueError("teacher_cache was given, but no stage needs the teacher; leave it out.")
     k, classes = args.teacher_cache_logits, num_classes(model)
     whole = k is None or (classes is not None and k >= classes)
-    if args.divergence != "forward_kl" and not whole and any(stage.kl_weight for stage in stages):
+    if args.divergence not in TOP_DIVERGENCES and not whole and any(stage.kl_weight for stage in stages):
         raise ValueError(
             f"divergence is {args.divergence!r}, but of {classes} classes teacher_cache keeps {k} and the rest as one, "
-            "which only 'forward_kl' can be computed from; use that, or teacher_cache_logits=None, which keeps all."
+            f"which only {' and '.join(map(repr, TOP_DIVERGENCES))} can be computed from; use one of these, or "
+            "teacher_cache_logits=None, which keeps all."
         )
 
 

@@ -230,7 +230,7 @@ class PreparedTrainer(ResumableTrainer):
     def _calibrate(self) -> None:
         """Fit the bank on a seeded sample of the training data, which is the same for every process and launch."""
         args, bank = self.args, self.projection_bank
-        if not args.standardize_targets:
+        if not args.standardize_targets and not bank.lacks_matrices:
             bank.freeze()
             return
         number, needs_logits = int(args.calibration_samples), any(stage.needs_logits for stage in self.stages)
@@ -238,7 +238,8 @@ class PreparedTrainer(ResumableTrainer):
         self.teacher.advance(None)
         with preserved_random_state(args.projection_seed):
             loader = self._load(sample(self.train_dataset, number), "calibration")
-            self.teacher.fit(bank, checked(loader, self._read, self._prepare_inputs, needs_logits))
+            batches = checked(loader, self._read, self._prepare_inputs, needs_logits)
+            self.teacher.fit(bank, batches, args.standardize_targets)
         for tensor in bank.tensors().values():
             broadcast(tensor)
 

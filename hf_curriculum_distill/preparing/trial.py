@@ -62,7 +62,7 @@ def try_out(
                 )
         targets = teacher.targets(batch, every) if every.needs_teacher else Targets()
         for layer, target in targets.hidden.items():
-            losses.hidden_state_mse(hidden[layer], target, batch.weights(target))
+            losses.HIDDEN_LOSSES[args.hidden_loss](hidden[layer], target, batch.weights(target))
         if targets.logits is not None and targets.logits.shape != logits.shape:
             raise ValueError(
                 f"The student's logits have shape {tuple(logits.shape)} and the teacher's "

@@ -30,6 +30,7 @@ FORMAT_VERSION = 2
 _SETTINGS = (
     "temperature",
     "divergence",
+    "hidden_loss",
     "label_smoothing_factor",
     "train_prefix",
     "freeze_matched_layers",
@@ -43,6 +44,14 @@ _SETTINGS = (
     "teacher_schedule",
     "teacher_learning_rate",
 )
+
+# What a record that lacks a setting stands for: it was written before there was a choice.
+_ONCE_FIXED = {
+    "hidden_loss": "mse",
+    "freeze_embeddings_in_layer_stages": False,
+    "finished_layer_rate": 1.0,
+    "carry_optimizer": True,
+}
 
 # Prefixes of the arguments that say where, when and how a run reads, writes and evaluates, but not what it learns; and
 # the names of others.
@@ -210,10 +219,7 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder
     Raises:
         ValueError: something changed since the checkpoint was written; says what, from what, to what.
     """
-    if "settings" in saved:  # of which an earlier version had fewer
-        fields = dataclasses.fields(CurriculumDistillationConfig)
-        defaults = {field.name: field.default for field in fields if field.name in current["settings"]}
-        saved = {**saved, "settings": defaults | saved["settings"]}
+    saved, current = (record | {"settings": _ONCE_FIXED | record.get("settings", {})} for record in (saved, current))
     changes = []
     for name in _FIXED + _FIXED_DATA * same_data:
         changes += _differences(name, saved.get(name), json.loads(json.dumps(current.get(name))))

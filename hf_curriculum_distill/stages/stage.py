@@ -19,7 +19,7 @@ class Stage:
         hidden: `(student_layer, teacher_layer)` pairs whose hidden states are matched. Layers are block numbers
             from 1 (`i` is the raw output of block `i`, before any final norm); 0 is the embeddings, the input of
             block 1.
-        hidden_weight: weight of the hidden-state MSE, a mean over pairs.
+        hidden_weight: weight of the hidden loss, a mean over pairs.
         kl_weight: weight of the divergence between the teacher's and the student's logits.
         label_weight: weight of the cross-entropy on the labels.
         until: where the stage ends: an int is the number of optimizer steps after which the next stage begins, a

@@ -119,12 +119,13 @@ class Teacher:
                 chunk_size=batch.chunk_size if stage.kl_weight else None,
             )
 
-    def fit(self, bank: ProjectionBank, batches: Iterable[Batch]) -> None:
+    def fit(self, bank: ProjectionBank, batches: Iterable[Batch], standardize: bool = True) -> None:
         """Measure a bank on the hidden states of some batches, and freeze it: see [`ProjectionBank.fit`].
 
         Args:
             bank: not yet frozen.
             batches: batches of the training data, on the teacher's device.
+            standardize: whether targets are standardised.
         """
 
         def states(batch: Batch, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
@@ -132,7 +133,7 @@ class Teacher:
                 hidden, _ = self(batch.model_inputs, layers)
             return hidden, batch.weights(hidden[layers[0]])
 
-        bank.fit(states, batches, self.identity)
+        bank.fit(states, batches, self.identity, standardize)
 
     @torch.inference_mode()
     def __call__(

@@ -12,6 +12,7 @@ WRONG_VALUES = {
     "num_layer_stages": [0, -1, 1.5, True, "2"],
     "layer_order": ["random", None],
     "hidden_positions": ["all", None],
+    "hidden_loss": ["l1", "hidden_mse", None],
     "hidden_weight": [0, -0.1, math.inf, math.nan, "1", None],
     "hidden_weight_in_logit_stage": [-0.1, math.inf, math.nan, "1", None],
     "hidden_weight_at_end": [-0.1, math.inf, math.nan, "1", True, 0.0],
@@ -85,3 +86,10 @@ def test_what_excludes_each_other_is_refused(config, name):
 def test_deepspeeds_optimizer_is_out_of_reach(config, fields):
     with pytest.raises(ValueError, match="can't be had with deepspeed, whose optimizer is out of reach; launch with"):
         config(deepspeed={"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": "auto"}, **fields)
+
+
+@pytest.mark.parametrize("temperature", [2, 0.5])
+def test_hard_labels_have_no_temperature(config, temperature):
+    assert config(divergence="hard").temperature == config(divergence="hard", temperature=1).temperature == 1
+    with pytest.raises(ValueError, match=rf"temperature is {temperature} with divergence='hard', which has none"):
+        config(divergence="hard", temperature=temperature)

@@ -43,7 +43,11 @@ class Head(nn.Module):
 
 def losses_of(name, teacher, labels):
     def losses(logits, rows):
-        terms = {"kl": DIVERGENCES[name](logits, teacher[rows], 2.0), "label_loss": cross_entropy(logits, labels[rows])}
+        temperature = 1.0 if name == "hard" else 2.0
+        terms = {
+            "kl": DIVERGENCES[name](logits, teacher[rows], temperature),
+            "label_loss": cross_entropy(logits, labels[rows]),
+        }
         return terms["kl"] + 0.5 * terms["label_loss"], terms
 
     return losses
@@ -217,10 +221,13 @@ def test_a_head_that_reads_more_than_its_rows_says_what_to_do():
 TERMS = [{"hidden": [[1, 2]], "until": 2}, {"kl_weight": 1.0, "label_weight": 0.5, "hidden": [[2, 4]]}]
 
 
+LOSS_TERMS = ("hidden_mse", "hidden_layer_norm_mse", "kl", "hard_label_loss", "label_loss")
+
+
 def assert_same_training(actual, expected):
     for log, reference in zip(step_logs(actual), step_logs(expected), strict=True):
         assert log.keys() == reference.keys()
-        for name in {"loss", "grad_norm", "hidden_mse", "kl", "label_loss", "teacher_loss"} & reference.keys():
+        for name in {"loss", "grad_norm", "teacher_loss", *LOSS_TERMS} & reference.keys():
             assert log[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-6), name
         for name in ("student_flops", "teacher_flops"):
             assert log[name] == pytest.approx(reference[name], rel=1e-12)
@@ -236,9 +243,10 @@ def assert_same_training(actual, expected):
         {"stages": TERMS, "gradient_checkpointing": True},
         {"stages": TERMS, "freeze_matched_layers": True, "divergence": "jensen_shannon", "temperature": 2.0},
         {"method": "one_shot", "divergence": "reverse_kl"},
+        {"stages": TERMS, "divergence": "hard", "hidden_loss": "layer_norm_mse"},
         {"method": "online", "label_loss_weight": 0.5},
     ],
-    ids=["terms", "accumulation", "checkpointing", "frozen", "reverse", "online"],
+    ids=["terms", "accumulation", "checkpointing", "frozen", "reverse", "hard", "online"],
 )
 def test_training_in_chunks_is_the_same_training(config, student, teacher, examples, fields, size):
     runs = []

@@ -22,7 +22,7 @@ from transformers import (
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.planning import PlanArguments, PlannedConfig, make_plan
 
-from .plans import LENGTH, examples_for, saved
+from .plans import LENGTH, examples_for, planned, saved
 
 
 def renamed(tmp_path):
@@ -122,9 +122,16 @@ TWICE = [{"hidden": [[1, 1]], "until": 2}, {"hidden": [[1, 2]], "until": 4}, {"k
 REFUSED = {
     "a layer twice": ({"stages": TWICE}, r"name a student layer twice"),
     "a cache for nobody": ({"stages": [{"label_weight": 1.0}], "teacher_cache": "cache"}, "no stage needs the teacher"),
+    "a pca of a teacher that changes": (
+        {
+            "method": "online", "projection": "pca", "standardize_targets": False,
+            "stages": [{"hidden": [[1, 2]], "until": 4}, {"kl_weight": 1.0}],
+        },
+        r"the teacher changes while it teaches; use a random projection",
+    ),
     "a cache that keeps too little": (
         {"divergence": "reverse_kl", "teacher_cache": "cache", "teacher_cache_logits": 8},
-        r"only 'forward_kl' can be computed from",
+        r"only 'forward_kl' and 'hard' can be computed from",
     ),
     "too few ends": (
         {"method": "progressive", "teacher_schedule": [0.5]}, r"teacher_schedule has 1 ends for 3 checkpoints"
@@ -158,6 +165,16 @@ def test_plan_and_run_refuse_the_same(tmp_path, config, name):
         CurriculumDistillationTrainer(
             student, config(**fields), train_dataset=examples_for(student), teacher_model=teacher
         )
+
+
+def test_measured_matrices_and_other_losses_are_planned_as_any(tmp_path):
+    student, teacher = tiny_bert(2), tiny_bert(4, width=24)
+    fields = {"projection": "pca", "divergence": "hard", "hidden_loss": "cosine"}
+    plain, other = (planned(tmp_path / f"{len(f)}", student, teacher, **f) for f in ({}, fields))
+    assert not plain.errors and not other.errors
+    assert other.total["flops"] == plain.total["flops"] > 0
+    wider = planned(tmp_path / "wider", tiny_bert(2, width=32), teacher, projection="pca")
+    assert "use a random projection, such as 'orthogonal'" in "; ".join(wider.errors)
 
 
 SMALL = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}

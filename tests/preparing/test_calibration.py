@@ -102,7 +102,13 @@ def test_a_bad_batch_is_named_whatever_is_wrong_with_it(check):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"projection": "orthogonal"}, {"projection": "rademacher", "projection_seed": 4}, {"shared_projection": True}],
+    [
+        {},
+        {"projection": "orthogonal"},
+        {"projection": "rademacher", "projection_seed": 4},
+        {"shared_projection": True},
+        {"projection": "pca"},
+    ],
     ids=str,
 )
 def test_the_bank_is_the_one_of_the_arguments(config, fields):
@@ -112,6 +118,9 @@ def test_the_bank_is_the_one_of_the_arguments(config, fields):
     drawn = {"kind": args.projection, "seed": args.projection_seed, "shared": args.shared_projection}
     assert bank.metadata == drawn | {"teacher": None}
     assert bank.fingerprint == ProjectionBank.create(PAIRS, [16, 16], [24, 24], **drawn).fingerprint
+    if args.projection == "pca":
+        assert bank.lacks_matrices
+        return
     first, second = (bank.tensors()[f"layer_{student}_{teacher}.weight"] for student, teacher in PAIRS)
     assert torch.equal(first, second) == args.shared_projection
 

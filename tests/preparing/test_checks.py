@@ -168,13 +168,15 @@ def test_a_cache_that_no_stage_reads_is_refused(config, student, tmp_path):
 
 
 @pytest.mark.parametrize("k", [VOCAB_SIZE - 1, VOCAB_SIZE, None])
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "hard"])
 @pytest.mark.parametrize("stages", [[{"hidden": [[1, 2]]}], [{"kl_weight": 1.0}]], ids=["hidden", "kl"])
-def test_only_the_forward_divergence_can_do_with_a_part_of_the_logits(config, student, tmp_path, k, divergence, stages):
+def test_only_the_forward_divergence_and_hard_labels_can_do_with_a_part_of_the_logits(
+    config, student, tmp_path, k, divergence, stages
+):
     fields = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_logits": k, "divergence": divergence}
     args = config(**fields, stages=stages)
     resolved = args.resolve_stages(STUDENT_DEPTH, TEACHER_DEPTH)
-    if k == VOCAB_SIZE - 1 and divergence != "forward_kl" and "kl_weight" in stages[0]:
+    if k == VOCAB_SIZE - 1 and divergence not in ("forward_kl", "hard") and "kl_weight" in stages[0]:
         with pytest.raises(ValueError, match=f"of {VOCAB_SIZE} classes teacher_cache keeps {k} and the rest as one"):
             check_cache(resolved, args, student)
     else:

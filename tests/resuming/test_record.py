@@ -159,6 +159,13 @@ def test_a_setting_that_an_earlier_version_did_not_have_was_its_default():
         check_resumable(saved, current, "folder")
 
 
+def test_a_record_from_before_there_was_a_choice_resumes_with_what_was_fixed_then():
+    saved = json.loads(json.dumps(RECORD))
+    check_resumable(saved, RECORD | {"settings": RECORD["settings"] | {"hidden_loss": "mse"}}, "folder")
+    with pytest.raises(ValueError, match=r"settings\.hidden_loss changed from 'mse' to 'cosine'"):
+        check_resumable(saved, RECORD | {"settings": RECORD["settings"] | {"hidden_loss": "cosine"}}, "folder")
+
+
 def test_other_data_resume_where_their_order_need_not_go_on():
     saved = json.loads(json.dumps(RECORD))
     changed = RECORD | {"samples_per_step": 8, "data": RECORD["data"] | {"seed": 0}}

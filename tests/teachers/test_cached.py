@@ -91,10 +91,13 @@ def padded(texts, length, left=False):
 # ---- training ----
 
 
-def test_an_empty_cache_and_a_filled_one_train_the_same_to_the_bit(config, tmp_path):
-    empty = train(config, tmp_path / "cache")
+@pytest.mark.parametrize(
+    "fields", [{}, {"projection": "pca"}, {"projection": "rotated_pca", "standardize_targets": False}], ids=str
+)
+def test_an_empty_cache_and_a_filled_one_train_the_same_to_the_bit(config, tmp_path, fields):
+    empty = train(config, tmp_path / "cache", **fields)
     written = files(tmp_path / "cache")
-    filled = train(config, tmp_path / "cache")
+    filled = train(config, tmp_path / "cache", **fields)
     assert_same_weights(filled.model.state_dict(), empty.model.state_dict())
     assert logged(filled, "loss") == logged(empty, "loss")
     assert files(tmp_path / "cache") == written
@@ -393,3 +396,10 @@ def test_other_divergences_need_all_logits(config, tmp_path):
     stages = [{"hidden": [[1, 2]]}]
     train(config, tmp_path / "cache", divergence="reverse_kl", stages=stages, max_steps=2)
     train(config, tmp_path / "cache", divergence="jensen_shannon", teacher_cache_logits=VOCAB_SIZE, max_steps=8)
+
+
+def test_hard_labels_from_a_cache_of_a_single_class_are_those_of_all_logits(config, tmp_path):
+    fields = {"method": "one_shot", "divergence": "hard", "max_steps": 8}
+    cached = train(config, tmp_path / "cache", teacher_cache_logits=1, **fields)
+    plain = train(config, **fields)
+    assert logged(cached, "hard_label_loss") == pytest.approx(logged(plain, "hard_label_loss"), rel=1e-5)

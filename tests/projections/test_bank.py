@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from hf_curriculum_distill import ProjectionBank
 from hf_curriculum_distill.projections import FILE_NAME, PROJECTIONS
+from hf_curriculum_distill.projections.matrices import DRAWN, MEASURED
 
 # what seed 0 draws for pair (1, 2) of widths 2 and 3
 KNOWN = {
@@ -26,6 +27,8 @@ KNOWN = {
 TEACHER = {"fingerprint": "a" * 64, "name": "org/teacher", "revision": "c0ffee"}
 
 every_kind = pytest.mark.parametrize("kind", PROJECTIONS)
+every_drawn_kind = pytest.mark.parametrize("kind", DRAWN)
+every_measured_kind = pytest.mark.parametrize("kind", MEASURED)
 
 
 def weight(bank, pair=(1, 2)):
@@ -48,11 +51,11 @@ def teacher(batch, layers):
     return {layer: batch[0][layer] for layer in layers}, batch[1]
 
 
-def two_pairs(kind="gaussian", seed=0):
-    return ProjectionBank.create([(1, 2), (2, 4)], [4, 4], [6, 6], kind=kind, seed=seed)
+def two_pairs(kind="gaussian", seed=0, **shared):
+    return ProjectionBank.create([(1, 2), (2, 4)], [4, 4], [6, 6], kind=kind, seed=seed, **shared)
 
 
-@every_kind
+@every_drawn_kind
 @given(seed=st.integers(0, 2**40), global_seed=st.integers(0, 100))
 def test_a_matrix_depends_on_its_seed_and_pair_alone(kind, seed, global_seed):
     torch.manual_seed(global_seed)
@@ -73,7 +76,7 @@ def test_other_seeds_and_other_pairs_are_other_matrices(kind):
     assert two_pairs(kind).matrix_fingerprint != two_pairs(kind, seed=1).matrix_fingerprint
 
 
-@every_kind
+@every_drawn_kind
 def test_a_shared_matrix_is_that_of_every_pair_of_these_dims_and_of_no_other_seed(kind):
     def shared(pairs, seed=0):
         return ProjectionBank.create(pairs, [4] * len(pairs), [6] * len(pairs), kind=kind, seed=seed, shared=True)
@@ -88,9 +91,9 @@ def test_a_shared_matrix_is_that_of_every_pair_of_these_dims_and_of_no_other_see
 
 
 def test_the_seed_gives_the_same_bank_on_every_machine():
-    drawn = {kind: weight(ProjectionBank.create([(1, 2)], [2], [3], kind=kind, seed=0)) for kind in PROJECTIONS}
-    expected = {kind: torch.tensor(KNOWN[kind]) for kind in PROJECTIONS}
-    for kind in PROJECTIONS:
+    drawn = {kind: weight(ProjectionBank.create([(1, 2)], [2], [3], kind=kind, seed=0)) for kind in DRAWN}
+    expected = {kind: torch.tensor(KNOWN[kind]) for kind in DRAWN}
+    for kind in DRAWN:
         torch.testing.assert_close(drawn[kind], expected[kind], rtol=0, atol=1e-6)
 
 
@@ -147,6 +150,8 @@ def test_identity_copies_the_first_units():
         (([(1, 2)], [4, 4], [6], "gaussian"), "1 layer pairs came with 2 student and 1 teacher dimensions"),
         (([(1, 2), (1, 3)], [4, 4], [6, 6], "gaussian"), "name a student layer twice"),
         (([(1, 2)], [7], [6], "identity"), "the student has 7 and the teacher 6"),
+        (([(1, 2)], [7], [6], "pca"), "as many directions as the teacher has units, 6, but the student has 7; use a"),
+        (([(1, 2)], [7], [6], "rotated_pca"), "projection='rotated_pca' finds .* such as 'orthogonal'"),
     ],
 )
 def test_banks_that_cannot_be_are_refused(arguments, message):
@@ -297,6 +302,142 @@ def test_the_fingerprint_says_who_was_measured_and_whether():
     assert len({bank.matrix_fingerprint for bank in banks}) == 1
 
 
+# ---- a PCA, whose matrices are measured ----
+
+
+def stretched(sizes=(40,), dim=6, seed=0):
+    """Calibration batches whose states vary more in some directions than in others, other ones at each layer."""
+    made = batches(sizes, dim, seed)
+    generator = torch.Generator().manual_seed(seed)
+    stretch = {t: torch.randn(dim, dim, generator=generator) * 0.5 ** torch.arange(dim) for t in (2, 4)}
+    offset = 3 * torch.randn(dim, generator=generator)
+    return [({t: s @ stretch[t].T + offset for t, s in hidden.items()}, mask) for hidden, mask in made]
+
+
+def counted(sample, layer):
+    return torch.cat([hidden[layer][mask] for hidden, mask in sample]).double()
+
+
+def covariance(vectors):
+    return torch.cov(vectors.T, correction=0)
+
+
+@every_measured_kind
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_pca_has_no_matrices_before_fit_and_is_not_applied_without(kind, shared, tmp_path):
+    bank = two_pairs(kind, shared=shared)
+    bank.save_pretrained(tmp_path)
+    for unfitted in (bank, ProjectionBank.from_pretrained(tmp_path)):
+        for apply in (lambda: unfitted.project(1, torch.randn(2, 6)), unfitted.freeze):  # noqa: B023
+            with pytest.raises(
+                ValueError, match=rf"matrices of a '{kind}' projection are found by ProjectionBank\.fit"
+            ):
+                apply()
+        assert unfitted.lacks_matrices and not unfitted.frozen
+    bank.fit(teacher, stretched())
+    assert bank.frozen and not bank.lacks_matrices
+    assert bank.project(1, torch.randn(2, 6)).shape == (2, 4)
+
+
+def test_targets_of_a_standardised_pca_are_white():
+    sample = stretched()
+    bank = two_pairs("pca").fit(teacher, sample)
+    for student_layer, teacher_layer in bank.layer_pairs:
+        targets = bank.project(student_layer, counted(sample, teacher_layer)).double()
+        torch.testing.assert_close(covariance(targets), torch.eye(4).double(), rtol=0, atol=1e-4)
+
+
+def test_targets_of_a_rotated_pca_keep_the_relative_sizes_of_the_directions():
+    sample = stretched()
+    bank = two_pairs("rotated_pca").fit(teacher, sample, standardize=False)
+    for student_layer, teacher_layer in bank.layer_pairs:
+        states = counted(sample, teacher_layer)
+        sizes = torch.linalg.eigvalsh(covariance(bank.project(student_layer, states).double()))
+        torch.testing.assert_close(sizes, torch.linalg.eigvalsh(covariance(states))[2:], rtol=1e-4, atol=1e-6)
+
+
+@every_measured_kind
+@pytest.mark.parametrize("standardize", [True, False])
+def test_a_pca_is_the_same_however_the_sample_is_cut(kind, standardize):
+    (hidden, mask), *_ = stretched([12])
+    banks = []
+    for sizes in ([12], [1] * 12, [5, 0, 7]):
+        parts = zip(
+            *({t: s.split(sizes) for t, s in hidden.items()}[t] for t in (2, 4)), mask.split(sizes), strict=True
+        )
+        banks.append(two_pairs(kind).fit(teacher, [({2: a, 4: b}, m) for a, b, m in parts], standardize=standardize))
+    for bank in banks[1:]:
+        for name, tensor in bank.tensors().items():
+            torch.testing.assert_close(tensor, banks[0].tensors()[name], rtol=1e-6, atol=1e-7)
+    again = two_pairs(kind).fit(teacher, [(hidden, mask)], standardize=standardize)
+    assert again.fingerprint == banks[0].fingerprint
+
+
+@every_measured_kind
+def test_without_standardisation_a_pca_has_its_matrices_alone(kind):
+    sample = stretched()
+    plain, standard = two_pairs(kind).fit(teacher, sample, standardize=False), two_pairs(kind).fit(teacher, sample)
+    for name, tensor in plain.tensors().items():
+        expected = (
+            standard.tensors()[name] if name.endswith("weight") else torch.full((4,), float(name.endswith("std")))
+        )
+        assert torch.equal(tensor, expected)
+    torch.testing.assert_close(plain.project(1, sample[0][0][2]), sample[0][0][2] @ weight(plain).T)
+    assert plain.metadata["teacher"] is not None  # it fits no other
+
+
+@every_measured_kind
+def test_a_shared_pca_has_one_matrix_and_statistics_of_each_layer(kind):
+    sample = stretched()
+    bank = two_pairs(kind, shared=True).fit(teacher, sample)
+    assert torch.equal(weight(bank), weight(bank, (2, 4)))
+    assert not torch.equal(weight(bank), weight(two_pairs(kind).fit(teacher, sample)))
+    for student_layer, teacher_layer in bank.layer_pairs:
+        targets = bank.project(student_layer, counted(sample, teacher_layer))
+        torch.testing.assert_close(targets.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+        torch.testing.assert_close(targets.std(0, correction=0), torch.ones(4), atol=1e-4, rtol=0)
+
+
+def test_the_matrices_fingerprint_of_a_pca_says_what_they_are_measured_for_before_and_after():
+    kinds = [{"kind": kind, "seed": seed, "shared": s} for kind in MEASURED for seed in (0, 1) for s in (False, True)]
+    banks = [two_pairs(**arguments) for arguments in kinds]
+    fresh = [bank.matrix_fingerprint for bank in banks]
+    assert [bank.fit(teacher, stretched()).matrix_fingerprint for bank in banks] == fresh
+    assert len(set(fresh)) == len(fresh) and two_pairs().matrix_fingerprint not in fresh
+    assert len({bank.fingerprint for bank in banks}) == len(banks)
+
+
+@every_measured_kind
+def test_a_pca_is_not_measured_on_a_teacher_that_changes_nor_fits_another(kind):
+    bank = two_pairs(kind)
+    bank.check_fits([(1, 2)], 4, 6, "a" * 64)
+    with pytest.raises(ValueError, match=rf"a '{kind}' projection are measured on the teacher before the first step"):
+        bank.check_fits([(1, 2)], 4, 6, None)
+    bank.fit(teacher, stretched(), TEACHER)
+    bank.check_fits([(1, 2)], 4, 6, TEACHER["fingerprint"])
+    with pytest.raises(ValueError, match="measured on org/teacher"):
+        bank.check_fits([(1, 2)], 4, 6, "b" * 64)
+
+
+@every_measured_kind
+def test_a_sample_with_no_more_positions_than_directions_is_refused(kind):
+    states = torch.randn(5, 1, 6)
+    two_pairs(kind).fit(teacher, [({2: states, 4: states}, torch.ones(5, 1))])
+    with pytest.raises(ValueError, match="has 4 positions that count, in which no 4 principal directions can be found"):
+        two_pairs(kind).fit(teacher, [({2: states, 4: states}, torch.tensor([[1], [1], [0], [1], [1]]))])
+
+
+def test_a_pca_of_states_with_fewer_directions_gives_targets_of_zero():
+    states = torch.randn(8, 5, 6) * torch.tensor([3.0, 2.0, 0.0, 0.0, 0.0, 1.0])
+    bank = two_pairs("pca").fit(teacher, [({2: states + 100, 4: states}, torch.ones(8, 5))])
+    for student_layer, offset in ((1, 100), (2, 0)):
+        targets = bank.project(student_layer, states + offset)
+        assert torch.equal(targets[..., 3], torch.zeros(8, 5))
+        torch.testing.assert_close(
+            targets[..., :3].flatten(0, 1).std(0, correction=0), torch.ones(3), rtol=1e-3, atol=0
+        )
+
+
 # ---- files ----
 
 
@@ -307,11 +448,11 @@ def banks(draw):
     students = draw(st.lists(st.integers(0, 5), unique=True, min_size=1, max_size=3))
     pairs = [(student, draw(st.integers(0, 5))) for student in students]
     width = draw(st.integers(1, 5))
-    widths = [draw(st.integers(1, width if kind == "identity" else 7)) for _ in pairs]
+    widths = [draw(st.integers(1, width if kind in ("identity", *MEASURED) else 7)) for _ in pairs]
     arguments = {"kind": kind, "seed": draw(st.integers(0, 2**63)), "shared": draw(st.booleans())}
     bank = ProjectionBank.create(pairs, widths, [width] * len(pairs), **arguments)
     identity = draw(st.none() | st.fixed_dictionaries({n: st.none() | st.text() for n in TEACHER}))
-    state = draw(st.sampled_from(["drawn", "frozen", "fitted"]))
+    state = draw(st.sampled_from(["drawn", "fitted"] if kind in MEASURED else ["drawn", "frozen", "fitted"]))
     if state == "fitted":
         hidden = torch.randn(6, 4, 5, width, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
         bank.fit(teacher, [(hidden, torch.ones(4, 5))], identity)
@@ -340,7 +481,7 @@ def test_a_saved_bank_is_read_to_the_bit(drawn):
     assert read.shapes == dict(zip(arguments["layer_pairs"], widths, strict=True))
     assert read.metadata == {name: arguments[name] for name in ("kind", "seed", "shared")} | {"teacher": measured}
     hidden = torch.randn(2, 3, widths[0][1])
-    for student_layer, _ in bank.layer_pairs:
+    for student_layer, _ in () if bank.lacks_matrices else bank.layer_pairs:
         assert torch.equal(read.project(student_layer, hidden), bank.project(student_layer, hidden))
 
 
@@ -426,6 +567,7 @@ def test_a_damaged_file_is_refused(tmp_path):
         ({"layer_pairs": json.dumps([[1, 2], [2, 4], [3, 6]])}, "is not a readable projection bank"),
         ({"layer_pairs": "[["}, "is not a readable projection bank"),
         ({"fingerprint": "0" * 64}, "does not match the fingerprint"),
+        ({"kind": '"pca"', "teacher": "null"}, "its kind is 'pca', but it was measured on no teacher"),
     ],
 )
 def test_metadata_that_does_not_fit_is_refused(change, message, tmp_path):
@@ -440,9 +582,4 @@ def test_metadata_that_does_not_fit_is_refused(change, message, tmp_path):
 def test_a_file_without_metadata_is_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / FILE_NAME)
     with pytest.raises(ValueError, match="is not a readable projection bank"):
-        ProjectionBank.from_pretrained(tmp_path)
-
-
-def test_a_folder_without_a_bank_is_an_oserror(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"There is no {FILE_NAME} in"):
         ProjectionBank.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Fixed random projections of the teacher's hidden states: the student's targets in the layer stages."""
+"""The bank of fixed projections of the teacher's hidden states: made, measured once, frozen, saved and read."""
 
 from __future__ import annotations
 
@@ -12,37 +12,36 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_curriculum_distill.files import replacing
+from hf_curriculum_distill.projections.files import FILE_NAME, find_file, upload_file
+from hf_curriculum_distill.projections.matrices import MEASURED, PROJECTIONS, STORED, make_matrix, principal_matrices
+from hf_curriculum_distill.projections.moments import measure
 from hf_curriculum_distill.stages import LayerPair, parse_layer_pairs
 
-FILE_NAME = "projection_bank.safetensors"
 FORMAT_VERSION = "2"
-PROJECTIONS = ("gaussian", "rademacher", "orthogonal", "identity")
 _IDENTITY = ("fingerprint", "name", "revision")
-_STORED = {"dtype": torch.float32, "device": "cpu"}  # regardless of torch's default dtype and device
 
 
 @dataclass
 class _Projection:
-    weight: Tensor  # [student_dim, teacher_dim]
+    weight: Tensor  # [student_dim, teacher_dim]; of a PCA 0 before `fit`
     mean: Tensor  # [student_dim], of the calibration sample's projected states; 0 before `fit`
     std: Tensor  # [student_dim]; 1 before `fit`
 
 
 class ProjectionBank:
-    """One fixed random matrix for each `(student_layer, teacher_layer)` pair, with the statistics of its outputs.
+    """One fixed matrix for each `(student_layer, teacher_layer)` pair, with the statistics of its outputs.
 
     [`create`] draws the matrices, [`fit`] measures mean and standard deviation of their outputs once and freezes the
     bank: nothing changes it afterwards, and a second `fit` raises. A bank that was measured fits only the teacher that
-    it was measured on; a bank that was frozen without that fits any.
+    it was measured on; a bank that was frozen without that fits any. The matrices of a PCA are measured, too.
 
     Gupta & Karmalkar (2025, arXiv 2503.17494) project the teacher's hidden states with fixed random matrices; to
-    standardise the targets is our choice.
+    standardise the targets and to offer a PCA is our choice.
 
     ```python
     >>> bank = ProjectionBank.create([(1, 2)], student_dims=[1], teacher_dims=[1], kind="identity")
@@ -74,24 +73,29 @@ class ProjectionBank:
         seed: int = 0,
         shared: bool = False,
     ) -> ProjectionBank:
-        """Draw one matrix `[student_dim, teacher_dim]` for each pair.
+        """Draw one matrix `[student_dim, teacher_dim]` for each pair, or leave it to [`fit`].
 
-        A matrix depends on the seed and its pair alone, on every machine; with `shared` on the seed alone. Most of what
-        a residual stream holds at one layer is there at the next: a shared matrix keeps it in one basis, while separate
-        ones make each stage learn another.
+        A matrix that is drawn depends on the seed and its pair alone, on every machine; with `shared` on the seed
+        alone. Most of what a residual stream holds at one layer is there at the next: a shared matrix keeps it in one
+        basis, while separate ones make each stage learn another.
 
         Args:
             layer_pairs: `(student_layer, teacher_layer)` pairs, each student layer once.
             student_dims, teacher_dims: the hidden sizes at each pair's layers, in the order of the pairs.
             kind: "gaussian" or "rademacher", with entries of variance `1 / teacher_dim`; "orthogonal", with orthonormal
-                rows (for a wider student, scaled orthonormal columns); "identity", which copies the first units.
-            shared: whether pairs with the same dims have the same matrix.
+                rows (for a wider student, scaled orthonormal columns); "identity", which copies the first units; "pca",
+                whose rows are the directions in which the teacher's states vary most; "rotated_pca", the same
+                directions mixed by a random rotation. Standardised, the products of a "pca" are whitened: small
+                directions count as much as large ones, while those of a "rotated_pca" keep their relative sizes.
+            shared: whether pairs with the same dims have the same matrix; that of a PCA is then found from the
+                covariances of their teacher layers, pooled.
 
         Returns:
             a bank that is not frozen.
 
         Raises:
-            ValueError: the kind is unknown, the dims do not match the pairs, or a wider student has kind "identity".
+            ValueError: the kind is unknown, the dims do not match the pairs, or a student is wider than its teacher
+                and the kind is "identity" or a PCA.
         """
         pairs = parse_layer_pairs(layer_pairs)
         if kind not in PROJECTIONS:
@@ -109,8 +113,8 @@ class ProjectionBank:
             raise ValueError(f"A projection's dimension is {smallest}; hidden states have at least 1.")
         projections = {}
         for pair, student_dim, teacher_dim in zip(pairs, student_dims, teacher_dims, strict=True):
-            weight = _draw(kind, student_dim, teacher_dim, _pair_seed(seed, (0, 0) if shared else pair))
-            mean, std = (torch.full((student_dim,), value, **_STORED) for value in (0.0, 1.0))
+            weight = make_matrix(kind, student_dim, teacher_dim, seed, (0, 0) if shared else pair)
+            mean, std = (torch.full((student_dim,), value, **STORED) for value in (0.0, 1.0))
             projections[pair] = _Projection(weight, mean, std)
         return cls(projections, {"kind": kind, "seed": seed, "shared": shared, "teacher": None}, frozen=False)
 
@@ -124,6 +128,11 @@ class ProjectionBank:
         """The matrices' shapes: `{(student_layer, teacher_layer): (student_dim, teacher_dim)}`."""
         return {pair: tuple(p.weight.shape) for pair, p in self._projections.items()}
 
+    @property
+    def lacks_matrices(self) -> bool:
+        """Whether the matrices are those of a PCA, and [`fit`] has yet to find them."""
+        return self.metadata["kind"] in MEASURED and self.metadata["teacher"] is None
+
     def check_fits(
         self, pairs: Iterable[LayerPair], student_dim: int, teacher_dim: int, teacher_fingerprint: str | None
     ) -> None:
@@ -135,12 +144,18 @@ class ProjectionBank:
             teacher_fingerprint: of its weights ([`~teachers.weights_fingerprint`]); None if they change.
 
         Raises:
-            ValueError: a pair has no `[student_dim, teacher_dim]` matrix, or the bank was measured on another teacher.
+            ValueError: a pair has no `[student_dim, teacher_dim]` matrix, the bank was measured on another teacher, or
+                matrices are to be measured on a teacher that changes.
         """
         if missing := [pair for pair in pairs if self.shapes.get(pair) != (student_dim, teacher_dim)]:
             raise ValueError(
                 f"The projection bank does not fit: layer pairs {missing} need [{student_dim}, {teacher_dim}] matrices "
                 f"(student, teacher), but it has {self.shapes}. Create it for this layer map and these models."
+            )
+        if self.lacks_matrices and teacher_fingerprint is None:
+            raise ValueError(
+                f"The matrices of a {self.metadata['kind']!r} projection are measured on the teacher before the first "
+                "step, but the teacher changes while it teaches; use a random projection, such as 'orthogonal'."
             )
         measured = self.metadata["teacher"]
         if measured is not None and (teacher_fingerprint is None or measured["fingerprint"] != teacher_fingerprint):
@@ -161,11 +176,19 @@ class ProjectionBank:
 
     @property
     def matrix_fingerprint(self) -> str:
-        """SHA-256 over pairs and matrices alone, which the seed determines."""
+        """SHA-256 over pairs and matrices alone, which the seed determines; of a PCA, over what it is measured for."""
+        if self.metadata["kind"] in MEASURED:
+            made_of = self.metadata["kind"], self.metadata["seed"], self.metadata["shared"], sorted(self.shapes.items())
+            return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
         return self._hash(("weight",))
 
     def freeze(self) -> ProjectionBank:
-        """Freeze the bank as it is; before [`fit`] that leaves the targets unstandardised. Returns this bank."""
+        """Freeze the bank as it is; before [`fit`] that leaves the targets unstandardised. Returns this bank.
+
+        Raises:
+            ValueError: the matrices are yet to be found by [`fit`].
+        """
+        self._check_has_matrices()
         self.frozen = True
         return self
 
@@ -175,10 +198,12 @@ class ProjectionBank:
         teacher: Callable[[Any, Sequence[int]], tuple[Mapping[int, Tensor], Tensor]],
         dataloader: Iterable[Any],
         identity: Mapping[str, str | None] | None = None,
+        standardize: bool = True,
     ) -> ProjectionBank:
         """Measure mean and standard deviation of the projected teacher states, then freeze the bank.
 
-        A coordinate that does not vary keeps a standard deviation of 1, so that its target is 0.
+        A coordinate that does not vary keeps a standard deviation of 1, so that its target is 0. Of a PCA, the same
+        sample gives the matrices.
 
         Args:
             teacher: a function that is called as `teacher(batch, layers)` for each batch, without gradients. `layers`
@@ -188,41 +213,57 @@ class ProjectionBank:
             dataloader: the batches of the calibration sample. It is read once, and batches are passed on as they are.
             identity: the teacher's `fingerprint` ([`~teachers.weights_fingerprint`]), without which a trainer refuses
                 the bank, and, for readers, its `name` and `revision` on the Hub.
+            standardize: whether targets are standardised; if not, mean and deviation stay 0 and 1.
 
         Returns:
             this bank, frozen.
 
         Raises:
-            ValueError: the bank is frozen already, no position of the sample counts, or a layer's states do not vary.
+            ValueError: the bank is frozen already, no position of the sample counts, a layer's states do not vary, or a
+                PCA has no more positions than directions.
             FloatingPointError: the teacher's states are not finite.
         """
         if self.frozen:
             raise ValueError("This ProjectionBank is fitted and frozen already; create a new one to calibrate again.")
-        layers = sorted({teacher_layer for _, teacher_layer in self._projections})
-        moments = dict.fromkeys(self._projections, (0, 0.0, 0.0))
-        for batch in dataloader:
-            hidden, mask = teacher(batch, layers)
-            for pair, projection in self._projections.items():
-                states = hidden[pair[1]][mask.expand(hidden[pair[1]].shape[:2]) != 0]
-                moments[pair] = _add(moments[pair], _linear(states, projection.weight).double())
-        for pair, (count, mean, squares) in moments.items():
-            if not count:
-                raise ValueError("The calibration sample has no position that counts; give a larger one.")
-            std = (squares / count).sqrt()
-            if not torch.isfinite(std).all():
-                raise FloatingPointError(f"The teacher's hidden states at layer {pair[1]} are not finite.")
-            # the last bits of constant states differ by rounding
-            varies = std > 1e-6 * (mean.square() + std.square()).sqrt()
-            if not varies.any():
+        finds_matrices, layers = self.metadata["kind"] in MEASURED, sorted({layer for _, layer in self._projections})
+        if finds_matrices:
+            states = measure(teacher, dataloader, {layer: layer for layer in layers}, products=True)
+            settings = (self.metadata[name] for name in ("kind", "seed", "shared"))
+            for pair, matrix in principal_matrices(states, self.shapes, *settings).items():
+                self._projections[pair].weight = matrix.to(self._projections[pair].weight.device)
+            outputs = {pair: states[pair[1]].projected(p.weight.double()) for pair, p in self._projections.items()}
+        else:
+            weights = {pair: projection.weight for pair, projection in self._projections.items()}
+            outputs = measure(
+                teacher,
+                dataloader,
+                {pair: pair[1] for pair in weights},
+                lambda pair, states: _linear(states, weights[pair]),
+            )
+        for pair, own in outputs.items():
+            projection = self._projections[pair]
+            if not own.varies.any():
                 raise ValueError(
-                    f"The teacher's hidden states at layer {pair[1]} are the same at all {count} calibration "
+                    f"The teacher's hidden states at layer {pair[1]} are the same at all {own.count} calibration "
                     "positions, so there is nothing to learn from them. Check the teacher and the data."
                 )
-            projection = self._projections[pair]
-            projection.mean = mean.float().to(projection.weight.device)
-            projection.std = torch.where(varies, std, 1.0).float().to(projection.weight.device)
+            if finds_matrices and own.count <= len(own.mean):
+                raise ValueError(
+                    f"The calibration sample has {own.count} positions that count, in which no {len(own.mean)} "
+                    "principal directions can be found; raise calibration_samples, or use a random projection."
+                )
+            if standardize:
+                projection.mean = own.mean.float().to(projection.weight.device)
+                projection.std = torch.where(own.varies, own.std, 1.0).float().to(projection.weight.device)
         self.metadata["teacher"] = {name: (identity or {}).get(name) for name in _IDENTITY}
         return self.freeze()
+
+    def _check_has_matrices(self) -> None:
+        if self.lacks_matrices:
+            raise ValueError(
+                f"The matrices of a {self.metadata['kind']!r} projection are found by ProjectionBank.fit, which has "
+                "not been called; fit the bank first, or use a random projection."
+            )
 
     def project(self, student_layer: int, hidden: Tensor) -> Tensor:
         """The student's targets at a layer: the teacher's states, projected and standardised, in float32.
@@ -233,7 +274,11 @@ class ProjectionBank:
 
         Returns:
             `[..., student_dim]`, in float32 even under autocast.
+
+        Raises:
+            ValueError: the matrices are yet to be found by [`fit`].
         """
+        self._check_has_matrices()
         projection = self._by_student_layer[student_layer]
         weight = projection.weight / projection.std[:, None]
         return _linear(hidden, weight, -projection.mean / projection.std)
@@ -277,18 +322,7 @@ class ProjectionBank:
             OSError: there is no such folder, repository or file.
             ValueError: the file is damaged, has another format version, or does not match its fingerprint.
         """
-        folder = os.fspath(folder_or_repo)
-        if not os.path.isdir(folder):
-            try:
-                folder = snapshot_download(folder, revision=revision, allow_patterns=FILE_NAME)
-            except (OSError, ValueError) as error:
-                raise OSError(
-                    f"{folder!r} is no folder, and there is no such Hub repository within reach ({error}); name the "
-                    f"folder or repository that holds {FILE_NAME}."
-                ) from error
-        path = os.path.join(folder, FILE_NAME)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"There is no {FILE_NAME} in {folder}; it is saved beside each student.")
+        path = find_file(folder_or_repo, revision)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -318,6 +352,8 @@ class ProjectionBank:
         measured = metadata["teacher"]
         if measured is not None and (not isinstance(measured, dict) or sorted(measured) != sorted(_IDENTITY)):
             raise ValueError(f"its teacher is {measured!r}")
+        if frozen and measured is None and metadata["kind"] in MEASURED:
+            raise ValueError(f"its kind is {metadata['kind']!r}, but it was measured on no teacher")
         projections = {
             (s, t): _Projection(*(tensors[f"layer_{s}_{t}.{name}"] for name in ("weight", "mean", "std")))
             for s, t in pairs
@@ -340,12 +376,9 @@ class ProjectionBank:
         Args:
             kwargs: `token`, `private` (of a new repository), and further arguments of `HfApi.upload_file`.
         """
-        api = HfApi(token=kwargs.pop("token", None))
-        api.create_repo(repo_id, exist_ok=True, private=kwargs.pop("private", None))
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            path = os.path.join(folder, FILE_NAME)
-            return str(api.upload_file(path_or_fileobj=path, path_in_repo=FILE_NAME, repo_id=repo_id, **kwargs))
+            return upload_file(folder, repo_id, **kwargs)
 
     def _hash(self, names: Sequence[str], described: str = "") -> str:
         digest = hashlib.sha256(described.encode())
@@ -357,44 +390,8 @@ class ProjectionBank:
         return digest.hexdigest()
 
 
-def _add(moments: tuple[int, Any, Any], values: Tensor) -> tuple[int, Any, Any]:
-    """Update count, mean and sum of squared deviations by `[positions, dim]` values (Chan et al., 1983)."""
-    (before, mean, squares), count = moments, len(values)
-    if not count:
-        return moments
-    own_mean, total = values.mean(0), before + count
-    delta = own_mean - mean
-    squares = squares + (values - own_mean).square().sum(0) + delta**2 * (before * count / total)
-    return total, mean + delta * (count / total), squares
-
-
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.is_autocast_enabled(hidden.device.type):
         return F.linear(hidden.float(), weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):  # targets belong to the loss, which is float32
         return F.linear(hidden.float(), weight, bias)
-
-
-def _pair_seed(seed: int, pair: LayerPair) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {pair[0]} {pair[1]}".encode()).digest()[:8], "big") >> 1
-
-
-def _draw(kind: str, rows: int, columns: int, seed: int) -> Tensor:
-    # Its own CPU generator leaves the global random state, and so the data order, as it is. Rounding from float64 to
-    # float32 removes the differences between CPUs, which are in the last bits.
-    drawn = {"generator": torch.Generator("cpu").manual_seed(seed), "dtype": torch.float64, "device": "cpu"}
-    if kind == "identity":
-        if rows > columns:
-            raise ValueError(
-                f"projection='identity' copies teacher units, but the student has {rows} and the teacher {columns}; "
-                "use a random projection for a student that is wider than its teacher."
-            )
-        return torch.eye(rows, columns, **_STORED)
-    if kind == "rademacher":
-        return ((torch.randint(0, 2, (rows, columns), **drawn) * 2 - 1) / columns**0.5).float()
-    normal = torch.randn(rows, columns, **drawn)
-    if kind == "gaussian":
-        return (normal / columns**0.5).float()
-    basis, triangle = torch.linalg.qr(normal if rows > columns else normal.T)
-    basis = basis * triangle.diagonal().sign()  # makes it unique: LAPACKs differ in the signs
-    return ((basis * (rows / columns) ** 0.5) if rows > columns else basis.T).float().contiguous()
