@@ -68,7 +68,7 @@ def gpt2():
 
 
 def train(
-    folder, accumulation, mesh=None, student=None, shard=shard, shard_teacher=False, frozen=0, checkpointing=False
+    folder, accumulation, mesh=None, student=None, shard=shard, shard_teacher=False, frozen=None, checkpointing=False
 ):
     """Logs and weights of a training; on a mesh of processes each of them takes its share of every batch."""
     rank, processes = (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
@@ -99,7 +99,7 @@ def train(
                 if mesh is not None:
                     student.set_requires_gradient_sync(index == len(micro_batches) - 1)
                 targets = teacher.targets(batch, stage) if stage.needs_teacher else Targets()
-                loss = objective(student, batch, stage, targets, counts, frozen * stage.needs_logits).total
+                loss = objective(student, batch, stage, targets, counts, frozen if stage.needs_logits else None).total
                 (loss * processes).backward()  # gradients are averaged over processes, the counts are of all
                 total += loss.detach()
             if mesh is not None:
