@@ -49,6 +49,7 @@ from hf_curriculum_distill.options import ComparisonOptions, ModelOptions
 from hf_curriculum_distill.report.runs import LABELS_ALONE, Run, log_progress, planned_or_exit, train_all, train_student
 from hf_curriculum_distill.report.tables import PLOT_FILE, format_table, plot_comparison
 from hf_curriculum_distill.tasks.text import check_causal_tokenizer, pack_causal_blocks
+from hf_curriculum_distill.teachers import cached
 from hf_curriculum_distill.teachers.loading import load_teacher
 
 logger = logging.getLogger("causal_lm")
@@ -96,9 +97,7 @@ class RecipeArguments(ModelOptions, ComparisonOptions):
             raise ValueError(f"evaluate_on is {self.evaluate_on!r}; use 'test' or 'validation'.")
         for name in ("teacher_from", "mlm_probability"):
             if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, but no teacher and no masks are made here; omit it."
-                )
+                raise ValueError(f"{name} is set, but nothing is masked here, and no teacher is trained; leave it out.")
 
 
 @dataclass
@@ -128,6 +127,7 @@ class TrainingConfig(CurriculumDistillationConfig):
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
     log_progress(logger, args)
+    log_progress(cached.logger, args)  # how much the cache saves
     if recipe.cache_targets and args.teacher_cache is None and args.method not in UNCACHED_METHODS:
         args = replace(args, teacher_cache=os.path.join(args.output_dir, "teacher_cache"))
     runs = planned_or_exit(recipe, args)
@@ -224,7 +224,10 @@ def find_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
 
 
 def find_config(name: str, gguf_file: str | None = None) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(name, **gguf(gguf_file))
+    try:
+        return AutoConfig.from_pretrained(name, **gguf(gguf_file))
+    except OSError as error:
+        raise OSError(f"The model {name!r} is not within reach: {str(error).splitlines()[0]}") from error
 
 
 def gguf(file: str | None) -> dict:
@@ -266,7 +269,7 @@ def student_config(recipe: RecipeArguments, teacher: PreTrainedConfig) -> PreTra
     """The student's configuration; a size is the teacher's with less of everything that is not its vocabulary."""
     size = re.fullmatch(r"(\d+)-(\d+)", recipe.student)
     if os.path.exists(recipe.student):
-        return AutoConfig.from_pretrained(recipe.student)
+        return find_config(recipe.student)
     if size is None:
         raise ValueError(
             f"{recipe.student!r} is no model: use LAYERS-HIDDEN such as 4-192, or a config.json or model folder that "

@@ -83,8 +83,10 @@ def pack_causal_blocks(
         raise ValueError(f"block_size is {block_size}; a token and the one that is predicted from it need at least 2.")
 
     def pack(batch: dict[str, list]) -> dict[str, list]:
-        ids, num_bytes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        ids, num_bytes = [], []
         texts = [text for text in batch[text_column] if text]
+        if not texts:
+            return {"input_ids": [], "labels": [], "num_bytes": []}
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for text, own, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ids.append(np.array([*own, tokenizer.eos_token_id]))
