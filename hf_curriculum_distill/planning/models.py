@@ -14,8 +14,10 @@ from transformers import AutoConfig, BertConfig, PreTrainedConfig, PreTrainedMod
 from transformers.initialization import no_init_weights
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.layers.configurations import student_config, student_size
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import predicts_next_token
+from hf_curriculum_distill.layers.students import make_student
 from hf_curriculum_distill.planning.arguments import PlanArguments
 from hf_curriculum_distill.planning.dry_run import DryRun
 from hf_curriculum_distill.teachers.checkpoints import find_checkpoints
@@ -25,14 +27,15 @@ from hf_curriculum_distill.teachers.teacher import Teacher
 SIZES = {"bert-large": (24, 1024), "bert-large-narrow": (24, 512), "bert-base": (12, 768)}
 
 
-def find_size(name: str) -> tuple[int, int] | None:
+def find_size(name: str) -> tuple[int, int | None] | None:
     """Find the number of blocks and the hidden size that a name such as `bert-6-768` or `bert-large` stands for.
 
     Args:
-        name: `bert-LAYERS-HIDDEN` or one of [`SIZES`].
+        name: `bert-LAYERS-HIDDEN` or one of [`SIZES`]; of a student also `teacher-LAYERS` or `teacher-LAYERS-HIDDEN`.
 
     Returns:
-        `(blocks, hidden size)`; None if the name is no size, or a file or folder has this name.
+        `(blocks, hidden size)`, where None is the teacher's hidden size; None if the name is no size, or a file or
+        folder has this name.
 
     ```python
     >>> find_size("bert-6-768"), find_size("bert-base"), find_size("gpt2")
@@ -40,18 +43,23 @@ def find_size(name: str) -> tuple[int, int] | None:
 
     ```
     """
+    if (size := student_size(name)) is not None:
+        return size
     size = re.fullmatch(r"bert-(\d+)-(\d+)", name)
     if os.path.exists(name) or not (size or name in SIZES):
         return None
     return tuple(map(int, size.groups())) if size else SIZES[name]
 
 
-def find_config(name: str, dropout: float = 0.1, **bert: Any) -> PreTrainedConfig:
+def find_config(
+    name: str, dropout: float = 0.1, teacher: PreTrainedConfig | None = None, **bert: Any
+) -> PreTrainedConfig:
     """Find the configuration of a model's folder, config.json or Hub repository, or make that of a size.
 
     Args:
         name: folder, file, Hub repository, or size: see [`find_size`].
-        dropout: hidden and attention dropout of a size; a saved configuration has its own.
+        dropout: hidden and attention dropout of a size; a saved configuration, and so a teacher's, has its own.
+        teacher: of a student whose name starts with `teacher-`.
         bert: more fields of a size's `BertConfig`, such as `vocab_size`.
 
     Returns:
@@ -59,7 +67,15 @@ def find_config(name: str, dropout: float = 0.1, **bert: Any) -> PreTrainedConfi
 
     Raises:
         OSError: there is none.
+        ValueError: a teacher's is needed, and it is not given or has no such student.
     """
+    if (size := student_size(name)) is not None:
+        if teacher is None:
+            raise ValueError(
+                f"{name!r} is a student with blocks or the configuration of its teacher, but no teacher is given; name "
+                "it with --teacher, or give a size such as bert-6-768."
+            )
+        return student_config(teacher, size[0], hidden_size=size[1])
     if (size := find_size(name)) is not None:
         layers, hidden = size
         return BertConfig(
@@ -112,12 +128,16 @@ def build_models(options: PlanArguments, args: CurriculumDistillationConfig, tok
         OSError: a configuration is not within reach.
         ValueError: a model is of a kind that is not planned.
     """
-    student_config, teacher_config = _find_configs(options, args, tokenizer)
+    of_student, teacher_config = _find_configs(options, args, tokenizer)
     auto, teacher = getattr(transformers, f"AutoModelFor{options.task}"), None
     online = args.method == "online"
     mode = FakeTensorMode()
     with mode:
-        student = PartialForward(_make_model(auto, student_config).train())
+        if student_size(options.student) is None:
+            student = _make_model(auto, of_student)
+        else:  # as the run makes it, which can refuse what the configuration allows
+            student = make_student(options.student, _make_model(auto, teacher_config))
+        student = PartialForward(student.train())
         _enable_checkpointing(student.model, args)
         if teacher_config is not None:
             dtype = "float32" if online else args.teacher_dtype
@@ -161,7 +181,7 @@ def _find_configs(
     if options.teacher_source:
         teacher_config = find_config(find_teachers(options, args)[-1], options.dropout, **vocabulary)
         vocabulary = vocabulary or {"vocab_size": getattr(teacher_config, "vocab_size", None)}
-    return find_config(options.student, options.dropout, **vocabulary), teacher_config
+    return find_config(options.student, options.dropout, teacher_config, **vocabulary), teacher_config
 
 
 def _make_model(auto: Any, config: PreTrainedConfig, dtype: str | None = None) -> PreTrainedModel:
