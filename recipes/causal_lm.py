@@ -18,11 +18,9 @@ but the first of each, divided by the UTF-8 bytes of the text that these tokens 
 stands for no text. Settings are chosen with --evaluate_on validation and reported with --evaluate_on test.
 """
 
-import copy
 import logging
 import math
 import os
-import re
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -41,10 +39,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_gguf_available
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, layers
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.config import UNCACHED_METHODS
-from hf_curriculum_distill.layers.heads import predicts_next_token
+from hf_curriculum_distill.layers import predicts_next_token, student_size
+from hf_curriculum_distill.layers.configurations import student_config
 from hf_curriculum_distill.options import ComparisonOptions, ModelOptions
 from hf_curriculum_distill.report.runs import LABELS_ALONE, Run, log_progress, planned_or_exit, train_all, train_student
 from hf_curriculum_distill.report.tables import PLOT_FILE, format_table, plot_comparison
@@ -213,7 +212,7 @@ def check_models(recipe: RecipeArguments) -> None:
             f"The teacher {recipe.teacher!r} is a {', '.join(classes)}, without a head that predicts the next token; "
             "use a model of AutoModelForCausalLM."
         )
-    student_config(recipe, config)
+    find_student_config(recipe, config)
     check_causal_tokenizer(find_tokenizer(recipe))
 
 
@@ -258,35 +257,29 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def make_student(recipe: RecipeArguments, teacher: PreTrainedModel) -> PreTrainedModel:
-    """A random model, by size or of a config.json, or a model's folder with its weights."""
-    config = student_config(recipe, teacher.config)
+    """A model made of the teacher's layers, a random one by size or of a config.json, or a folder's; in float32."""
+    if student_size(recipe.student) is not None:
+        return layers.make_student(recipe.student, teacher).float()
     if os.path.isdir(recipe.student):
-        return AutoModelForCausalLM.from_pretrained(recipe.student, config=config)
-    return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_pretrained(recipe.student, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(find_student_config(recipe, teacher.config), dtype=torch.float32)
 
 
-def student_config(recipe: RecipeArguments, teacher: PreTrainedConfig) -> PreTrainedConfig:
-    """The student's configuration; a size is the teacher's with less of everything that is not its vocabulary."""
-    size = re.fullmatch(r"(\d+)-(\d+)", recipe.student)
+def find_student_config(recipe: RecipeArguments, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the student; that of a size is the teacher's, scaled."""
     if os.path.exists(recipe.student):
         return find_config(recipe.student)
-    if size is None:
-        raise ValueError(
-            f"{recipe.student!r} is no model: use LAYERS-HIDDEN such as 4-192, or a config.json or model folder that "
-            "exists."
-        )
-    num_layers, hidden_size = map(int, size.groups())
-    config = copy.deepcopy(teacher)
-    head_dim = getattr(teacher, "head_dim", None) or teacher.hidden_size // teacher.num_attention_heads
-    heads = max(1, hidden_size // head_dim)
-    groups = teacher.num_attention_heads // getattr(teacher, "num_key_value_heads", teacher.num_attention_heads)
-    config.hidden_size, config.num_hidden_layers, config.num_attention_heads = hidden_size, num_layers, heads
-    if hasattr(config, "num_key_value_heads"):
-        config.num_key_value_heads = max(1, heads // groups)
-    if hasattr(config, "intermediate_size"):
-        config.intermediate_size = teacher.intermediate_size * hidden_size // teacher.hidden_size
-    config.dtype = None
-    return config
+    if (size := student_size(recipe.student)) is not None:
+        return student_config(teacher, size[0], hidden_size=size[1])
+    if (size := student_size(f"teacher-{recipe.student}")) is not None:
+        config = student_config(teacher, size[0], hidden_size=size[1])
+        fields = config.to_dict().items()
+        config.update({name: recipe.dropout for name, value in fields if "drop" in name and isinstance(value, float)})
+        return config
+    raise ValueError(
+        f"{recipe.student!r} is no model: use LAYERS-HIDDEN such as 4-192, teacher-LAYERS, teacher-LAYERS-HIDDEN, or "
+        "a config.json or model folder that exists."
+    )
 
 
 # ---- text ----
@@ -316,13 +309,13 @@ def load_data(
             for each in (train, heldout)
         )
     first = recipe.eval_blocks if recipe.evaluate_on == "validation" else 0
-    heldout = heldout.select(range(min(first, len(heldout)), min(first + recipe.eval_blocks, len(heldout))))
-    for name, blocks, option in (("training", train, "train"), (recipe.evaluate_on, heldout, "heldout")):
+    evaluated = range(first, min(first + recipe.eval_blocks, len(heldout)))
+    for name, blocks, option in (("training", train, "train"), (recipe.evaluate_on, evaluated, "heldout")):
         if not len(blocks):
             raise ValueError(
                 f"The text of the {name} set fills no block of {recipe.block_size} tokens; raise --{option}_documents."
             )
-    return train, heldout
+    return train, heldout.select(evaluated)
 
 
 if __name__ == "__main__":

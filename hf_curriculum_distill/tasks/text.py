@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, default_data_collator
@@ -82,22 +82,23 @@ def pack_causal_blocks(
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}; a token and the one that is predicted from it need at least 2.")
 
-    def pack(batch: dict[str, list]) -> dict[str, list]:
-        ids, num_bytes = [], []
+    def pack(batch: dict[str, list]) -> dict[str, np.ndarray]:
         texts = [text for text in batch[text_column] if text]
-        if not texts:
-            return {"input_ids": [], "labels": [], "num_bytes": []}
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        for text, own, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            ids.append(np.array([*own, tokenizer.eos_token_id]))
-            num_bytes.append(_bytes_of_tokens(text, [end for _, end in offsets]))
+        ids, num_bytes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        if texts:
+            encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids += [np.array([*own, tokenizer.eos_token_id]) for own in encoded["input_ids"]]
+            ends = ([end for _, end in offsets] for offsets in encoded["offset_mapping"])
+            num_bytes += map(_bytes_of_tokens, texts, ends)
         num_blocks = sum(map(len, ids)) // block_size
-        blocks, in_bytes = (
+        blocks, of_blocks = (
             np.concatenate(each)[: num_blocks * block_size].reshape(num_blocks, block_size) for each in (ids, num_bytes)
         )
-        return {"input_ids": blocks, "labels": blocks, "num_bytes": in_bytes[:, 1:].sum(1)}
+        return {"input_ids": blocks, "labels": blocks, "num_bytes": of_blocks[:, 1:].sum(1)}
 
-    return _packed(documents, pack, block_size, text_column, num_proc)
+    tokens = List(Value("int64"))
+    features = Features({"input_ids": tokens, "labels": tokens, "num_bytes": Value("int64")})
+    return _packed(documents, pack, block_size, text_column, num_proc, features)
 
 
 def check_causal_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -131,10 +132,11 @@ def _packed(
     block_size: int,
     text_column: str,
     num_proc: int | None,
+    features: Features | None = None,
 ) -> Dataset | IterableDataset:
     if documents.column_names is not None and text_column not in documents.column_names:
         raise ValueError(f"The data set has no column {text_column!r}, only {documents.column_names}; set text_column.")
-    options = {"batched": True, "batch_size": 1000, "remove_columns": documents.column_names}
+    options = {"batched": True, "batch_size": 1000, "remove_columns": documents.column_names, "features": features}
     if isinstance(documents, IterableDataset):
         return documents.map(pack, **options)
     return documents.map(pack, **options, num_proc=num_proc, desc=f"Packing blocks of {block_size} tokens")
