@@ -133,12 +133,13 @@ def main():
     try:
         for each in (recipe, *(run.recipe for run in runs)):
             check_models(each)
-        teacher = evaluate_teacher(recipe, args)
-        results = train_all(runs, distil, args)
+        teacher = find_teacher(recipe, args)
     except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
+        raise SystemExit(" ".join(str(error).split())) from error
+    reference = evaluate_teacher(recipe, args, teacher)
+    results = train_all(runs, distil, args)
     if args.should_save:
-        print("\n" + format_table([teacher, *results]))
+        print("\n" + format_table([reference, *results]))
         finite = [result for result in results if result["finite"]]
         if len(finite) > 1:
             plot = os.path.join(args.output_dir, PLOT_FILE)
@@ -168,13 +169,14 @@ def distil(run: Run) -> dict:
     return with_bits_per_byte(train_student(trainer, run.method), heldout)
 
 
-def evaluate_teacher(recipe: RecipeArguments, args: TrainingConfig) -> dict:
+def evaluate_teacher(recipe: RecipeArguments, args: TrainingConfig, teacher: PreTrainedModel) -> dict:
     """How well the teacher itself predicts the held-out text."""
-    tokenizer, teacher = find_tokenizer(recipe), find_teacher(recipe, args)
-    _, heldout = load_data(recipe, args, tokenizer)
-    args = replace(args, output_dir=os.path.join(args.output_dir, "teacher"), stages=LABELS_ALONE, teacher_cache=None)
+    _, heldout = load_data(recipe, args, find_tokenizer(recipe))
     trainer = CurriculumDistillationTrainer(
-        model=teacher, args=args, eval_dataset=heldout, data_collator=default_data_collator
+        model=teacher,
+        args=replace(args, stages=LABELS_ALONE, teacher_cache=None, push_to_hub=False),
+        eval_dataset=heldout,
+        data_collator=default_data_collator,
     )
     metrics = trainer.evaluate()
     result = with_bits_per_byte({name: metrics[name] for name in ("eval_loss", "eval_accuracy")}, heldout)
@@ -196,7 +198,7 @@ def with_bits_per_byte(result: dict, heldout: Dataset) -> dict:
 
 def num_predicted(blocks: Dataset) -> int:
     """The tokens that a causal model predicts: all of a block but its first."""
-    return sum(len(ids) - 1 for ids in blocks["input_ids"])
+    return len(blocks) * (len(blocks[0]["input_ids"]) - 1)
 
 
 # ---- models ----
@@ -312,7 +314,7 @@ def load_data(
     evaluated = range(first, min(first + recipe.eval_blocks, len(heldout)))
     for name, blocks, option in (("training", train, "train"), (recipe.evaluate_on, evaluated, "heldout")):
         if not len(blocks):
-            raise ValueError(
+            raise SystemExit(
                 f"The text of the {name} set fills no block of {recipe.block_size} tokens; raise --{option}_documents."
             )
     return train, heldout.select(evaluated)

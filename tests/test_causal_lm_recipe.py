@@ -27,7 +27,8 @@ BLOCK = 16
 TINY = f"--student 2-16 --block_size {BLOCK} --eval_blocks 8 --train_documents 10 --text_column body --max_steps 4 "
 TINY += "--save_steps 2 --eval_strategy no --logging_steps 1 --per_device_train_batch_size 4 --calibration_samples 8 "
 TINY += "--use_cpu true --disable_tqdm true --resume_from_checkpoint True "
-TINY += "--methods curriculum one_shot labels --seeds 0 1"
+TINY += "--methods curriculum one_shot labels smaller --seeds 0 1"
+VARIANTS = {"smaller": {"method": "one_shot", "student": "1-8"}}
 
 
 def documents(count, seed):
@@ -65,7 +66,7 @@ def folder(tmp_path_factory):
 def options(folder, output="students"):
     paths = {"--teacher": "teacher", "--dataset": "text", "--output_dir": output}
     paths = [part for option, name in paths.items() for part in (option, str(folder / name))]
-    return [*TINY.split(), *paths]
+    return [*TINY.split(), *paths, "--variants", json.dumps(VARIANTS)]
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +89,19 @@ def finished(folder):
 
 def test_every_student_is_a_small_model_of_the_teachers_family(folder, finished):
     results, done = finished
-    runs = [(method, seed) for method in ("curriculum", "one_shot", "labels") for seed in (0, 1)]
+    runs = [(method, seed) for method in ("curriculum", "one_shot", "labels", "smaller") for seed in (0, 1)]
     assert [(result["method"], result["seed"]) for result in results] == runs
     table = done.stdout[done.stdout.index("method ") :].splitlines()
     assert table[0].split()[:3] == ["method", "bits/byte", "accuracy"]
-    assert [line.split()[0] for line in table[2:9]] == ["(teacher)", *(method for method, _ in runs)]
+    assert [line.split()[0] for line in table[2:11]] == ["(teacher)", *(method for method, _ in runs)]
     assert table[3].split()[1] == f"{results[0]['eval_bits_per_byte']:.4f}"
     for result in results:
         assert result["finite"] and result["steps"] == 4 and result["samples"] == 16
         config = AutoModelForCausalLM.from_pretrained(result["path"]).config
-        assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 2, 16)
-        assert config.num_attention_heads == 2 * config.num_key_value_heads == 2  # as wide as the teacher's, and shared
-        assert config.intermediate_size == 32
+        size = (1, 8) if result["method"] == "smaller" else (2, 16)
+        assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", *size)
+        assert config.intermediate_size == 2 * config.hidden_size
+        assert config.num_attention_heads == config.hidden_size // 8  # as wide as the teacher's
     assert Path(folder, "students/comparison.png").is_file()
 
 
@@ -108,7 +110,7 @@ def test_the_teacher_runs_once_for_all_methods_and_seeds_and_the_log_says_so(fol
     ran = [(result["method"], result["seed"]) for result in results if result["teacher_flops"] > 0]
     assert ran == [("curriculum", 0)]
     found = re.findall(r"teacher_cache: (\S+) % of epoch (\d) were found", done.stderr)
-    assert found == [("0.0", "1"), ("100.0", "2"), *3 * [("100.0", "1"), ("100.0", "2")]]  # none for the labels
+    assert found == [("0.0", "1"), ("100.0", "2"), *5 * [("100.0", "1"), ("100.0", "2")]]  # none for the labels
 
 
 def test_bits_a_byte_are_those_of_a_hand_computation(folder, finished):
@@ -218,7 +220,7 @@ def test_settings_are_chosen_on_other_blocks_than_are_reported(folder, causal_lm
     fewer, heldout = causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe))
     assert len(fewer) < len(train) and len(heldout) == 5
     recipe.eval_blocks = 1000
-    with pytest.raises(ValueError, match="validation set fills no block of 8 tokens; raise --heldout_documents"):
+    with pytest.raises(SystemExit, match="validation set fills no block of 8 tokens; raise --heldout_documents"):
         causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe))
 
 
