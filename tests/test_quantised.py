@@ -9,7 +9,7 @@ from conftest import assert_same_weights, weights
 from test_trainer import step_logs, task_data, train
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill import CurriculumDistillationTrainer, student_from_teacher
 from hf_curriculum_distill.layers.adapted import stored_tensors
 from hf_curriculum_distill.layers.weights import weights_fingerprint
 
@@ -147,3 +147,10 @@ def test_what_can_be_summed_is_checked_for_values_that_are_not_finite(config, te
         with pytest.raises(ValueError, match=rf"{name} of the teacher has values that are nan"):
             train(llama(2), teacher, config(), task_data("causal-lm", 4))
         tensor.copy_(kept)
+
+
+def test_no_student_is_made_of_packed_weights(teachers):
+    whole, folder = teachers
+    with pytest.raises(ValueError, match="LlamaForCausalLM is quantised, so that a student could not train copies"):
+        student_from_teacher(load(folder), 2)
+    assert student_from_teacher(whole, 2).config.num_hidden_layers == 2

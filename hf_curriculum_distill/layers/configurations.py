@@ -76,8 +76,8 @@ def choose_layers(layers: str | Sequence[int], num_layers: int, depth: int, whos
         raise ValueError(f"layers names {len(layers)} blocks, but num_layers is {num_layers}; they must agree.")
     if any(lower >= upper for lower, upper in pairwise([0, *layers, depth + 1])):
         raise ValueError(
-            f"layers is {list(layers)}, but the blocks of {whose} are numbered from 1 to {depth}; name each at most once, "
-            "in increasing order."
+            f"layers is {list(layers)}, but the blocks of {whose} are numbered from 1 to {depth}; name each at "
+            "most once, in increasing order."
         )
     return list(layers)
 
@@ -125,14 +125,15 @@ def student_config(
             part = _part(config, one, main_input)
             if part.hidden_size != hidden_size:
                 _scale(part, hidden_size)
-    config.name_or_path, config._commit_hash = "", None
+    config.name_or_path = ""
     try:
-        return type(config).from_dict(config.to_dict())  # works out what follows from other fields, and checks them
+        type(config).from_dict(config.to_dict())  # as a folder is read
     except Exception as error:  # of any kind: each family checks its fields as it likes
         raise ValueError(
             f"There is no {type(config).__name__} with num_layers={num_layers} and hidden_size={hidden_size} "
             f"({' '.join(str(error).split())}); choose other sizes, or make the student from a configuration of yours."
         ) from error
+    return config
 
 
 def stacks_of(config: PreTrainedConfig, stack: str | None) -> tuple[str, ...]:
@@ -163,9 +164,7 @@ def _cut_lists(config: PreTrainedConfig, chosen: Sequence[int], depth: int) -> N
             setattr(config, name, [chosen.index(value + 1) for value in values if value + 1 in chosen])
         elif len(values) == depth:
             setattr(config, name, [values[number - 1] for number in chosen])
-    if hasattr(config, "attention_types") and hasattr(
-        config, "attention_layers"
-    ):  # from which GPT-Neo works out attention_layers
+    if {"attention_types", "attention_layers"} <= vars(config).keys():  # GPT-Neo works out the latter
         config.attention_types = [[config.attention_layers, 1]]
     if getattr(config, "out_indices", None):  # of a backbone
         if config.out_indices != [depth]:

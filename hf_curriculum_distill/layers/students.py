@@ -33,7 +33,8 @@ def student_from_teacher(
     At the teacher's width, embeddings, the chosen blocks, final norms and head are the teacher's to the bit, dtype and
     device included, and share no memory with it; with as many blocks, the student is the teacher. DistilBERT (Sanh et
     al., 2019, arXiv 1910.01108) starts from every second block. What a whole stack uses but one block holds, as block 1
-    of T5 holds the relative positions, comes from there.
+    of T5 holds the relative positions, comes from there. `projection="identity"` gives such a student targets in the
+    basis of its own states, a random projection in another.
 
     At another width, the student is randomly initialised, in the teacher's dtype. Its configuration is the teacher's
     with feed-forward layers in proportion, and with heads of the same width if their number stays whole, otherwise
@@ -69,9 +70,9 @@ def student_from_teacher(
             "as they are; give another hidden_size, or leave projection_bank out."
         )
     config = student_config(teacher.config, num_layers, layers, hidden_size, stack, teacher.main_input_name)
-    config._attn_implementation, config.dtype = teacher.config._attn_implementation, teacher.dtype
+    config.dtype = teacher.dtype
     try:
-        student = _without_values(type(teacher), config) if copied else type(teacher)._from_config(config)
+        student = _without_values(type(teacher), config) if copied else type(teacher)(config)
         found = {one: len(find_block_stack(student, one)) for one in stacks}
     except Exception as error:  # of any kind: a family checks its sizes as it likes
         raise ValueError(
@@ -83,6 +84,8 @@ def student_from_teacher(
             f"The configuration of {type(teacher).__name__} does not say how many blocks it has: {found} instead of "
             f"num_layers={num_layers}; make the student from a configuration of yours."
         )
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(teacher.dtype)
     if copied:
         _copy_weights(student, teacher, {one: choose_layers(layers, num_layers, depths[one]) for one in stacks})
     elif projection_bank is not None:
@@ -194,7 +197,7 @@ def _without_values(model_class: type[PreTrainedModel], config: PreTrainedConfig
     return model
 
 
-def _copy_weights(student: PreTrainedModel, teacher: PreTrainedModel, chosen: Mapping[str, Sequence[int]]) -> None:
+def _copy_weights(student: PreTrainedModel, teacher: PreTrainedModel, chosen: Mapping[str, list[int]]) -> None:
     """Copy all of a teacher's parameters and buffers but those of blocks that are not chosen."""
     ours, theirs = ({module: name for name, module in model.named_modules()} for model in (student, teacher))
     values, of_blocks = [_tensors(teacher), _computed(teacher)], []
@@ -205,10 +208,10 @@ def _copy_weights(student: PreTrainedModel, teacher: PreTrainedModel, chosen: Ma
         values = [{n: t for n, t in known.items() if not n.startswith(prefixes)} for known in values]
         for index, (block, number) in enumerate(zip(find_block_stack(student, stack), numbers, strict=True)):
             source = blocks[number - 1]
-            if sources.setdefault(block, source) is not source:
+            if sources.setdefault(block, source) is not source or [*sources.values()].count(source) > 1:
                 raise ValueError(
-                    f"{type(teacher).__name__} runs one block for many layers, and layers {list(numbers)} would put "
-                    "different blocks into one; choose other layers."
+                    f"{type(teacher).__name__} runs one block for many layers, and a student with layers {numbers} "
+                    "would run it for others; choose other layers, or another number of them."
                 )
             # what a whole stack uses is in a block of a certain number, whichever block is chosen for it
             wanted, own = _tensors(block), _tensors(source)
@@ -217,8 +220,8 @@ def _copy_weights(student: PreTrainedModel, teacher: PreTrainedModel, chosen: Ma
             if changed := _changed(block, source, index + 1 - number, missing):
                 raise ValueError(
                     f"Block {number} of the {type(teacher).__name__} would be another one as block {index + 1} "
-                    f"({changed}); choose layers that keep each kind of block in its place, such as 'lowest' or a list that "
-                    "starts with 1."
+                    f"({changed}); choose layers that keep each kind of block in its place, such as 'lowest' or a list "
+                    "that starts with 1."
                 )
     for prefix, of_block in of_blocks:
         for known, more in zip(values, of_block, strict=True):
@@ -267,9 +270,10 @@ def _assign(student: PreTrainedModel, saved: Mapping[str, Tensor], computed: Map
         wrong.add("tied weights")
     if wrong:
         raise ValueError(
-            f"A {type(student).__name__} of these blocks has no place for, or needs, other weights than those of the "
-            f"teacher ({', '.join(sorted(wrong)[:3])}{' ...' if len(wrong) > 3 else ''}); choose layers that keep each "
-            "kind of block in its place, such as 'lowest' or a list that starts with 1."
+            f"Blocks of the {type(student).__name__} are of another kind at their new numbers: a student has no place "
+            f"for some of their weights, or needs others ({', '.join(sorted(wrong)[:3])}"
+            f"{' ...' if len(wrong) > 3 else ''}); choose layers that keep each kind of block in its place, such as "
+            "'lowest' or a list that starts with 1."
         )
     for name, buffer in _computed(student).items():
         if name in computed and computed[name].shape == buffer.shape:
