@@ -13,13 +13,14 @@ TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification"
 # Options of the recipes that change nothing in a plan. The recipes are no part of the package, so the list is
 # written out; a test compares it with them.
 RECIPE_OPTIONS = {
-    "allow_untrained_teacher", "dataset", "dataset_config", "dimension", "earlier_teachers", "eval_blocks",
-    "evaluate_on", "first_checkpoint", "grammar", "head_dim", "heldout_documents", "heldout_examples",
-    "heldout_sentences", "initializer_range", "mask_once", "max_length", "methods", "model", "num_layers",
-    "preprocessing_workers", "seeds", "shuffle_features", "sparsity", "start", "streaming", "student_embeddings",
-    "student_heads", "student_width", "support", "support_seed", "teacher_accuracy", "teacher_batch_size",
-    "teacher_finish_samples", "teacher_heads", "teacher_max_samples", "teacher_save_samples", "teacher_save_steps",
-    "teacher_seed", "teacher_steps", "teacher_width", "text_column", "train_sentences", "variants", "whole_words",
+    "allow_untrained_teacher", "cache_targets", "dataset", "dataset_config", "dimension", "earlier_teachers",
+    "eval_blocks", "evaluate_on", "first_checkpoint", "gguf_file", "grammar", "head_dim", "heldout_documents",
+    "heldout_examples", "heldout_sentences", "initializer_range", "mask_once", "max_length", "methods", "model",
+    "num_layers", "preprocessing_workers", "seeds", "shuffle_features", "sparsity", "start", "streaming",
+    "student_embeddings", "student_heads", "student_width", "support", "support_seed", "teacher_accuracy",
+    "teacher_batch_size", "teacher_finish_samples", "teacher_heads", "teacher_max_samples", "teacher_save_samples",
+    "teacher_save_steps", "teacher_seed", "teacher_steps", "teacher_width", "text_column", "train_documents",
+    "train_sentences", "variants", "whole_words",
 }  # fmt: skip
 
 

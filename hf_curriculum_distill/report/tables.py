@@ -22,6 +22,7 @@ PLOT_FILE = "comparison.png"
 
 _COLUMNS = {
     "method": ("method", str),
+    "eval_bits_per_byte": ("bits/byte", "{:.4f}".format),
     "eval_accuracy": ("accuracy", "{:.4f}".format),
     "eval_agreement": ("agreement", "{:.4f}".format),
     "eval_kl": ("KL", "{:.4f}".format),
@@ -29,6 +30,7 @@ _COLUMNS = {
     "flops": ("FLOPs", "{:.2e}".format),
     "seconds": ("seconds", "{:.0f}".format),
 }
+_OF_TEXT = "eval_bits_per_byte"  # a column where a result has it
 _AXIS_LABELS = {
     "eval_accuracy": "held-out accuracy",
     "eval_agreement": "held-out agreement with the teacher",
@@ -44,14 +46,16 @@ def format_table(results: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         results: objects of `results.json`, or parts of them. Accuracy and agreement are shares of the labels that
-            count, KL is in nats, and FLOPs are those of student and teacher.
+            count, KL is in nats, and FLOPs are those of student and teacher. Bits a byte are a column only if a result
+            has them.
     """
-    rows = [[title for title, _ in _COLUMNS.values()]]
+    columns = {n: column for n, column in _COLUMNS.items() if n != _OF_TEXT or any(n in result for result in results)}
+    rows = [[title for title, _ in columns.values()]]
     for result in results:
         values = dict(result)
         if "student_flops" in values:
             values["flops"] = values["student_flops"] + values["teacher_flops"]
-        rows.append([show(values[name]) if name in values else "-" for name, (_, show) in _COLUMNS.items()])
+        rows.append([show(values[name]) if name in values else "-" for name, (_, show) in columns.items()])
     return align(rows)
 
 

@@ -70,6 +70,9 @@ def test_the_table_has_a_line_a_model_and_aligned_columns(tmp_path):
     assert first.split() == ["curriculum", "0.4000", "0.5000", "1.2500", "32", "6.00e+01", "3"]
     assert second.split() == ["one_shot", "-", "-", "-", "-", "-", "-"]
     assert len({len(line) for line in (header, rule, first, second)}) == 1
+    header, _, first, second = format_table([results[0] | {"eval_bits_per_byte": 1.5}, results[1]]).splitlines()
+    assert header.split()[:3] == ["method", "bits/byte", "accuracy"]
+    assert first.split()[:3] == ["curriculum", "1.5000", "0.4000"] and second.split()[1] == "-"
 
 
 # ---- summary ----

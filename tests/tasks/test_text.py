@@ -7,10 +7,11 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, DataCollatorForLanguageModeling
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, ByT5Tokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from hf_curriculum_distill.tasks.pcfg import pcfg_tokenizer
-from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
+from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks, pack_causal_blocks
 
 VOCABULARY = Path(__file__).parents[2] / "recipes/data/bert_uncased"
 DOCUMENTS = ["the cat sat on the mat", "a dog", "no one knows what it is like to be a bat"]
@@ -214,3 +215,66 @@ def test_a_fixed_count_leaves_labels_that_are_there(tokenizer):
     masked = mask_once(blocks, tokenizer, 0.15, seed=0)
     batch = MaskedBlocksCollator(tokenizer, 0.15, fixed_count=True)(list(masked))
     assert batch["labels"].tolist() == masked["labels"]
+
+
+# ---- blocks for causal models ----
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    """Each byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate([*alphabet, "<eos>"])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+@given(documents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=8)), block_size=st.integers(2, 9))
+def test_bytes_of_a_block_are_those_of_the_characters_that_begin_in_its_predicted_tokens(
+    bytes_tokenizer, documents, block_size
+):
+    sizes, ids = [], []  # of each token: the bytes of the character if it is its first token
+    for document in filter(None, documents):
+        for character in document:
+            size = len(character.encode())
+            sizes += [size, *[0] * (size - 1)]
+        ids += [*bytes_tokenizer(document)["input_ids"], bytes_tokenizer.eos_token_id]
+        sizes.append(0)
+    assert len(ids) == len(sizes)
+    starts = range(0, len(ids) - block_size + 1, block_size)
+    blocks = pack_causal_blocks(Dataset.from_dict({"text": ["", *documents]}), bytes_tokenizer, block_size)
+    assert blocks["input_ids"][:] == blocks["labels"][:] == [ids[i : i + block_size] for i in starts]
+    assert blocks["num_bytes"][:] == [sum(sizes[i + 1 : i + block_size]) for i in starts]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_that_a_tokenizer_drops_belongs_to_what_follows_it(tokenizer, streaming):
+    causal = AutoTokenizer.from_pretrained(VOCABULARY, eos_token="[SEP]")
+    documents = Dataset.from_dict({"text": ["The  cat\n", "É"]})  # the, cat, <eos>, e, <eos>
+    documents = documents.to_iterable_dataset() if streaming else documents
+    [block] = pack_causal_blocks(documents, causal, block_size=5)
+    assert causal.convert_ids_to_tokens(block["input_ids"]) == ["the", "cat", "[SEP]", "e", "[SEP]"]
+    assert block["num_bytes"] == len(b"  cat\n") + len("É".encode())
+
+
+def test_blocks_are_packed_once(bytes_tokenizer, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n{"text": "two"}')
+    bytes_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    files = []
+    for _ in range(2):
+        documents = Dataset.from_json(str(tmp_path / "text.jsonl"), cache_dir=str(tmp_path / "cache"))
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+        files.append(pack_causal_blocks(documents, tokenizer, 4).cache_files)
+    assert files[0] == files[1] != documents.cache_files
+
+
+def test_a_tokenizer_without_end_or_offsets_and_a_block_that_predicts_nothing_are_errors(bytes_tokenizer):
+    documents = Dataset.from_dict({"body": DOCUMENTS})
+    with pytest.raises(ValueError, match=r"no column 'text', only \['body'\]"):
+        pack_causal_blocks(documents, bytes_tokenizer, 6)
+    with pytest.raises(ValueError, match="block_size is 1"):
+        pack_causal_blocks(documents, bytes_tokenizer, 1, text_column="body")
+    with pytest.raises(ValueError, match="has no end-of-sequence token"):
+        pack_causal_blocks(documents, AutoTokenizer.from_pretrained(VOCABULARY), 6, text_column="body")
+    with pytest.raises(ValueError, match="does not say which text a token stands for"):
+        pack_causal_blocks(documents, ByT5Tokenizer(), 6, text_column="body")
