@@ -51,7 +51,7 @@ from hf_curriculum_distill.report.runs import (
     train_student,
 )
 from hf_curriculum_distill.report.tables import PLOT_FILE, format_table, plot_comparison
-from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks
+from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks, tokenize_documents
 
 logger = logging.getLogger("bert_large")
 
@@ -78,6 +78,9 @@ class RecipeArguments(ModelOptions, ComparisonOptions):
     evaluate_on: str = field(
         default="test",
         metadata={"help": "The first held-out blocks are the 'test' set; the 'validation' set, as many, follows them."},
+    )
+    packed: bool = field(
+        default=True, metadata={"help": "Join documents and cut them into blocks; if False, a block is one document."}
     )
     whole_words: bool = field(default=False, metadata={"help": "Mask whole words instead of single WordPieces."})
     mask_once: bool = field(
@@ -303,7 +306,8 @@ def load_data(recipe: RecipeArguments, tokenizer) -> tuple[Dataset | IterableDat
         train = train.shuffle(seed=0, buffer_size=10_000).repeat(
             None
         )  # no process runs out of its shards before another
-    pack = partial(pack_blocks, tokenizer=tokenizer, block_size=recipe.block_size, text_column=recipe.text_column)
+    to_blocks = pack_blocks if recipe.packed else tokenize_documents
+    pack = partial(to_blocks, tokenizer=tokenizer, block_size=recipe.block_size, text_column=recipe.text_column)
     train = pack(train, num_proc=recipe.preprocessing_workers)
     if recipe.mask_once:
         train = mask_once(train, tokenizer, recipe.mlm_probability, seed=1)

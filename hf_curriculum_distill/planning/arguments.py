@@ -16,7 +16,7 @@ RECIPE_OPTIONS = {
     "allow_untrained_teacher", "cache_targets", "dataset", "dataset_config", "dimension", "earlier_teachers",
     "eval_blocks", "evaluate_on", "first_checkpoint", "gguf_file", "grammar", "head_dim", "heldout_documents",
     "heldout_examples", "heldout_sentences", "initializer_range", "mask_once", "max_length", "methods", "model",
-    "num_layers", "preprocessing_workers", "seeds", "shuffle_features", "sparsity", "start", "streaming",
+    "num_layers", "packed", "preprocessing_workers", "seeds", "shuffle_features", "sparsity", "start", "streaming",
     "student_embeddings", "student_heads", "student_width", "support", "support_seed", "teacher_accuracy",
     "teacher_batch_size", "teacher_finish_samples", "teacher_heads", "teacher_max_samples", "teacher_save_samples",
     "teacher_save_steps", "teacher_seed", "teacher_steps", "teacher_width", "text_column", "train_documents",

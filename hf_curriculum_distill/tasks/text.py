@@ -53,6 +53,27 @@ def pack_blocks(
     return _packed(documents, pack, block_size, text_column, num_proc)
 
 
+def tokenize_documents(
+    documents: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    text_column: str = "text",
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """Tokenize documents one by one, for texts that mean nothing when joined, such as proteins.
+
+    One row: `{"input_ids": [CLS] the cat sat [SEP]}`, cut to `block_size` tokens.
+
+    Arguments and errors as of [`pack_blocks`].
+    """
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(batch[text_column], truncation=True, max_length=block_size, verbose=False)
+        return {"input_ids": encoded["input_ids"]}
+
+    return _packed(documents, tokenize, block_size, text_column, num_proc)
+
+
 def pack_causal_blocks(
     documents: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,

@@ -11,7 +11,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from hf_curriculum_distill.tasks.pcfg import pcfg_tokenizer
-from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks, pack_causal_blocks
+from hf_curriculum_distill.tasks.text import (
+    MaskedBlocksCollator,
+    mask_once,
+    pack_blocks,
+    pack_causal_blocks,
+    tokenize_documents,
+)
 
 VOCABULARY = Path(__file__).parents[2] / "recipes/data/bert_uncased"
 DOCUMENTS = ["the cat sat on the mat", "a dog", "no one knows what it is like to be a bat"]
@@ -109,6 +115,15 @@ def test_examples_of_different_lengths_are_padded_and_need_a_padding_token(token
     for wrong in ([], [-1], [len(tokenizer)]):
         with pytest.raises(ValueError, match="random_ids is"):
             MaskedBlocksCollator(tokenizer, random_ids=wrong)
+
+
+def test_documents_that_are_not_joined_are_cut_to_the_block(tokenizer):
+    rows = tokenize_documents(Dataset.from_dict({"text": DOCUMENTS}), tokenizer, 6)
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == [
+        "[CLS] the cat sat on [SEP]",
+        "[CLS] a dog [SEP]",
+        "[CLS] no one knows what [SEP]",
+    ]
 
 
 # ---- as many labels in every example ----
