@@ -58,3 +58,34 @@ class ComparisonOptions:
     seeds: list[int] | None = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of students and their data; --seed alone if none."}
     )
+
+
+@dataclass
+class TextOptions:
+    """Which text a language model is trained and evaluated on: see `tasks.documents`.
+
+    Raises:
+        ValueError: `evaluate_on` is unknown.
+    """
+
+    dataset: str = field(
+        default="wikimedia/wikipedia",
+        metadata={"help": "Hub data set, or a local file or folder of parquet, JSON or text files."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration; 20231101.en for Wikipedia."})
+    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    block_size: int = field(default=512, metadata={"help": "Tokens of a block of text."})
+    train_documents: int | None = field(default=None, metadata={"help": "Documents to train on, at most; all if none."})
+    heldout_documents: int = field(
+        default=2000, metadata={"help": "Documents held out for evaluation where the data has no validation split."}
+    )
+    eval_blocks: int = field(default=1024, metadata={"help": "Held-out blocks that are evaluated, at most."})
+    evaluate_on: str = field(
+        default="test",
+        metadata={"help": "The first held-out blocks are the 'test' set; the 'validation' set, as many, follows them."},
+    )
+    preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+    def __post_init__(self):
+        if self.evaluate_on not in ("test", "validation"):
+            raise ValueError(f"evaluate_on is {self.evaluate_on!r}; use 'test' or 'validation'.")

@@ -18,10 +18,9 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     CONFIG_NAME,
     AutoConfig,
@@ -39,46 +38,34 @@ from hf_curriculum_distill import (
 )
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.layers import make_student, student_size
-from hf_curriculum_distill.options import ComparisonOptions, ModelOptions
+from hf_curriculum_distill.options import ComparisonOptions, ModelOptions, TextOptions
 from hf_curriculum_distill.planning import SIZES, find_config, find_size
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
+    check_finite,
     check_kept_teacher,
     log_progress,
     planned_or_exit,
+    summarize,
     train_all,
     train_student,
 )
-from hf_curriculum_distill.report.tables import PLOT_FILE, format_table, plot_comparison
+from hf_curriculum_distill.tasks.documents import evaluated_blocks, load_documents
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks, tokenize_documents
 
 logger = logging.getLogger("bert_large")
 
 
 @dataclass
-class RecipeArguments(ModelOptions, ComparisonOptions):
+class RecipeArguments(TextOptions, ModelOptions, ComparisonOptions):
     methods: list[str] = field(default_factory=lambda: ["curriculum"])
     seeds: list[int] | None = None
     student: str = "bert-large"
     teacher: str = "google-bert/bert-large-uncased"
     mlm_probability: float = 0.15
     teacher_steps: int = field(default=1000, metadata={"help": "Steps of a teacher's training, on the labels."})
-    dataset: str = field(
-        default="wikimedia/wikipedia",
-        metadata={"help": "Hub data set, or a local folder of parquet, JSON or text files."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration; 20231101.en for Wikipedia."})
-    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
     streaming: bool = field(default=False, metadata={"help": "Read the data while training instead of before."})
-    heldout_documents: int = field(
-        default=2000, metadata={"help": "Documents held out for evaluation where the data has no validation split."}
-    )
-    eval_blocks: int = field(default=1024, metadata={"help": "Held-out blocks that are evaluated, at most."})
-    evaluate_on: str = field(
-        default="test",
-        metadata={"help": "The first held-out blocks are the 'test' set; the 'validation' set, as many, follows them."},
-    )
     packed: bool = field(
         default=True, metadata={"help": "Join documents and cut them into blocks; if False, a block is one document."}
     )
@@ -97,7 +84,6 @@ class RecipeArguments(ModelOptions, ComparisonOptions):
     allow_untrained_teacher: bool = field(
         default=False, metadata={"help": "Take a teacher that hardly knows more than the most frequent token."}
     )
-    preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
 
 @dataclass
@@ -151,14 +137,8 @@ def main():
     teacher = find_teacher(recipe, args, pipeline)
     results = train_all(runs, partial(distil, pipeline), args)
     if args.should_save:
-        print("\n" + format_table([teacher, *results]))
-        finite = [result for result in results if result["finite"]]
-        if len(finite) > 1:
-            plot = os.path.join(args.output_dir, PLOT_FILE)
-            plot_comparison(finite, plot, f"{recipe.student} from {recipe.teacher}")
-            print(f"\nplot: {plot}")
-    if broken := [result for result in results if not result["finite"]]:
-        raise SystemExit("\n".join(f"{result['path']}: {result['error']}" for result in broken))
+        print(f"\n{summarize([teacher, *results], args, f'{recipe.student} from {recipe.teacher}')}")
+    check_finite(results)
 
 
 def distil(pipeline: dict, run: Run) -> dict:
@@ -287,38 +267,19 @@ def check_size(size: str) -> None:
 
 def load_data(recipe: RecipeArguments, tokenizer) -> tuple[Dataset | IterableDataset, Dataset]:
     """Packed training blocks, and held-out blocks that are masked once and for all."""
-    config = recipe.dataset_config
-    if config is None and recipe.dataset == "wikimedia/wikipedia":
-        config = "20231101.en"
-    if recipe.evaluate_on not in ("test", "validation"):
-        raise SystemExit(f"evaluate_on is {recipe.evaluate_on!r}; use 'test' or 'validation'.")
     if recipe.mask_once and recipe.streaming:
         raise SystemExit("mask_once masks the blocks before training, so it can't be used with streaming.")
-    documents = load_dataset(recipe.dataset, config, streaming=recipe.streaming)
-    train, num_heldout = documents["train"], recipe.heldout_documents
-    if "validation" in documents:
-        heldout = documents["validation"]
-    elif recipe.streaming:
-        train, heldout = train.skip(num_heldout), train.take(num_heldout)
-    else:
-        train, heldout = train.train_test_split(test_size=num_heldout, seed=0).values()
-    if recipe.streaming:
-        train = train.shuffle(seed=0, buffer_size=10_000).repeat(
-            None
-        )  # no process runs out of its shards before another
     to_blocks = pack_blocks if recipe.packed else tokenize_documents
     pack = partial(to_blocks, tokenizer=tokenizer, block_size=recipe.block_size, text_column=recipe.text_column)
+    train, heldout = load_documents(recipe, recipe.streaming)
     train = pack(train, num_proc=recipe.preprocessing_workers)
     if recipe.mask_once:
         train = mask_once(train, tokenizer, recipe.mlm_probability, seed=1)
-    first = recipe.eval_blocks if recipe.evaluate_on == "validation" else 0
-    blocks = list(islice(pack(heldout), first, first + recipe.eval_blocks))
-    if not blocks:
-        raise SystemExit(
-            f"The held-out text fills no block of {recipe.block_size} tokens for the {recipe.evaluate_on} set; raise "
-            "--heldout_documents."
-        )
-    return train, mask_once(blocks, tokenizer, recipe.mlm_probability, seed=0)
+    try:
+        evaluated = evaluated_blocks(pack(heldout), recipe)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    return train, mask_once(evaluated, tokenizer, recipe.mlm_probability, seed=0)
 
 
 if __name__ == "__main__":

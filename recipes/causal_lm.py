@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import transformers
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,9 +44,18 @@ from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.config import UNCACHED_METHODS
 from hf_curriculum_distill.layers import predicts_next_token, student_size
 from hf_curriculum_distill.layers.configurations import student_config
-from hf_curriculum_distill.options import ComparisonOptions, ModelOptions
-from hf_curriculum_distill.report.runs import LABELS_ALONE, Run, log_progress, planned_or_exit, train_all, train_student
-from hf_curriculum_distill.report.tables import PLOT_FILE, format_table, plot_comparison
+from hf_curriculum_distill.options import ComparisonOptions, ModelOptions, TextOptions
+from hf_curriculum_distill.report.runs import (
+    LABELS_ALONE,
+    Run,
+    check_finite,
+    log_progress,
+    planned_or_exit,
+    summarize,
+    train_all,
+    train_student,
+)
+from hf_curriculum_distill.tasks.documents import evaluated_blocks, load_documents
 from hf_curriculum_distill.tasks.text import check_causal_tokenizer, pack_causal_blocks
 from hf_curriculum_distill.teachers import cached
 from hf_curriculum_distill.teachers.loading import load_teacher
@@ -55,7 +64,7 @@ logger = logging.getLogger("causal_lm")
 
 
 @dataclass
-class RecipeArguments(ModelOptions, ComparisonOptions):
+class RecipeArguments(TextOptions, ModelOptions, ComparisonOptions):
     methods: list[str] = field(default_factory=lambda: ["curriculum"])
     seeds: list[int] | None = None
     student: str = field(
@@ -71,29 +80,12 @@ class RecipeArguments(ModelOptions, ComparisonOptions):
     )
     block_size: int = 128
     dropout: float = 0.0
-    dataset: str = field(
-        default="wikimedia/wikipedia",
-        metadata={"help": "Hub data set, or a local file or folder of parquet, JSON or text files."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration; 20231101.en for Wikipedia."})
-    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
-    train_documents: int | None = field(default=None, metadata={"help": "Documents to train on, at most; all if none."})
-    heldout_documents: int = field(
-        default=2000, metadata={"help": "Documents held out for evaluation where the data has no validation split."}
-    )
-    eval_blocks: int = field(default=1024, metadata={"help": "Held-out blocks that are evaluated, at most."})
-    evaluate_on: str = field(
-        default="test",
-        metadata={"help": "The first held-out blocks are the 'test' set; the 'validation' set, as many, follows them."},
-    )
     cache_targets: bool = field(
         default=True, metadata={"help": "Whether teacher_cache is <output_dir>/teacher_cache where it is not set."}
     )
-    preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
     def __post_init__(self):
-        if self.evaluate_on not in ("test", "validation"):
-            raise ValueError(f"evaluate_on is {self.evaluate_on!r}; use 'test' or 'validation'.")
+        super().__post_init__()
         for name in ("teacher_from", "mlm_probability"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is set, but nothing is masked here, and no teacher is trained; leave it out.")
@@ -139,14 +131,8 @@ def main():
     reference = evaluate_teacher(recipe, args, teacher)
     results = train_all(runs, distil, args)
     if args.should_save:
-        print("\n" + format_table([reference, *results]))
-        finite = [result for result in results if result["finite"]]
-        if len(finite) > 1:
-            plot = os.path.join(args.output_dir, PLOT_FILE)
-            plot_comparison(finite, plot, f"{recipe.student} from {recipe.teacher}")
-            print(f"\nplot: {plot}")
-    if broken := [result for result in results if not result["finite"]]:
-        raise SystemExit("\n".join(f"{result['path']}: {result['error']}" for result in broken))
+        print(f"\n{summarize([reference, *results], args, f'{recipe.student} from {recipe.teacher}')}")
+    check_finite(results)
 
 
 def distil(run: Run) -> dict:
@@ -291,33 +277,21 @@ def load_data(
     recipe: RecipeArguments, args: TrainingConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, Dataset]:
     """Packed blocks to train on and held-out ones; `datasets` keeps them, so that they are made once."""
-    config = recipe.dataset_config
-    if config is None and recipe.dataset == "wikimedia/wikipedia":
-        config = "20231101.en"
-    folder, file = os.path.split(recipe.dataset) if os.path.isfile(recipe.dataset) else (recipe.dataset, None)
     with args.main_process_first(desc="data"):
-        documents = load_dataset(folder or ".", config, data_files=file)
-        train = documents["train"]
-        if "validation" in documents:
-            heldout = documents["validation"]
-        else:
-            train, heldout = train.train_test_split(test_size=recipe.heldout_documents, seed=0).values()
-        if recipe.train_documents is not None:
-            train = train.select(range(min(recipe.train_documents, len(train))))
         train, heldout = (
             pack_causal_blocks(
                 each, tokenizer, recipe.block_size, recipe.text_column, num_proc=recipe.preprocessing_workers
             )
-            for each in (train, heldout)
+            for each in load_documents(recipe)
         )
-    first = recipe.eval_blocks if recipe.evaluate_on == "validation" else 0
-    evaluated = range(first, min(first + recipe.eval_blocks, len(heldout)))
-    for name, blocks, option in (("training", train, "train"), (recipe.evaluate_on, evaluated, "heldout")):
-        if not len(blocks):
+        if not len(train):
             raise SystemExit(
-                f"The text of the {name} set fills no block of {recipe.block_size} tokens; raise --{option}_documents."
+                f"The text to train on fills no block of {recipe.block_size} tokens; raise --train_documents."
             )
-    return train, heldout.select(evaluated)
+        try:
+            return train, evaluated_blocks(heldout, recipe)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import transformers
 from hf_curriculum_distill.config import METHODS, UNCACHED_METHODS, CurriculumDistillationConfig
 from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.report.results import write_results
-from hf_curriculum_distill.report.tables import format_summary
+from hf_curriculum_distill.report.tables import PLOT_FILE, format_summary, format_table, plot_comparison
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -217,6 +217,32 @@ def train_all(
             write_results(args.output_dir, results)
             logger.info("%s, seed %d: %s", run.method, run.args.seed, _describe(result))
     return results
+
+
+def summarize(results: Sequence[Mapping[str, Any]], args: CurriculumDistillationConfig, title: str) -> str:
+    """Draw the runs that ended well into `args.output_dir`, if there are several, and describe all of them.
+
+    Args:
+        results: objects of `results.json`; first, the teacher's metrics with the method "(teacher)".
+        args: what all runs share.
+        title: of the plot.
+
+    Returns:
+        a table with a line for each, and the name of the plot.
+    """
+    table = format_table(results)
+    finite = [result for result in results if result.get("finite")]
+    if len(finite) < 2:
+        return table
+    plot = os.path.join(args.output_dir, PLOT_FILE)
+    plot_comparison(finite, plot, title)
+    return f"{table}\n\nplot: {plot}"
+
+
+def check_finite(results: Sequence[Mapping[str, Any]]) -> None:
+    """End the process with a line for each run that broke, if any did."""
+    if broken := [f"{result['path']}: {result['error']}" for result in results if not result["finite"]]:
+        raise SystemExit("\n".join(broken))
 
 
 def _describe(result: Mapping[str, Any]) -> str:

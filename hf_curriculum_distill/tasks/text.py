@@ -155,9 +155,12 @@ def _packed(
     num_proc: int | None,
     features: Features | None = None,
 ) -> Dataset | IterableDataset:
-    if documents.column_names is not None and text_column not in documents.column_names:
-        raise ValueError(f"The data set has no column {text_column!r}, only {documents.column_names}; set text_column.")
-    options = {"batched": True, "batch_size": 1000, "remove_columns": documents.column_names, "features": features}
+    columns = documents.column_names
+    if columns is None:  # a stream of files that do not say what they hold
+        columns = list(next(iter(documents), {text_column: None}))
+    if text_column not in columns:
+        raise ValueError(f"The data set has no column {text_column!r}, only {columns}; set text_column.")
+    options = {"batched": True, "batch_size": 1000, "remove_columns": columns, "features": features}
     if isinstance(documents, IterableDataset):
         return documents.map(pack, **options)
     return documents.map(pack, **options, num_proc=num_proc, desc=f"Packing blocks of {block_size} tokens")
