@@ -20,7 +20,8 @@ RECIPE_OPTIONS = {
     "support_seed", "teacher_accuracy", "teacher_batch_size", "teacher_finish_samples", "teacher_heads",
     "teacher_max_samples", "teacher_save_samples", "teacher_save_steps", "teacher_seed", "teacher_steps",
     "teacher_width", "text_column", "train_sentences", "variants",
-    "whole_words", "allow_untrained_teacher",
+    "whole_words", "allow_untrained_teacher", "label_column", "unlabelled_column", "unlabelled_config",
+    "unlabelled_text",
 }  # fmt: skip
 
 
