@@ -67,7 +67,7 @@ READERS = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),
 }
-USUAL_NAMES = {"text": ("text", "sentence"), "label": ("label", "labels")}  # of columns
+TEXT_NAMES, LABEL_NAMES = ("text", "sentence"), ("label", "labels")  # usual names of columns
 
 
 @dataclass
@@ -301,9 +301,9 @@ def read_task(recipe: RecipeArguments) -> Task:
     source, heldout_name = recipe.dataset, recipe.evaluate_on
     splits = read_dataset(source, recipe.dataset_config)
     columns = splits["train"].features
-    label = find_column(source, columns, "label", recipe.label_column)
+    label = find_column(source, columns, "label_column", recipe.label_column)
     others = {name: kind for name, kind in columns.items() if name != label}
-    text = find_column(source, others, "text", recipe.text_column)
+    text = find_column(source, others, "text_column", recipe.text_column)
     for split in ("test", "validation"):
         if split not in splits:
             train, number = splits["train"], min(2000, len(splits["train"]) // 10)
@@ -356,28 +356,32 @@ def read_dataset(source: str, config: str | None) -> DatasetDict:
     return splits
 
 
-def find_column(source: str, columns: Mapping[str, Any], what: str, given: str | None) -> str:
+def find_column(source: str, columns: Mapping[str, Any], option: str, given: str | None) -> str:
     """The column of texts or labels: the one that is given, has a usual name, or is the only one of its kind.
 
     Args:
         source: the data set, for the error.
         columns: name -> feature.
-        what: "text" or "label".
-        given: its name, if the user has said it.
+        option: that names the column, `label_column` for that of labels.
+        given: its value, if the user has set it.
     """
-    kinds = {name: getattr(kind, "dtype", type(kind).__name__) for name, kind in columns.items()}
-    strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    kinds = {n: getattr(kind, "dtype", type(kind).__name__).removeprefix("large_") for n, kind in columns.items()}
+    strings = [name for name, kind in kinds.items() if kind == "string"]
     numbers = [name for name, kind in kinds.items() if re.match("u?int|bool", kind)]
-    fitting = strings if what == "text" else [*numbers, *strings]
+    if option == "label_column":
+        fitting, usual = [*numbers, *strings], LABEL_NAMES
+        others = numbers or [name for name in strings if name not in TEXT_NAMES]
+    else:
+        fitting, usual, others = strings, TEXT_NAMES, strings
     if given is not None:
         found = [name for name in fitting if name == given]
     else:
-        found = [name for name in fitting if name in USUAL_NAMES[what]]
-        found = found or (numbers if what == "label" else []) or [n for n in fitting if n not in USUAL_NAMES["text"]]
+        found = [name for name in fitting if name in usual] or others
     if len(found) != 1:
-        there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        what = "labels" if option == "label_column" else "texts"
         problem = "is not clear" if given is None else f"can't be {given!r}"
-        raise SystemExit(f"Which column of {source} holds the {what}s {problem}: it has {there}; name it.")
+        there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise SystemExit(f"Which column of {source} holds the {what} {problem}; name one of {there} with --{option}.")
     return found[0]
 
 
@@ -441,7 +445,7 @@ def in_order(
     The texts count no label: their row is `{"input_ids": [...], "attention_mask": [...], "labels": -100}`.
     """
     texts = read_dataset(recipe.unlabelled_text, recipe.unlabelled_config)["train"]
-    column = find_column(recipe.unlabelled_text, texts.features, "text", recipe.unlabelled_column)
+    column = find_column(recipe.unlabelled_text, texts.features, "unlabelled_column", recipe.unlabelled_column)
     before, after = num_examples(args, steps), num_examples(args, args.max_steps - steps)
     texts = encode(texts.select(epochs(len(texts), before, args.seed)), column, recipe, tokenizer)
     texts = texts.add_column("labels", [-100] * before)
