@@ -204,10 +204,13 @@ def check_models(recipe: RecipeArguments) -> None:
     """End with one line, before data is read, if a model is out of reach or a teacher has no such student."""
     try:
         teacher = find_config(teacher_source(recipe))
-        find_config(recipe.student, teacher=teacher)
+        student = find_config(recipe.student, teacher=teacher)
         AutoTokenizer.from_pretrained(recipe.tokenizer or teacher_source(recipe))
     except (OSError, ValueError) as error:
         raise SystemExit(" ".join(str(error).split())) from error
+    room = min(getattr(config, "max_position_embeddings", recipe.max_length) for config in (teacher, student))
+    if recipe.max_length > room:
+        raise SystemExit(f"max_length is {recipe.max_length}, but the models have room for {room} tokens; lower it.")
 
 
 def teacher_source(recipe: RecipeArguments) -> str:

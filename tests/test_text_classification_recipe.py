@@ -144,6 +144,7 @@ def test_one_json_file_with_numbers_as_labels_is_enough(folder, tmp_path):
         (["--variants", '{"deep": {"student": "bert-9"}}', "--methods", "deep"], 1, "'bert-9' is no student"),
         (["--evaluate_on", "train"], 2, "evaluate_on is 'train'; use 'validation' or 'test'"),
         (["--max_length", "2"], 2, "max_length is 2"),
+        (["--max_length", "600"], 1, "max_length is 600, but the models have room for 512 tokens; lower it"),
         (["--label_colum", "mood"], 2, "did you mean label_column?"),
         (["--label_column", "label"], 1, "the labels can't be 'label'; name one of sentence (string), mood (string)"),
         (["--text_column", "word"], 1, "holds the texts can't be 'word'; name one of sentence (string) with --text_c"),
