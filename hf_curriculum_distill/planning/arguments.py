@@ -15,12 +15,13 @@ TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification"
 RECIPE_OPTIONS = {
     "allow_untrained_teacher", "cache_targets", "dataset", "dataset_config", "dimension", "earlier_teachers",
     "eval_blocks", "evaluate_on", "first_checkpoint", "gguf_file", "grammar", "head_dim", "heldout_documents",
-    "heldout_examples", "heldout_sentences", "initializer_range", "mask_once", "max_length", "methods", "model",
-    "num_layers", "packed", "preprocessing_workers", "seeds", "shuffle_features", "sparsity", "start", "streaming",
-    "student_embeddings", "student_heads", "student_width", "support", "support_seed", "teacher_accuracy",
-    "teacher_batch_size", "teacher_finish_samples", "teacher_heads", "teacher_max_samples", "teacher_save_samples",
-    "teacher_save_steps", "teacher_seed", "teacher_steps", "teacher_width", "text_column", "train_documents",
-    "train_sentences", "variants", "whole_words",
+    "heldout_examples", "heldout_sentences", "initializer_range", "label_column", "mask_once", "max_length",
+    "methods", "model", "num_layers", "packed", "preprocessing_workers", "seeds", "shuffle_features", "sparsity",
+    "start", "streaming", "student_embeddings", "student_heads", "student_width", "support", "support_seed",
+    "teacher_accuracy", "teacher_batch_size", "teacher_finish_samples", "teacher_heads", "teacher_max_samples",
+    "teacher_save_samples", "teacher_save_steps", "teacher_seed", "teacher_steps", "teacher_width", "text_column",
+    "train_documents", "train_sentences", "unlabelled_column", "unlabelled_config", "unlabelled_text", "variants",
+    "whole_words",
 }  # fmt: skip
 
 

@@ -1,0 +1,274 @@
+"""The text classification recipe as a subprocess, in seconds, and its parts."""
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+
+from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.report.runs import plan_runs
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "recipes/configs/text_classification"
+TINY = "--teacher_steps 2 --teacher_batch_size 4 --student bert-1-16 --max_steps 2 --per_device_train_batch_size 4 "
+TINY += "--save_steps 1 --save_total_limit 5 --eval_steps 1 --logging_steps 1 --calibration_samples 16 --dropout 0.0 "
+TINY += "--seeds 0 --use_cpu true --allow_untrained_teacher"
+METHODS = ["labels", "one_shot", "curriculum", "other text", "two layers"]
+MOODS = {"good": "a fine film", "bad": 'a "dull film', "mixed": "null"}  # neither quotes nor null mean anything
+
+
+@pytest.fixture(scope="module")
+def classification():
+    """The recipe as a module."""
+    spec = importlib.util.spec_from_file_location("text_classification", ROOT / "recipes/text_classification.py")
+    module = sys.modules["text_classification"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An encoder without a head, a task as TSV with string labels, and other text."""
+    folder = tmp_path_factory.mktemp("classification")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes/data/bert_uncased")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    (folder / "task").mkdir()
+    for split, number in (("train", 12), ("validation", 3), ("test", 6)):
+        rows = [f"{text} {index}\t{mood}" for index in range(number // 3) for mood, text in MOODS.items()]
+        (folder / f"task/{split}.tsv").write_text("\n".join(["sentence\tmood", *rows]) + "\n")
+    texts = [{"text": f"the river number {number} flows to the sea"} for number in range(5)]
+    (folder / "other.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    return folder
+
+
+def options(folder, *more):
+    return [*TINY.split(), "--dataset", str(folder / "task"), "--teacher", str(folder / "teacher"),
+            "--teacher_from", str(folder / "encoder"), "--output_dir", str(folder / "students"), *more]  # fmt: skip
+
+
+def recipe(folder, *more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "recipes/text_classification.py", *options(folder, *more)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def comparison(folder):
+    variants = {"other text": {"unlabelled_text": str(folder / "other.jsonl")}, "two layers": {"student": "teacher-2"}}
+    variants["two layers"] |= {"method": "one_shot"}
+    return ["--variants", json.dumps(variants), "--methods", *METHODS]
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    done = recipe(folder, *comparison(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+def test_results_table_and_students_are_complete(finished):
+    folder, done = finished
+    results = json.loads((folder / "students/results.json").read_text())
+    assert [result["method"] for result in results] == METHODS
+    for result in results:
+        assert result["finite"] and result["steps"] == 2 and result["samples"] == 8
+        assert result["eval_kl"] >= 0 and (result["teacher_flops"] > 0) == (result["method"] != "labels")
+        config = AutoModelForSequenceClassification.from_pretrained(result["path"]).config
+        assert config.id2label == {0: "bad", 1: "good", 2: "mixed"}
+        assert config.hidden_size == (32 if result["method"] == "two layers" else 16)
+    assert "on the test set of 6 texts, whose most frequent class is 0.3333 of all" in done.stderr
+    table = done.stdout[done.stdout.index("method ") :].splitlines()
+    assert len([line for line in table if line.startswith(tuple(METHODS))]) == len(METHODS)
+
+
+def test_the_layer_stage_on_other_text_is_a_part_of_one_training(finished):
+    folder, _ = finished
+    task, other = (
+        json.loads((folder / f"students/{method}/seed-0/curriculum.json").read_text())
+        for method in ("curriculum", "other_text")
+    )
+    assert task["stages"] == other["stages"] and [stage["until"] for stage in task["stages"]] == [1, None]
+    assert task["data"]["num_examples"] == 12 and other["data"]["num_examples"] == 8
+    assert task["projection_matrices"] == other["projection_matrices"]
+
+
+def test_a_second_launch_keeps_the_teacher_and_goes_on_where_the_first_was_killed(finished, tmp_path):
+    folder, _ = finished
+    teacher, students = folder / "teacher/model.safetensors", folder / "students"
+    before = teacher.stat().st_mtime_ns
+    for run in ("curriculum", "other_text"):
+        shutil.copytree(students / run / "seed-0/checkpoint-1", tmp_path / run / "seed-0/checkpoint-1")
+    options = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "last", *comparison(folder)[:3]]
+    done = recipe(folder, *options, "curriculum", "other text")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert teacher.stat().st_mtime_ns == before
+    for run in ("curriculum", "other_text"):
+        whole, resumed = (load_file(place / run / "seed-0/model.safetensors") for place in (students, tmp_path))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_one_json_file_with_numbers_as_labels_is_enough(folder, tmp_path):
+    rows = [{"text": f"{text} {index}", "label": 3 * number} for index in range(10) for number, text in
+            enumerate(MOODS.values())]  # fmt: skip
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    more = ["--dataset", str(tmp_path / "all.json"), "--teacher", str(tmp_path / "teacher"), "--output_dir",
+            str(tmp_path / "student"), "--methods", "curriculum", "--student", "teacher-1-16"]  # fmt: skip
+    done = recipe(folder, *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    teacher, student = (AutoConfig.from_pretrained(tmp_path / name) for name in ("teacher", "student"))
+    assert teacher.id2label == student.id2label == {0: "0", 1: "3", 2: "6"}
+    assert (student.hidden_size, student.num_hidden_layers) == (16, 1)
+    record = json.loads((tmp_path / "student/curriculum.json").read_text())
+    assert record["data"]["num_examples"] == 25  # 10 % of 30 are the test set, 10 % of the rest the validation set
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (["--student", "bert-huge"], 2, "'bert-huge' is no student"),
+        (["--student", "teacher-3"], 1, "num_layers is 3, but the teacher has 2 blocks"),
+        (["--variants", '{"deep": {"student": "teacher-9"}}', "--methods", "deep"], 1, "num_layers is 9"),
+        (["--variants", '{"deep": {"student": "bert-9"}}', "--methods", "deep"], 1, "'bert-9' is no student"),
+        (["--evaluate_on", "train"], 2, "evaluate_on is 'train'; use 'validation' or 'test'"),
+        (["--max_length", "2"], 2, "max_length is 2"),
+        (["--max_length", "600"], 1, "max_length is 600, but the models have room for 512 tokens; lower it"),
+        (["--label_colum", "mood"], 2, "did you mean label_column?"),
+        (["--label_column", "label"], 1, "the labels can't be 'label'; name one of sentence (string), mood (string)"),
+        (["--text_column", "word"], 1, "holds the texts can't be 'word'; name one of sentence (string) with --text_c"),
+        (["--dataset", "none.tsv"], 1, "none.tsv is no such file; name files, or a folder, of one of .tsv, .csv"),
+        (["--teacher_from", "no/encoder"], 1, "'no/encoder' has no configuration within reach"),
+    ],
+)
+def test_wrong_options_are_said_before_training(folder, classification, monkeypatch, capsys, more, status, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    paths = ["--teacher", str(folder / "wrong"), "--output_dir", str(folder / "wrong")]
+    monkeypatch.setattr(sys, "argv", ["text_classification.py", *options(folder), *paths, *more])
+    with pytest.raises(SystemExit) as exit:
+        classification.main()
+    assert exit.value.code == 2 if status == 2 else len(exit.value.code.splitlines()) == 1
+    assert message in str(exit.value.code) + capsys.readouterr().err
+    assert not (folder / "wrong").exists()
+
+
+def test_a_teacher_that_always_says_the_same_is_refused(finished, classification, monkeypatch):
+    folder, _ = finished
+    teacher = AutoModelForSequenceClassification.from_pretrained(folder / "teacher")
+    torch.nn.init.zeros_(teacher.classifier.weight)
+    teacher.save_pretrained(folder / "ignorant")
+    AutoTokenizer.from_pretrained(folder / "teacher").save_pretrained(folder / "ignorant")
+    more = ["--teacher", str(folder / "ignorant"), "--allow_untrained_teacher", "false"]
+    monkeypatch.setattr(sys, "argv", ["text_classification.py", *options(folder, *more)])
+    with pytest.raises(SystemExit, match=r"ignorant is right on 33.3% of the test set, 33.3% of which are of one"):
+        classification.main()
+
+
+def written(folder, train, test=None):
+    for name, rows in {"train": train, "test": test or train, "validation": train}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+TWO = [{"text": "yes", "label": "a"}, {"text": "no", "label": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ([TWO[0]] * 2, TWO, "All training texts of .* have the label 'a'; a classifier needs two or more classes"),
+        (TWO, [*TWO, {"text": "?", "label": "c"}], "The test set of .* has the label 'c', which no training text has"),
+        ([*TWO, {"text": None, "label": "a"}], TWO, "has rows without a text or a label"),
+        (
+            [{"text": "a", "sentence": "b", "label": 0}] * 2,
+            None,
+            "holds the texts is not clear; name one of text .string.",
+        ),
+        ([{"text": "a", "stars": 0.5}, {"text": "b", "stars": 1.5}], None, "holds the labels is not clear"),
+    ],
+)
+def test_data_that_are_no_task_are_refused(classification, tmp_path, train, test, message):
+    arguments = classification.RecipeArguments(dataset=written(tmp_path, train, test), teacher="some")
+    with pytest.raises(SystemExit, match=message):
+        classification.read_task(arguments)
+
+
+@pytest.mark.parametrize("column", ["label", "stars", "class"])
+def test_columns_are_found_where_there_is_one_choice(classification, tmp_path, column):
+    value = {"label": "x", "stars": 3, "class": "y"}[column]
+    rows = [{"sentence": "yes", column: value}, {"sentence": "no", column: value * 2}]
+    arguments = classification.RecipeArguments(dataset=written(tmp_path, rows), teacher="some")
+    task = classification.read_task(arguments)
+    assert task.train["text"] == ["yes", "no"] and task.names == {value: str(value), value * 2: str(value * 2)}
+
+
+def test_files_are_read_as_they_are(classification, tmp_path):
+    rows = [["text", "label"], ['said "so, and', "none"], ["null", "all"]]
+    with open(tmp_path / "one.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    (tmp_path / "two.tsv").write_text("\n".join(map("\t".join, rows)))
+    for name in ("one.csv", "two.tsv", "tw*.tsv"):
+        train = classification.read_dataset(str(tmp_path / name), None)["train"]
+        assert [train.column_names, *map(list, zip(train["text"], train["label"], strict=True))] == rows
+    with pytest.raises(SystemExit, match=r"files of several kinds, \.csv, \.tsv"):
+        classification.read_dataset(str(tmp_path), None)
+
+
+def test_labels_are_the_teachers_classes_by_name_or_else_by_number(classification):
+    arguments = classification.RecipeArguments(dataset="some", teacher="other")
+    named, numbered = (classification.Task(None, None, names) for names in ({0: "bad", 1: "good"}, {0: "0", 1: "1"}))
+    assert classification.class_numbers(named, arguments, {0: "good", 1: "bad"}) == {0: 1, 1: 0}
+    assert classification.class_numbers(numbered, arguments, {0: "good", 1: "bad"}) == {0: 0, 1: 1}
+    strings = classification.Task(None, None, {"up": "up", "down": "down"})
+    with pytest.raises(SystemExit, match="other knows the classes good, bad, but some has up, down"):
+        classification.class_numbers(strings, arguments, {0: "good", 1: "bad"})
+
+
+def test_a_hub_set_names_its_classes(classification, monkeypatch):
+    features = Features({"idx": Value("int64"), "sentence": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = {"idx": [0, 1], "sentence": ["a", "b"], "label": [0, 1]}
+    hidden = rows | {"label": [-1, -1]}  # as GLUE hides those of its test sets
+    splits = {name: Dataset.from_dict(r, features) for name, r in (("train", rows), ("validation", rows))}
+    splits["test"] = Dataset.from_dict(hidden, features)
+    monkeypatch.setattr(classification, "read_dataset", lambda *_: DatasetDict(splits))
+    arguments = classification.RecipeArguments(dataset="glue", teacher="some", evaluate_on="validation")
+    assert classification.read_task(arguments).names == {0: "no", 1: "yes"}
+    with pytest.raises(SystemExit, match=r"the label -1, which no training text has; .* --evaluate_on"):
+        classification.read_task(classification.RecipeArguments(dataset="glue", teacher="some"))
+
+
+def test_every_epoch_has_each_row_once_and_seeds_differ(classification):
+    rows = classification.epochs(5, 12, seed=0).tolist()
+    assert sorted(rows[:5]) == sorted(rows[5:10]) == [*range(5)] and rows[:5] != rows[5:10]
+    assert len(rows) == 12 and rows != classification.epochs(5, 12, seed=1).tolist()
+    assert rows[:7] == classification.epochs(5, 7, seed=0).tolist() and len(classification.epochs(5, 0, seed=0)) == 0
+
+
+def test_other_text_comes_first_and_counts_no_label(folder, classification):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "encoder")
+    arguments = classification.RecipeArguments(
+        dataset="some", teacher="some", unlabelled_text=str(folder / "other.jsonl"), max_length=6
+    )
+    args = classification.TrainingConfig(str(folder), max_steps=3, per_device_train_batch_size=4, use_cpu=True)
+    task = Dataset.from_dict({"input_ids": [[7]] * 3, "token_type_ids": [[0]] * 3, "attention_mask": [[1]] * 3})
+    rows = classification.in_order(arguments, args, tokenizer, 2, task.add_column("labels", [0, 1, 2]))
+    assert len(rows) == 12 and rows["labels"][:8] == [-100] * 8 and sorted(rows["labels"][8:11]) == [0, 1, 2]
+    assert {len(ids) for ids in rows["input_ids"][:8]} == {6} and rows["input_ids"][8:] == [[7]] * 4
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_are_read_and_their_methods_exist(classification, path):
+    kinds = [classification.RecipeArguments, classification.TrainingConfig]
+    arguments, args = parse_arguments(kinds, ["--config", str(path)])
+    assert len(plan_runs(arguments, args)) == len(arguments.methods) * len(arguments.seeds)
