@@ -195,7 +195,7 @@ def test_a_teacher_that_does_not_learn_ends_the_recipe_and_is_not_used(main, tmp
     main(*options(tmp_path, "--methods", "one_shot", "--seeds", "0"))
     history = json.loads((tmp_path / "teacher/trainer_state.json").read_text())["log_history"]
     last = max(log["step"] for log in history if "eval_accuracy" in log)
-    teacher = record(tmp_path / "run/one_shot/seed-0")["teacher"]["name"]
+    teacher = record(tmp_path / "run")["teacher"]["name"]
     assert teacher == str(tmp_path / f"teacher/checkpoint-{last}")
 
 
