@@ -88,7 +88,9 @@ class RecipeArguments(ComparisonOptions):
     )
     unlabelled_text: str | None = field(
         default=None,
-        metadata={"help": "Data set, as --dataset, whose training texts the layer stages read in place of the task's."},
+        metadata={
+            "help": "Data set, as --dataset, whose sentences the layer stages read in place of the task's texts."
+        },
     )
     unlabelled_config: str | None = field(default=None, metadata={"help": "Its configuration on the Hub."})
     unlabelled_column: str | None = field(default=None, metadata={"help": "Its column of texts, if that is not clear."})
@@ -445,14 +447,29 @@ def in_order(
 ) -> Dataset:
     """All examples of a training in their order: unlabelled texts for the first steps, then those of the task.
 
-    The texts count no label: their row is `{"input_ids": [...], "attention_mask": [...], "labels": -100}`.
+    The texts are cut into sentences and count no label: their row is `{"input_ids": [...], "attention_mask": [...],
+    "labels": -100}`.
     """
-    texts = read_dataset(recipe.unlabelled_text, recipe.unlabelled_config)["train"]
-    column = find_column(recipe.unlabelled_text, texts.features, "unlabelled_column", recipe.unlabelled_column)
+    documents = read_dataset(recipe.unlabelled_text, recipe.unlabelled_config)["train"]
+    column = find_column(recipe.unlabelled_text, documents.features, "unlabelled_column", recipe.unlabelled_column)
     before, after = num_examples(args, steps), num_examples(args, args.max_steps - steps)
-    texts = encode(texts.select(epochs(len(texts), before, args.seed)), column, recipe, tokenizer)
-    texts = texts.add_column("labels", [-100] * before)
+    sentences = draw_sentences(documents, column, before, args.seed)
+    if not sentences:
+        raise SystemExit(f"The column {column!r} of {recipe.unlabelled_text} holds no text.")
+    texts = Dataset.from_dict({"text": sentences}).select(epochs(len(sentences), before, args.seed))
+    texts = encode(texts, "text", recipe, tokenizer).add_column("labels", [-100] * before)
     return concatenate_datasets([texts, task.select(epochs(len(task), after, args.seed))])
+
+
+def draw_sentences(documents: Dataset, column: str, count: int, seed: int) -> list[str]:
+    """Sentences of documents in a random order, `count` of them at most, cut where ., ! or ? or a line ends."""
+    sentences: list[str] = []
+    for index in epochs(len(documents), len(documents), seed).tolist():
+        if len(sentences) >= count:
+            break
+        parts = re.split(r"(?<=[.!?])\s+|\n+", documents[index][column] or "")
+        sentences += [part.strip() for part in parts if part.strip()]
+    return sentences[:count]
 
 
 def epochs(num_rows: int, count: int, seed: int) -> np.ndarray:

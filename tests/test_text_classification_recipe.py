@@ -267,6 +267,18 @@ def test_other_text_comes_first_and_counts_no_label(folder, classification):
     assert {len(ids) for ids in rows["input_ids"][:8]} == {6} and rows["input_ids"][8:] == [[7]] * 4
 
 
+def test_documents_are_cut_into_sentences_in_an_order_of_the_seed(classification):
+    documents = Dataset.from_dict(
+        {"text": ["It rains. Does it? Yes!\nA heading\n\nThe end", None, "Mr. e is 2.5 m tall."]}
+    )
+    sentences = classification.draw_sentences(documents, "text", 100, seed=0)
+    assert sorted(sentences) == sorted(
+        ["It rains.", "Does it?", "Yes!", "A heading", "The end", "Mr.", "e is 2.5 m tall."]
+    )
+    assert classification.draw_sentences(documents, "text", 3, seed=0) == sentences[:3]
+    assert len({tuple(classification.draw_sentences(documents, "text", 100, seed)) for seed in range(8)}) > 1
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_are_read_and_their_methods_exist(classification, path):
     kinds = [classification.RecipeArguments, classification.TrainingConfig]
