@@ -41,7 +41,10 @@ class ModelOptions:
             "of another task counts all by default."
         },
     )
-    dropout: float = field(default=0.1, metadata={"help": "Dropout of models that are made by size."})
+    dropout: float = field(
+        default=0.1,
+        metadata={"help": "Dropout of models that are made by size or trained on by bert_large.py."},
+    )
 
 
 @dataclass
@@ -61,8 +64,8 @@ class ComparisonOptions:
 
 
 @dataclass
-class TextOptions:
-    """Which text a language model is trained and evaluated on: see `tasks.documents`.
+class TextOptions(ModelOptions):
+    """Which models a language-model recipe trains, and on which text: see `tasks.documents`.
 
     Raises:
         ValueError: `evaluate_on` is unknown.
@@ -74,7 +77,6 @@ class TextOptions:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration; 20231101.en for Wikipedia."})
     text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
-    block_size: int = field(default=512, metadata={"help": "Tokens of a block of text."})
     train_documents: int | None = field(default=None, metadata={"help": "Documents to train on, at most; all if none."})
     heldout_documents: int = field(
         default=2000, metadata={"help": "Documents held out for evaluation where the data has no validation split."}

@@ -38,7 +38,7 @@ from hf_curriculum_distill import (
 )
 from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.layers import make_student, student_size
-from hf_curriculum_distill.options import ComparisonOptions, ModelOptions, TextOptions
+from hf_curriculum_distill.options import ComparisonOptions, TextOptions
 from hf_curriculum_distill.planning import SIZES, find_config, find_size
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
@@ -58,7 +58,7 @@ logger = logging.getLogger("bert_large")
 
 
 @dataclass
-class RecipeArguments(TextOptions, ModelOptions, ComparisonOptions):
+class RecipeArguments(TextOptions, ComparisonOptions):
     methods: list[str] = field(default_factory=lambda: ["curriculum"])
     seeds: list[int] | None = None
     student: str = "bert-large"
@@ -161,8 +161,6 @@ def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) 
         output_dir=recipe.teacher + "-training",
         stages=LABELS_ALONE,
         teacher_cache=None,
-        max_steps=recipe.teacher_steps,
-        learning_rate=args.teacher_learning_rate,
         push_to_hub=False,
     )
     if recipe.teacher_from is not None:
@@ -200,6 +198,8 @@ def train_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict)
     logger.info("%s: training a teacher on the labels, from %s", recipe.teacher, recipe.teacher_from)
     set_seed(args.seed)
     model = make_model(recipe.teacher_from, recipe.dropout, pipeline["processing_class"])
+    peak = args.learning_rate if args.teacher_learning_rate is None else args.teacher_learning_rate
+    args = replace(args, max_steps=recipe.teacher_steps, learning_rate=peak)
     trainer = CurriculumDistillationTrainer(model=model, args=args, **pipeline)
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model(recipe.teacher)
@@ -240,7 +240,9 @@ def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
 def load_model(name: str, dropout: float) -> PreTrainedModel:
     """A saved model, to train on in float32."""
     config = AutoConfig.from_pretrained(name)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    for field_name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):  # other families name theirs otherwise
+        if hasattr(config, field_name):
+            setattr(config, field_name, dropout)
     return AutoModelForMaskedLM.from_pretrained(name, config=config, dtype=torch.float32)
 
 

@@ -44,7 +44,7 @@ from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.config import UNCACHED_METHODS
 from hf_curriculum_distill.layers import predicts_next_token, student_size
 from hf_curriculum_distill.layers.configurations import student_config
-from hf_curriculum_distill.options import ComparisonOptions, ModelOptions, TextOptions
+from hf_curriculum_distill.options import ComparisonOptions, TextOptions
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
@@ -64,7 +64,7 @@ logger = logging.getLogger("causal_lm")
 
 
 @dataclass
-class RecipeArguments(TextOptions, ModelOptions, ComparisonOptions):
+class RecipeArguments(TextOptions, ComparisonOptions):
     methods: list[str] = field(default_factory=lambda: ["curriculum"])
     seeds: list[int] | None = None
     student: str = field(

@@ -62,8 +62,9 @@ def choose(tokenizer, counts: Counter, size: int) -> list[int]:
     needed |= {number for number, piece in enumerate(pieces) if len(piece.removeprefix("##")) == 1}
     if size < len(needed):
         raise SystemExit(f"vocab_size is {size}, but special tokens and single characters alone are {len(needed)}.")
-    frequent = [number for number, _ in counts.most_common() if number not in needed]
-    return sorted([*needed, *frequent[: size - len(needed)]])
+    by_frequency = dict.fromkeys([*(number for number, _ in counts.most_common()), *range(len(pieces))])
+    others = [number for number in by_frequency if number not in needed]
+    return sorted([*needed, *others[: size - len(needed)]])
 
 
 if __name__ == "__main__":

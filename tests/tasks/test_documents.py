@@ -26,7 +26,7 @@ def write(folder, name, kind, texts=TEXTS):
 @pytest.mark.parametrize("given", ["folder", "file"])
 def test_some_documents_of_a_text_are_held_out(tmp_path, kind, streaming, given):
     file = write(tmp_path, "some", kind)
-    options = TextOptions(str(tmp_path if given == "folder" else file), heldout_documents=8)
+    options = TextOptions(dataset=str(tmp_path if given == "folder" else file), heldout_documents=8)
     train, heldout = load_documents(options, streaming)
     assert isinstance(train, IterableDataset) == streaming
     trained_on = [row["text"] for row in (islice(train, 64) if streaming else train)]
@@ -41,7 +41,7 @@ def test_some_documents_of_a_text_are_held_out(tmp_path, kind, streaming, given)
 def test_a_validation_split_is_what_is_held_out(tmp_path, streaming):
     write(tmp_path, "train", "jsonl", TEXTS[:30])
     write(tmp_path, "validation", "jsonl", TEXTS[30:])
-    options = TextOptions(str(tmp_path), train_documents=12, heldout_documents=3)
+    options = TextOptions(dataset=str(tmp_path), train_documents=12, heldout_documents=3)
     train, heldout = load_documents(options, streaming)
     assert [row["text"] for row in heldout] == TEXTS[30:]
     assert {row["text"] for row in islice(train, 24)} == set(TEXTS[:12])
@@ -50,7 +50,7 @@ def test_a_validation_split_is_what_is_held_out(tmp_path, streaming):
 def test_more_documents_than_there_are_is_all_of_them(tmp_path):
     write(tmp_path, "train", "txt", TEXTS[:30])
     write(tmp_path, "validation", "txt", TEXTS[30:])
-    assert len(load_documents(TextOptions(str(tmp_path), train_documents=1000))[0]) == 30
+    assert len(load_documents(TextOptions(dataset=str(tmp_path), train_documents=1000))[0]) == 30
 
 
 @pytest.mark.parametrize("num_blocks, tested, validated", [(10, 4, 4), (6, 4, 2), (3, 3, 0)])
