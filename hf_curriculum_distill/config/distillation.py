@@ -217,6 +217,15 @@ class CurriculumDistillationConfig(TrainingArguments):
         },
     )
 
+    # Parameters that control how both models run
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "The attention of student and teacher, by the name transformers gives it: 'sdpa', "
+            "'flash_attention_2', 'eager' (faster in bfloat16 on a CPU), ...; by default as the models are."
+        },
+    )
+
     # Parameters that control the teacher
     teacher_dtype: str | None = field(
         default=None,

@@ -101,6 +101,8 @@ class PreparedTrainer(ResumableTrainer):
                 "Make a new trainer."
             )
         student = self._core
+        if args.attn_implementation is not None:
+            student.set_attn_implementation(args.attn_implementation)
         if student is not self._student.model or args.layer_stack != self._student.stack:
             if self.teacher is not None:
                 check_teacher(student, self.teacher.model, self.processing_class)
@@ -161,7 +163,8 @@ class PreparedTrainer(ResumableTrainer):
         args = self.args
         kind = {"progressive": f"checkpoints by teacher_schedule={args.teacher_schedule}", "online": "online"}
         kind = kind.get(args.method, "one frozen teacher")
-        return f"{kind}, with teacher_dtype={args.teacher_dtype} and layer_stack={args.layer_stack!r}"
+        names = ("teacher_dtype", "attn_implementation", "layer_stack")
+        return f"{kind}, with {', '.join(f'{name}={getattr(args, name)!r}' for name in names)}"
 
     def _estimate_steps(self) -> int:
         """The number of optimizer steps, estimated before there is a data loader."""

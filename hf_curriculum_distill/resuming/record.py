@@ -51,6 +51,7 @@ _ONCE_FIXED = {
     "freeze_embeddings_in_layer_stages": False,
     "finished_layer_rate": 1.0,
     "carry_optimizer": True,
+    "attn_implementation": None,
 }
 
 # Prefixes of the arguments that say where, when and how a run reads, writes and evaluates, but not what it learns; and

@@ -93,6 +93,8 @@ def _make_teacher(
         elif dtype is not None:
             where["dtype"] = dtype
         teacher = teacher.to(**where)
+        if args.attn_implementation is not None:
+            teacher.set_attn_implementation(args.attn_implementation)
         check_finite_weights(teacher, f"teacher {name!r}" if name else "teacher")
         return teacher
 
