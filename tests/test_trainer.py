@@ -809,6 +809,22 @@ def test_the_teacher_has_the_given_dtype(config, student, teacher, examples, tmp
     assert {log["stage"] for log in step_logs(trainer)} == {0, 1, 2}
 
 
+def test_both_models_have_the_given_attention_in_training_and_nothing_of_it_is_saved(
+    config, student, teacher, examples, tmp_path
+):
+    names = {"student": student, "teacher": teacher}
+    assert {model.config._attn_implementation for model in names.values()} == {"sdpa"}
+    trainer = train(student, teacher, config(stages=STAGES, attn_implementation="eager"), examples)
+    assert {model.config._attn_implementation for model in (student, trainer.teacher.model)} == {"eager"}
+    trainer.save_model(tmp_path / "saved")
+    assert hf.BertForMaskedLM.from_pretrained(tmp_path / "saved").config._attn_implementation == "sdpa"
+
+
+def test_an_attention_that_is_not_there_is_refused_before_the_first_step(config, student, teacher, examples):
+    with pytest.raises(ValueError, match="no_such_attention"):
+        train(student, teacher, config(attn_implementation="no_such_attention"), examples)
+
+
 @pytest.mark.parametrize("kind", ["dict", "dataset"])
 def test_inputs_of_the_teacher_alone_reach_it_alone(config, teacher, examples, kind):
     student = tiny_bert(STUDENT_DEPTH, seed=1, model_class=StrictBert)

@@ -18,7 +18,15 @@ from accelerate import Accelerator
 from accelerate.state import GradientState
 from conftest import masked_lm_examples, tiny_bert
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
 from transformers import Wav2Vec2PreTrainedModel as Wav2Vec2
 
 import hf_curriculum_distill as library
@@ -92,6 +100,7 @@ ATTRIBUTES = {
 # Private attributes of other packages' objects, and where they are.
 PRIVATE = {
     "_actions": argparse.ArgumentParser(),
+    "_attn_implementation": PreTrainedConfig(),
     "_cdata": torch.empty(1).untyped_storage(),
     "_dataloaders": Accelerator(cpu=True),
     "_dynamo": torch,

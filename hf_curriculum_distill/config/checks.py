@@ -41,6 +41,12 @@ def check_values(config: TrainingArguments) -> None:
     _check_choice(config, "layer_stack", ("encoder", "decoder"))
     _check_choice(config, "train_prefix", ("joint", "block", "independent"))
     _check_choice(config, "teacher_dtype", (None, *TEACHER_DTYPES))
+    attention = config.attn_implementation
+    if attention is not None and not (isinstance(attention, str) and attention):
+        raise ValueError(
+            f"attn_implementation is {attention!r}; use a name that transformers knows, such as 'sdpa', or leave it "
+            "out."
+        )
     if isinstance(config.layer_map, (list, tuple)):
         parse_layer_pairs(config.layer_map)
     else:

@@ -134,14 +134,14 @@ def build_models(options: PlanArguments, args: CurriculumDistillationConfig, tok
     mode = FakeTensorMode()
     with mode:
         if student_size(options.student) is None:
-            student = _make_model(auto, of_student)
+            student = _make_model(auto, of_student, args)
         else:  # as the run makes it, which can refuse what the configuration allows
-            student = make_student(options.student, _make_model(auto, teacher_config))
+            student = make_student(options.student, _make_model(auto, teacher_config, args))
         student = PartialForward(student.train())
         _enable_checkpointing(student.model, args)
         if teacher_config is not None:
             dtype = "float32" if online else args.teacher_dtype
-            teacher = (OnlineTeacher if online else Teacher)(_make_model(auto, teacher_config, dtype))
+            teacher = (OnlineTeacher if online else Teacher)(_make_model(auto, teacher_config, args, dtype))
     models = {"student": student, "teacher": teacher.partial_forward} if teacher else {"student": student}
     detail = "; ".join(
         f"{who} {type(one.model).__name__}, {one.depth} blocks, hidden size {one.hidden_size}, "
@@ -184,7 +184,9 @@ def _find_configs(
     return find_config(options.student, options.dropout, teacher_config, **vocabulary), teacher_config
 
 
-def _make_model(auto: Any, config: PreTrainedConfig, dtype: str | None = None) -> PreTrainedModel:
+def _make_model(
+    auto: Any, config: PreTrainedConfig, args: CurriculumDistillationConfig, dtype: str | None = None
+) -> PreTrainedModel:
     if config.is_encoder_decoder or not hasattr(config, "vocab_size"):
         raise ValueError(f"A {config.model_type} is no single stack of blocks that reads tokens; no other is planned.")
     if getattr(config, "num_hidden_layers", 0) > 10_000:
@@ -196,6 +198,8 @@ def _make_model(auto: Any, config: PreTrainedConfig, dtype: str | None = None) -
         reason = str(error).split(".\n")[0]
         raise ValueError(f"There is no {auto.__name__} of type {config.model_type} ({reason}); set task.") from error
     model.tie_weights()
+    if args.attn_implementation is not None:
+        model.set_attn_implementation(args.attn_implementation)
     return model
 
 

@@ -99,6 +99,7 @@ class TargetStore:
             "class": type(teacher.model).__name__,
             "config": json.loads(json.dumps(config, default=str)),
             "dtype": str(teacher.model.dtype),
+            "attention": teacher.model.config._attn_implementation,
             "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
         }
         self._records: dict[int | str, RecordStore] = {}

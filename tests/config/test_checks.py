@@ -26,6 +26,7 @@ WRONG_VALUES = {
     "logit_chunk_size": [-1, 2.5, "8", True, math.nan, math.inf],
     "train_prefix": ["all", None, "independent"],
     "stage_warmup_ratio": [-0.1, 1, 1.0, math.nan],
+    "attn_implementation": ["", 3, True],
     "teacher_dtype": ["int8", "bf16", "auto"],
     "teacher_schedule": ["steps", None, 3, [0], [1.0], [True], ["2"], "[1, 2"],
     "teacher_learning_rate": [0, -1.0, math.nan, math.inf, "1"],

@@ -42,6 +42,7 @@ OTHER_VALUES = {
     "restart_schedule_per_stage": [True],
     "stage_warmup_ratio": [0.0, 0.99],
     "carry_optimizer": [False],
+    "attn_implementation": ["eager", "flash_attention_2", "kernels-community/flash-attn"],
     "teacher_dtype": ["float32", "bfloat16", "float16"],
     "teacher_schedule": ["fraction", [3, 7], [0.25, 0.5], []],
     "teacher_learning_rate": [1e-3, 1],

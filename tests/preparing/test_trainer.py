@@ -45,6 +45,7 @@ def test_arguments_set_after_construction_train_what_they_would_have_from_the_st
         ("layer_map", [[9, 9]], r"Layer pair \(9, 9\) names student layer 9"),
         ("method", "online", "another teacher. Make a new trainer"),
         ("teacher_dtype", "bfloat16", "another teacher. Make a new trainer"),
+        ("attn_implementation", "eager", "another teacher. Make a new trainer"),
         ("max_steps", 2, "need max_steps >= 4"),
     ],
 )

@@ -131,6 +131,7 @@ CHANGES = {
     "temperature": {"temperature": 2.0},
     "precision": {"bf16": True},
     "teacher's precision": {"teacher_dtype": "bfloat16"},
+    "attention": {"bf16": True, "attn_implementation": "eager"},
 }
 
 
