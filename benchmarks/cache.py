@@ -26,7 +26,7 @@ from stage_cost import build, machine
 from tqdm import tqdm
 from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill import CURRICULUM_EXTRACTION, CurriculumDistillationConfig, CurriculumDistillationTrainer
 
 WAYS = ("no cache", "empty", "filled")
 
@@ -93,6 +93,7 @@ def main() -> None:
                 watch = Clock(clock)
                 args = CurriculumDistillationConfig(
                     f"{folder}/run",
+                    **CURRICULUM_EXTRACTION,
                     max_steps=options.batches * options.epochs,
                     per_device_train_batch_size=options.batch_size,
                     lr_scheduler_type="constant",

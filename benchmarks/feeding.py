@@ -22,7 +22,7 @@ from datasets import Dataset, load_from_disk
 from stage_cost import machine
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, HfArgumentParser
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill import CURRICULUM_EXTRACTION, CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.batches.seeding import seeded
 from hf_curriculum_distill.planning import PlanArguments, make_plan
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator
@@ -99,7 +99,13 @@ def needed(block_size: int, options: Options) -> dict[str, float]:
     """Tokens a second that the device gets through in each stage."""
     batch_size = options.batch_tokens // block_size
     args = CurriculumDistillationConfig(
-        "unused", max_steps=100, per_device_train_batch_size=batch_size, bf16=True, use_cpu=True, report_to="none"
+        "unused",
+        **CURRICULUM_EXTRACTION,
+        max_steps=100,
+        per_device_train_batch_size=batch_size,
+        bf16=True,
+        use_cpu=True,
+        report_to="none",
     )
     run = {"student": "bert-6-768", "teacher": "bert-large", "block_size": block_size}
     plan = make_plan(PlanArguments(**run, flops_per_second=options.flops_per_second), args)

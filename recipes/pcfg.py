@@ -97,8 +97,10 @@ class RecipeArguments(ComparisonOptions):
 
 @dataclass
 class TrainingConfig(CurriculumDistillationConfig):
-    """The library's configuration with this job's defaults."""
+    """The library's configuration with this job's defaults, and the paper's curriculum."""
 
+    layer_order: str = "sequential"
+    hidden_weight_in_logit_stage: float = 0.0
     output_dir: str | None = "runs/pcfg/run"
     max_steps: int = 4000
     per_device_train_batch_size: int = 512

@@ -101,8 +101,10 @@ class RecipeArguments(ComparisonOptions):
 
 @dataclass
 class TrainingConfig(CurriculumDistillationConfig):
-    """The library's configuration with this job's defaults."""
+    """The library's configuration with this job's defaults, and the paper's curriculum."""
 
+    layer_order: str = "sequential"
+    hidden_weight_in_logit_stage: float = 0.0
     output_dir: str | None = "runs/sparse_parity/run"
     max_steps: int = 3125
     per_device_train_batch_size: int = 64

@@ -19,7 +19,7 @@ from hypothesis import settings
 from transformers import BertConfig, BertForMaskedLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from hf_curriculum_distill import CurriculumDistillationConfig
+from hf_curriculum_distill import CURRICULUM_EXTRACTION, CurriculumDistillationConfig
 
 if find_spec("deepspeed"):
     import deepspeed  # noqa: F401  accelerate imports it where it is installed: once here, not in every fork
@@ -127,11 +127,16 @@ def examples():
 
 @pytest.fixture
 def config(tmp_path):
-    """A [`CurriculumDistillationConfig`] of a short silent CPU run: `config(max_steps=8, ...)`."""
+    """A [`CurriculumDistillationConfig`] of a short silent CPU run: `config(max_steps=8, ...)`.
+
+    The curriculum is the paper's, which has several layer stages, and a logit stage that differs from them.
+    """
 
     def make(folder="run", config_class=CurriculumDistillationConfig, **fields):
         defaults = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_strategy": "no"}
         silence = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+        if issubclass(config_class, CurriculumDistillationConfig):
+            defaults |= CURRICULUM_EXTRACTION
         return config_class(str(tmp_path / folder), **silence | defaults | fields)
 
     return make

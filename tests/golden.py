@@ -25,7 +25,11 @@ from test_families import examples, labelled
 from tqdm import tqdm
 from transformers import HfArgumentParser, PrinterCallback
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill import (
+    CURRICULUM_EXTRACTION,
+    CurriculumDistillationConfig,
+    CurriculumDistillationTrainer,
+)
 from hf_curriculum_distill.stages import LAYER_ORDERS
 
 VARIANTS = {
@@ -82,6 +86,7 @@ def run(folder, settings, family, state):
         output_dir=folder,
         **{"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
         | {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+        | CURRICULUM_EXTRACTION
         | settings,
     )
     if family is None:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, set_seed
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill import CURRICULUM_EXTRACTION, CurriculumDistillationConfig, CurriculumDistillationTrainer
 
 STAGES = [
     {"hidden": [[1, 2]], "until": 2},
@@ -100,7 +100,7 @@ def train(folder, batch, accumulation, data, checkpoint, teacher, **fields):
         gradient_accumulation_steps=accumulation, per_device_eval_batch_size=3, report_to="none",
         use_cpu=True, learning_rate=1e-3, weight_decay=0.1, disable_tqdm=True, eval_steps=8,
         **{"max_steps": 8, "save_strategy": "no", "eval_strategy": "steps", "logging_steps": 1}
-        | {"train_sampling_strategy": "sequential"} | fields,
+        | {"train_sampling_strategy": "sequential"} | CURRICULUM_EXTRACTION | fields,
     )  # fmt: skip
     student, teacher = bert(2, 8, seed=1), teacher or bert(4, 16, seed=2)
     trainer = CurriculumDistillationTrainer(

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 from two_processes import STAGES, bert, example
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill import CURRICULUM_EXTRACTION, CurriculumDistillationConfig, CurriculumDistillationTrainer
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile an extension for minutes
 
@@ -58,7 +58,7 @@ def train(folder, batch, accumulation, zero=None, checkpoint=None, **fields):
         str(folder), max_steps=8, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=3, logging_steps=1, report_to="none", use_cpu=True, optim="sgd", learning_rate=0.05,
         train_sampling_strategy="sequential", disable_tqdm=True, eval_strategy="steps", eval_steps=4,
-        save_strategy="steps", save_steps=3, **fields,
+        save_strategy="steps", save_steps=3, **CURRICULUM_EXTRACTION | fields,
     )  # fmt: skip
     student, teacher, moved = bert(2, 8, seed=1), bert(4, 16, seed=2), Moved()
     taught = parameters(teacher)

@@ -17,7 +17,12 @@ from safetensors.torch import load_file, save_file
 from test_families import examples, labelled
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, ProjectionBank
+from hf_curriculum_distill import (
+    CURRICULUM_EXTRACTION,
+    CurriculumDistillationConfig,
+    CurriculumDistillationTrainer,
+    ProjectionBank,
+)
 
 STEPS, SAVED = 12, {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
 LAYERS = {"stages": [{"hidden": [[1, 2]], "until": 4}, {"hidden": [[2, 4]], "until": 8}, {"kl_weight": 1.0}]}
@@ -186,7 +191,8 @@ def train(folder, method, data, event=None, step=None):
         str(folder), per_device_train_batch_size=4, learning_rate=1e-3, weight_decay=0.1,
         eval_steps=4, report_to="none", disable_tqdm=True, use_cpu=True,
         lr_scheduler_type="cosine",
-        **{"max_steps": STEPS, "eval_strategy": "steps"} | SAVED | (METHODS | BETWEEN_STAGES)[method] | fields,
+        **CURRICULUM_EXTRACTION | {"max_steps": STEPS, "eval_strategy": "steps"} | SAVED
+        | (METHODS | BETWEEN_STAGES)[method] | fields,
     )  # fmt: skip
     callbacks = [Killer(event, step)] if event in CALLBACK_EVENTS else []
     if event and not callbacks:

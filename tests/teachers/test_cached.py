@@ -18,7 +18,13 @@ from test_families import labelled
 from transformers import BertForSequenceClassification
 
 import hf_curriculum_distill.teachers.records as store_module
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, ProjectionBank, Stage
+from hf_curriculum_distill import (
+    CURRICULUM_EXTRACTION,
+    CurriculumDistillationConfig,
+    CurriculumDistillationTrainer,
+    ProjectionBank,
+    Stage,
+)
 from hf_curriculum_distill.batches.batch import BatchReader
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.losses import kl_divergence, top_kl_divergence, top_logits
@@ -211,7 +217,7 @@ def train_killed(folder, event=None, step=None):
     args = CurriculumDistillationConfig(
         str(folder), max_steps=15, per_device_train_batch_size=4, learning_rate=1e-3, report_to="none", use_cpu=True,
         disable_tqdm=True, teacher_cache_logits=8,
-        teacher_cache=str(folder.parent / f"cache_of_{folder.name}"), **SAVED,
+        teacher_cache=str(folder.parent / f"cache_of_{folder.name}"), **SAVED | CURRICULUM_EXTRACTION,
     )  # fmt: skip
     if event == "between record and index":
         store_module._ROW = DeadlyRow(step)
