@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
@@ -16,6 +18,8 @@ from hf_curriculum_distill.layers.heads import (
 )
 from hf_curriculum_distill.losses import TOP_DIVERGENCES
 from hf_curriculum_distill.stages import Stage
+
+logger = logging.getLogger(__name__)
 
 
 def check_launch(
@@ -151,6 +155,17 @@ def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, mod
             f"divergence is {args.divergence!r}, but of {classes} classes teacher_cache keeps {k} and the rest as one, "
             f"which only {' and '.join(map(repr, TOP_DIVERGENCES))} can be computed from; use one of these, or "
             "teacher_cache_logits=None, which keeps all."
+        )
+
+
+def warn_of_small_rate(student: PreTrainedModel, args: CurriculumDistillationConfig) -> None:
+    """Warn where a student that was read from no folder would train with the default rate of `TrainingArguments`."""
+    if student.config.name_or_path == "" and args.learning_rate == TrainingArguments.learning_rate:
+        logger.warning(
+            "learning_rate is %g, the default of TrainingArguments, which suits the fine-tuning of a pretrained model; "
+            "a student that was just made needs about 20 times as much: try learning_rate=1e-3, warmup_steps=0.1 and "
+            "lr_scheduler_type='cosine'.",
+            args.learning_rate,
         )
 
 

@@ -24,7 +24,13 @@ from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, sample
-from hf_curriculum_distill.preparing.checks import check_cache, check_launch, check_stages, check_training_data
+from hf_curriculum_distill.preparing.checks import (
+    check_cache,
+    check_launch,
+    check_stages,
+    check_training_data,
+    warn_of_small_rate,
+)
 from hf_curriculum_distill.preparing.trial import try_out
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.resuming.trainer import ResumableTrainer
@@ -76,6 +82,7 @@ class PreparedTrainer(ResumableTrainer):
         """As `Trainer`, and set up everything that depends on arguments, which may have changed since construction."""
         values = super().set_initial_training_values(args, dataloader)
         if self._declared_stages:
+            warn_of_small_rate(self._core, self.args)
             self._resolve()
             self._plan(values[-1])
             if self._resumed is not None:

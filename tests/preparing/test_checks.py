@@ -11,6 +11,21 @@ from hf_curriculum_distill.preparing.checks import check_cache, check_launch, ch
 
 # ---- launches ----
 
+
+@pytest.mark.parametrize("rate, saved, warned", [(5e-5, False, True), (5e-5, True, False), (1e-3, False, False)])
+def test_the_rate_of_fine_tuning_is_named_iff_the_student_was_read_from_no_folder(
+    config, student, teacher, examples, tmp_path, caplog, rate, saved, warned
+):
+    if saved:
+        student.save_pretrained(tmp_path / "student")
+        student = type(student).from_pretrained(tmp_path / "student")
+    trainer = CurriculumDistillationTrainer(
+        student, config(learning_rate=rate, max_steps=6), train_dataset=examples, teacher_model=teacher
+    )
+    trainer.train()
+    assert ("learning_rate is 5e-05, the default of TrainingArguments" in caplog.text) == warned
+
+
 LAUNCHES = {
     "another name for labels": ({"label_names": ["tags"]}, r"label_names is \['tags'\], but losses are computed from"),
     "reentrant": (
