@@ -54,7 +54,7 @@ def check_values(config: TrainingArguments) -> None:
     for name in _FLAGS:
         if not isinstance(getattr(config, name), bool):  # a string like "false" would count as True
             raise ValueError(f"{name} is {getattr(config, name)!r}; it must be True or False.")
-    _check_range(config, "layer_stage_fraction", 0, 1, "both excluded", lambda x: 0 < x < 1)
+    _check_range(config, "layer_stage_fraction", 0, 1, "1 excluded", lambda x: 0 <= x < 1)
     _check_range(config, "stage_warmup_ratio", 0, 1, "1 excluded", lambda x: 0 <= x < 1)
     for name in ("temperature", "hidden_weight"):
         _check_range(config, name, 0, math.inf, "0 excluded", lambda x: 0 < x < math.inf)
@@ -73,6 +73,11 @@ def check_values(config: TrainingArguments) -> None:
                 "hidden_weight_at_end is 0, and so is hidden_weight_in_logit_stage, so that the logit stage has no "
                 "hidden term to anneal; set hidden_weight_in_logit_stage to the weight that it begins with."
             )
+    if not (config.layer_stage_fraction or config.hidden_weight_in_logit_stage or config.hidden_weight_at_end):
+        raise ValueError(
+            "layer_stage_fraction is 0, and so is hidden_weight_in_logit_stage, so that no hidden states are matched; "
+            "give one of them a value, or use method='one_shot'."
+        )
     _check_range(config, "finished_layer_rate", 0, 1, "0 excluded", lambda x: 0 < x <= 1)
     _check_range(config, "projection_seed", 0, 2**64, "whole", lambda x: isinstance(x, int) and 0 <= x < 2**64)
     counts = ["calibration_samples", "per_device_train_batch_size", "gradient_accumulation_steps"]

@@ -128,7 +128,11 @@ class CurriculumDistillationConfig(TrainingArguments):
         },
     )
     layer_stage_fraction: float = field(
-        default=0.5, metadata={"help": "Fraction of the steps for the layer stages, which share it equally."}
+        default=0.5,
+        metadata={
+            "help": "Fraction of the steps for the layer stages, which share it equally; with 0 there are none, and "
+            "the logit stage matches the last layer stage's layers from the first step."
+        },
     )
 
     # Parameters that control the logit stage

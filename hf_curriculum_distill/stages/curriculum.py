@@ -106,7 +106,7 @@ def curriculum_stages(
     Args:
         pairs: the layers to match, in increasing order.
         layer_order: one of `LAYER_ORDERS`.
-        layer_stage_fraction: the fraction of `max_steps` that all layer stages have together.
+        layer_stage_fraction: the fraction of `max_steps` that all layer stages have together; with 0 there are none.
         hidden_weight: of the layer stages.
         logit_stage: the weights of the last stage; a positive `hidden_weight` or `hidden_weight_at_end` among them
             keeps the pairs of the last layer stage as an auxiliary term.
@@ -125,7 +125,7 @@ def curriculum_stages(
     }[layer_order]
     layers = [
         Stage(hidden=group, hidden_weight=hidden_weight, until=layer_stage_fraction * (i + 1) / len(groups))
-        for i, group in enumerate(groups)
+        for i, group in enumerate(groups if layer_stage_fraction else [])
     ]
     keeps_hidden = logit_stage.get("hidden_weight") or logit_stage.get("hidden_weight_at_end")
     return [*layers, Stage(hidden=groups[-1] if keeps_hidden else (), **logit_stage)]

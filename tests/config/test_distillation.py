@@ -162,6 +162,8 @@ def test_plain_arguments_become_a_config_with_the_same_values(config):
         ({"layer_map": "last", "num_layer_stages": 2}, ["layer 2", "layer 3", "kl"]),
         ({"layer_map": [[1, 1], [3, 5]], "layer_order": "cumulative"}, ["layer 1", "layers 1, 3", "kl"]),
         ({"layer_order": "together", "hidden_weight_in_logit_stage": 1.0}, ["layers 1-3", "kl + layers 1-3"]),
+        ({"layer_stage_fraction": 0, "hidden_weight_in_logit_stage": 1.0}, ["kl + layer 3"]),
+        ({"layer_stage_fraction": 0, "layer_order": "together", "hidden_weight_at_end": 0.5}, ["kl + layers 1-3"]),
         ({"stages": [{"label_weight": 1.0}], "method": "one_shot"}, ["labels"]),
     ],
 )
