@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from hf_curriculum_distill.stages import (
 )
 
 
-@dataclass
+@dataclass(repr=False)  # TrainingArguments' own leaves out tokens
 class CurriculumDistillationConfig(TrainingArguments):
     """[`~transformers.TrainingArguments`] plus who teaches, what is matched, and when.
 
@@ -271,6 +270,10 @@ class CurriculumDistillationConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.prepare()
+
+    def prepare(self) -> None:
+        """The end of the construction: the default that depends on others, and the checks."""
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True
         self.check()
@@ -291,21 +294,6 @@ class CurriculumDistillationConfig(TrainingArguments):
         check_values(self)
         if self.stages is not None:
             self.stages = parse_stages(self.stages)
-
-    @classmethod
-    def from_training_arguments(cls, args: TrainingArguments) -> CurriculumDistillationConfig:
-        """Copy plain training arguments; the fields of this library get their defaults.
-
-        Raises:
-            ValueError: `args` has fields that this class lacks.
-        """
-        names = {f.name for f in dataclasses.fields(args) if f.init}
-        if extra := sorted(names - {f.name for f in dataclasses.fields(cls)}):
-            raise ValueError(
-                f"args is a {type(args).__name__} with fields {', '.join(extra)}, which a {cls.__name__} lacks; pass "
-                "that, or a subclass of it with these fields."
-            )
-        return cls(**{name: getattr(args, name) for name in names - {"logging_nan_inf_filter"}})
 
     def resolve_stages(self, student_depth: int, teacher_depth: int | None) -> tuple[Stage, ...]:
         """The stages that `stages`, or else `method`, stands for.

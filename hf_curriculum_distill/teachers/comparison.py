@@ -28,15 +28,19 @@ class StudentComparison:
     Args:
         teacher: whose logits the student's are compared with; None for accuracy alone.
         accelerator: gathers what the processes found.
+
+    Attributes:
+        num_batches: that were added since the evaluation began.
     """
 
     def __init__(self, teacher: Teacher | None, accelerator: Accelerator):
-        self._teacher, self._accelerator = teacher, accelerator
+        self._teacher, self._accelerator, self.num_batches = teacher, accelerator, 0
         self._metric, self._layers = TeacherComparison(), LayerComparison()
         self._knows_rows: bool | None = None  # whether labels are those of the rows of the logits; None: not seen yet
 
     def start(self) -> None:
         """Begin an evaluation."""
+        self.num_batches = 0
         self._metric, self._layers = TeacherComparison(), LayerComparison()
 
     def update(self, batch: Batch, outputs: Any, tolerance: float) -> None:
@@ -47,6 +51,7 @@ class StudentComparison:
             outputs: the student's, with its own loss.
             tolerance: the relative error that the precision of the computation allows.
         """
+        self.num_batches += 1
         if self._knows_rows is None:
             mismatch = label_loss_mismatch(batch, outputs, tolerance)
             self._knows_rows = mismatch is None
