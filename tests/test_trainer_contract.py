@@ -154,12 +154,16 @@ IMPORTED = {
     "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": None,
     "transformers.trainer_utils.has_length": "dataset",
     "transformers.trainer_utils.sort_checkpoints": "output_dir, checkpoint_prefix, use_mtime, best_model_checkpoint",
+    "transformers.utils.CONFIG_NAME": None,
     "transformers.utils.ModelOutput": None,
     "transformers.utils.SAFE_WEIGHTS_INDEX_NAME": None,
     "transformers.utils.SAFE_WEIGHTS_NAME": None,
     "transformers.utils.WEIGHTS_INDEX_NAME": None,
     "transformers.utils.WEIGHTS_NAME": None,
     "transformers.utils.cached_file": "path_or_repo_id, filename, kwargs",
+    "transformers.utils.extract_commit_hash": "resolved_file, commit_hash",
+    "transformers.utils.find_adapter_config_file": "model_id, cache_dir, force_download, proxies, token, revision, "
+    "local_files_only, subfolder",
     "transformers.utils.logging": None,
 }
 

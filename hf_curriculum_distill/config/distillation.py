@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hf_curriculum_distill.config.checks import check_values
+from hf_curriculum_distill.config.checks import check_values, plain_kwargs
 from hf_curriculum_distill.stages import (
     Stage,
     StageScheduler,
@@ -230,6 +230,14 @@ class CurriculumDistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "The teacher's dtype: 'float32', 'bfloat16' or 'float16'; by default as it was saved."},
     )
+    teacher_model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of the teacher's from_pretrained, where teacher_model is a name or a folder "
+            "(JSON on the command line): revision, dtype, attn_implementation, device_map, quantization_config, "
+            "gguf_file (whose weights are unpacked unless quantization_config says otherwise), trust_remote_code, ..."
+        },
+    )
     teacher_schedule: list | str | None = field(
         default="step",
         metadata={
@@ -284,16 +292,27 @@ class CurriculumDistillationConfig(TrainingArguments):
         It runs at construction and again before training, because values may be set in between, for instance by a
         hyperparameter search.
         """
-        for name in ("stages", "layer_map", "teacher_schedule"):
+        kinds = {"[": "list", "{": "object"}
+        for name in ("stages", "layer_map", "teacher_schedule", "teacher_model_init_kwargs"):
             value = getattr(self, name)
-            if isinstance(value, str) and value.startswith("["):
+            if isinstance(value, str) and value[:1] in kinds:
                 try:
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{name} is {value!r}, which is no valid JSON list ({error}).") from error
+                    kind = kinds[value[0]]
+                    raise ValueError(f"{name} is {value!r}, which is no valid JSON {kind} ({error}).") from error
+        if isinstance(self.teacher_model_init_kwargs, dict):
+            self.teacher_model_init_kwargs = plain_kwargs(self.teacher_model_init_kwargs)
         check_values(self)
         if self.stages is not None:
             self.stages = parse_stages(self.stages)
+
+    @property
+    def matches_logits(self) -> bool:
+        """Whether a teacher needs a head, for a divergence from its logits or because it learns from labels itself."""
+        if self.stages is None or self.method == "online":
+            return self.method != "labels"
+        return any(Stage(**stage).kl_weight for stage in self.stages)
 
     def resolve_stages(self, student_depth: int, teacher_depth: int | None) -> tuple[Stage, ...]:
         """The stages that `stages`, or else `method`, stands for.

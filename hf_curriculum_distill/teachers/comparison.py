@@ -17,7 +17,7 @@ from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import is_ctc
 from hf_curriculum_distill.losses import hidden_state_mse
 from hf_curriculum_distill.stages import LayerPair, Stage
-from hf_curriculum_distill.teachers.teacher import Teacher
+from hf_curriculum_distill.teachers.teacher import Teacher, has_head
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class StudentComparison:
         logits, teacher_logits = logits.flatten(0, -2), None
         rows = torch.arange(len(logits), device=logits.device) if batch.rows is None else batch.rows
         examples = rows // (len(logits) // len(batch))
-        if self._teacher is not None:
+        if self._teacher is not None and has_head(self._teacher.model):
             self._teacher.advance(None)
             _, teacher_logits = self._teacher.forward(batch.with_rows(rows), Stage(kl_weight=1.0))
         self._metric.update(self._accelerator, logits[rows], teacher_logits, batch.labels, examples, len(batch))

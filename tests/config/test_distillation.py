@@ -5,9 +5,10 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import GPTQConfig, HfArgumentParser, TrainingArguments
 
 from hf_curriculum_distill import CurriculumDistillationConfig, Stage
 
@@ -44,6 +45,7 @@ OTHER_VALUES = {
     "carry_optimizer": [False],
     "attn_implementation": ["eager", "flash_attention_2", "kernels-community/flash-attn"],
     "teacher_dtype": ["float32", "bfloat16", "float16"],
+    "teacher_model_init_kwargs": [{"revision": "v1", "dtype": "auto"}, {"device_map": {"": 0}}, {}],
     "teacher_schedule": ["fraction", [3, 7], [0.25, 0.5], []],
     "teacher_learning_rate": [1e-3, 1],
     "teacher_cache": ["cache", "/tmp/a folder"],
@@ -98,6 +100,17 @@ def test_stages_are_the_same_as_objects_dicts_and_json(config):
     made = [config(stages=stages).stages for stages in (dicts, objects, json.dumps(dicts))]
     assert made[0] == made[1] == made[2]
     assert [Stage(**stage) for stage in made[0]] == objects
+
+
+def test_arguments_of_the_teachers_loading_are_the_same_as_objects_and_as_json(config):
+    plain = {"dtype": "bfloat16", "quantization_config": GPTQConfig(bits=4).to_dict()}
+    objects = {"dtype": torch.bfloat16, "quantization_config": GPTQConfig(bits=4)}
+    for kwargs in (plain, objects, json.dumps(plain)):
+        assert config(teacher_model_init_kwargs=kwargs).teacher_model_init_kwargs == plain
+    read = HfArgumentParser(CurriculumDistillationConfig).parse_args_into_dataclasses(
+        ["--output_dir", "out", "--use_cpu", "--teacher_model_init_kwargs", json.dumps(plain)]
+    )
+    assert read[0].teacher_model_init_kwargs == plain
 
 
 @given(st.sampled_from(sorted(OTHER_VALUES)), st.data())
