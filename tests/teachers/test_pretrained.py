@@ -59,7 +59,7 @@ REFUSED = {
     "an argument that nothing takes": ({"bogus": 1}, "cannot be loaded as the student's AutoModelForMaskedLM: .*bogus"),
     "an attention that is not there": ({"attn_implementation": "none_such"}, "none_such"),
     "several devices": (
-        {"device_map": {"bert": "disk", "cls": "cpu"}},
+        {"device_map": {"bert.embeddings": "cpu", "bert.encoder": "disk", "cls": "cpu"}},
         "device_map spreads it over cpu, disk, but each process runs its teacher as a whole, on cpu; load it onto one",
     ),
 }
@@ -129,7 +129,7 @@ def test_a_head_that_neither_base_nor_adapters_have_is_refused(adapted, tmp_path
     student = tiny_bert(1, model_class=BertForSequenceClassification, num_labels=3)
     for lost in ("classifier.weight", "lora_B.weight"):
         save_file({name: tensor for name, tensor in saved.items() if not name.endswith(lost)}, file)
-        with pytest.raises(ValueError, match=rf"has no weights for \S*{lost}"):
+        with pytest.raises(ValueError, match=rf"ha\w+ no weights for \S*{lost}"):
             load_teacher(folder, student)
     save_file(saved, file)
     student = tiny_bert(1, model_class=BertForSequenceClassification, num_labels=5)
