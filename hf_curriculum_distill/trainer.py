@@ -18,7 +18,7 @@ from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.batches.checks import check_batch, naming_batch
 from hf_curriculum_distill.batches.randomness import preserved_random_state
 from hf_curriculum_distill.batches.seeding import seeded
-from hf_curriculum_distill.config import extended
+from hf_curriculum_distill.config import CurriculumDistillationConfig, extended
 from hf_curriculum_distill.cost import flop_rates, flop_units
 from hf_curriculum_distill.preparing.trainer import PreparedTrainer
 from hf_curriculum_distill.preparing.trial import relative_error
@@ -125,6 +125,11 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         if not distils:
             if projection_bank is not None:
                 raise ValueError("projection_bank was given without teacher_model, so nothing is projected; pass both.")
+            if isinstance(args, CurriculumDistillationConfig) and args.class_weights is not None:
+                raise ValueError(
+                    "class_weights was given without teacher_model and stages, so that the model's own loss is "
+                    'trained, which has no weights; set stages=[{"label_weight": 1.0}].'
+                )
             return
         self._last: tuple[Batch, Stage, bool] | None = None  # micro-batch, and whether the teacher ran, until booked
         self._prepare(teacher_model, projection_bank)

@@ -32,6 +32,23 @@ _FLAGS = ("shared_projection", "standardize_targets", "freeze_matched_layers", "
 _FLAGS += ("freeze_embeddings_in_layer_stages", "carry_optimizer", "evaluate_layers")
 
 
+def parse_json(config: TrainingArguments) -> None:
+    """Parse lists and dictionaries that were written as JSON, as on a command line."""
+    kinds = {"[": "list", "{": "object"}
+    for name in ("stages", "layer_map", "class_weights", "teacher_schedule", "teacher_model_init_kwargs"):
+        value = getattr(config, name)
+        if isinstance(value, str) and value[:1] in kinds:
+            try:
+                setattr(config, name, json.loads(value))
+            except json.JSONDecodeError as error:
+                kind = kinds[value[0]]
+                raise ValueError(f"{name} is {value!r}, which is no valid JSON {kind} ({error}).") from error
+    if isinstance(kwargs := config.teacher_model_init_kwargs, dict):  # as JSON has dtypes and quantisation configs
+        plain = {n: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for n, v in kwargs.items()}
+        plain = {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in plain.items()}
+        config.teacher_model_init_kwargs = plain
+
+
 def check_values(config: TrainingArguments) -> None:
     """Check each value, and those that exclude each other.
 
@@ -97,6 +114,7 @@ def check_values(config: TrainingArguments) -> None:
     _check_between_stages(config)
     _check_who_teaches(config)
     _check_teacher_loading(config)
+    _check_labels(config)
     if config.logit_chunk_size is not None:
         _check_range(config, "logit_chunk_size", 0, math.inf, "whole", lambda x: isinstance(x, int) and x >= 0)
         for name in ("torch_compile", "fp16", "deepspeed", "fsdp"):
@@ -178,12 +196,6 @@ def _check_who_teaches(config: TrainingArguments) -> None:
             )
 
 
-def plain_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `from_pretrained` with dtypes as their names and quantisation configs as dicts, as JSON has them."""
-    plain = {n: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for n, v in kwargs.items()}
-    return {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in plain.items()}
-
-
 def _check_teacher_loading(config: TrainingArguments) -> None:
     given = config.teacher_model_init_kwargs
     if given is None:
@@ -211,6 +223,19 @@ def _check_teacher_loading(config: TrainingArguments) -> None:
             f"teacher_model_init_kwargs has 'dtype': {given['dtype']!r}, but method='online' trains the teacher, which "
             "needs 'float32' weights; use bf16=True for speed."
         )
+
+
+def _check_labels(config: TrainingArguments) -> None:
+    if config.class_weights is not None:
+        numbers = config.class_weights if isinstance(config.class_weights, (list, tuple)) else [None]
+        valid = all(isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf for x in numbers)
+        if not valid or not any(numbers):
+            raise ValueError(
+                f"class_weights is {config.class_weights!r}; give a list with a number from 0 for each class, not all "
+                "of them 0."
+            )
+    if config.teacher_entropy_threshold is not None:
+        _check_range(config, "teacher_entropy_threshold", 0, 1, "both included", lambda x: 0 <= x <= 1)
 
 
 def _check_cache(config: TrainingArguments) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hf_curriculum_distill.config.checks import check_values, plain_kwargs
+from hf_curriculum_distill.config.checks import check_values, parse_json
 from hf_curriculum_distill.stages import (
     Stage,
     StageScheduler,
@@ -128,6 +127,22 @@ class CurriculumDistillationConfig(TrainingArguments):
     )
     label_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy on the labels in the logit stage."}
+    )
+
+    class_weights: list | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of each class in the cross-entropy on labels, by class number (JSON on the command line). "
+            "The sum is divided by the number of labels all the same, so weights that are 1 on average keep its size."
+        },
+    )
+    teacher_entropy_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Up to which entropy of the teacher, as a share of the highest (the logarithm of the number of "
+            "classes), a row of logits learns from the teacher alone; above it, from its label alone. By default each "
+            "row learns from both."
+        },
     )
 
     # Parameters that control the projection bank
@@ -292,17 +307,7 @@ class CurriculumDistillationConfig(TrainingArguments):
         It runs at construction and again before training, because values may be set in between, for instance by a
         hyperparameter search.
         """
-        kinds = {"[": "list", "{": "object"}
-        for name in ("stages", "layer_map", "teacher_schedule", "teacher_model_init_kwargs"):
-            value = getattr(self, name)
-            if isinstance(value, str) and value[:1] in kinds:
-                try:
-                    setattr(self, name, json.loads(value))
-                except json.JSONDecodeError as error:
-                    kind = kinds[value[0]]
-                    raise ValueError(f"{name} is {value!r}, which is no valid JSON {kind} ({error}).") from error
-        if isinstance(self.teacher_model_init_kwargs, dict):
-            self.teacher_model_init_kwargs = plain_kwargs(self.teacher_model_init_kwargs)
+        parse_json(self)
         check_values(self)
         if self.stages is not None:
             self.stages = parse_stages(self.stages)

@@ -21,6 +21,8 @@ WRONG_VALUES = {
     "temperature": [0, 0.0, -1.0, math.inf, math.nan, "2", None, True],
     "divergence": ["kl", "forward", None],
     "label_loss_weight": [-1, math.nan, math.inf, "1"],
+    "class_weights": [2.0, "balanced", "[1, 2", [], [0, 0.0], [1, -1], [1, math.nan], [True], ["1"]],
+    "teacher_entropy_threshold": [-0.1, 1.1, math.nan, "0.5", True],
     "projection": ["learned", None],
     "calibration_samples": [0, -3, 2.5, "256", math.nan, math.inf],
     "logit_chunk_size": [-1, 2.5, "8", True, math.nan, math.inf],

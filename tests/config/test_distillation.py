@@ -29,6 +29,8 @@ OTHER_VALUES = {
     "divergence": ["reverse_kl", "jensen_shannon", "hard"],
     "hidden_loss": ["cosine", "layer_norm_mse"],
     "label_loss_weight": [0.5, 1],
+    "class_weights": [[1.0, 0.0, 2], [3]],
+    "teacher_entropy_threshold": [0, 0.5, 1.0],
     "projection": ["rademacher", "orthogonal", "identity", "pca", "rotated_pca"],
     "projection_seed": [1, 2**40],
     "shared_projection": [True],
