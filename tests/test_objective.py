@@ -108,7 +108,7 @@ class Case:
                 likely = (target / temperature).softmax(-1)
                 certain.append(-(likely * likely.log()).sum() <= threshold * math.log(VOCABULARY))
             assert any(certain) and not all(certain)
-            terms["certain"] = torch.tensor(sum(certain) / num_rows)
+            terms["certain"] = sum(certain) / num_rows
             labelled = [row for row, sure in zip(labelled, certain, strict=True) if not sure]
             taught = [row for row, sure in zip(taught, certain, strict=True) if sure]
         if stage.kl_weight and self.args.divergence == "hard":
@@ -149,8 +149,8 @@ SETTINGS = {
     "other settings": {"temperature": 2.0, "label_smoothing_factor": 0.1, "hidden_positions": "labels"},
     "cosines and hard labels": {"hidden_loss": "cosine", "divergence": "hard"},
     "weighted labels": {"class_weights": [0.0, 0.5, *[2.0] * (VOCABULARY - 2)], "label_smoothing_factor": 0.1},
-    "certain teacher": {"teacher_entropy_threshold": 0.86, "temperature": 1.5, "class_weights": [0.5] * VOCABULARY},
-    "certain first choice": {"teacher_entropy_threshold": 0.8, "divergence": "hard"},
+    "certain teacher": {"teacher_entropy_threshold": 0.945, "temperature": 1.5, "class_weights": [0.5] * VOCABULARY},
+    "certain first choice": {"teacher_entropy_threshold": 0.88, "divergence": "hard"},
     "layer norms": {"hidden_loss": "layer_norm_mse", "hidden_positions": "labels"},
 }
 

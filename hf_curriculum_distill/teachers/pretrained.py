@@ -44,9 +44,8 @@ def load_pretrained(
             classes = {"num_labels": student.config.num_labels} if "Classification" in auto.__name__ else {}
             return _load_with_adapters(name, auto, classes | kwargs, where)
         model, info = auto.from_pretrained(name, **kwargs)
-        if getattr(model.config, "_commit_hash", None) is None:  # newer releases no longer say what they have loaded
-            file = cached_file(name, CONFIG_NAME, **where, **_LENIENT)
-            model.config._commit_hash = extract_commit_hash(file, None)
+        file = cached_file(name, CONFIG_NAME, **where, **_LENIENT)  # newer releases don't say which commit they loaded
+        vars(model.config).setdefault("_commit_hash", extract_commit_hash(file, None))
         return model, info
     except UnpicklingError as error:
         raise OSError(
