@@ -21,7 +21,7 @@ from hf_curriculum_distill.layers.weights import check_finite_weights
 from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.teachers.checkpoints import CheckpointTeacher, find_checkpoints
 from hf_curriculum_distill.teachers.online import OnlineTeacher
-from hf_curriculum_distill.teachers.pretrained import forget_unused, load_pretrained
+from hf_curriculum_distill.teachers.pretrained import LENIENT, forget_unused, load_pretrained
 from hf_curriculum_distill.teachers.teacher import Teacher, has_head
 
 logger = logging.getLogger(__name__)
@@ -349,9 +349,8 @@ def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedCon
 
 
 def _tokenizer_folder(name: str, revision: str | None, **kwargs: Any) -> str | None:
-    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     with suppress(OSError):  # neither a folder nor a possible name on the Hub
         for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
-            if (path := cached_file(name, file, revision=revision, **lenient, **kwargs)) is not None:
+            if (path := cached_file(name, file, revision=revision, **LENIENT, **kwargs)) is not None:
                 return os.path.dirname(path)
     return None

@@ -16,7 +16,8 @@ from hf_curriculum_distill.layers.forward import PartialForward
 
 # arguments that say where files are; the others are about the model
 _WHERE = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only")
-_LENIENT = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+# of `cached_file`, which then returns None
+LENIENT = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 _PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
@@ -44,7 +45,7 @@ def load_pretrained(
             classes = {"num_labels": student.config.num_labels} if "Classification" in auto.__name__ else {}
             return _load_with_adapters(name, auto, classes | kwargs, where)
         model, info = auto.from_pretrained(name, **kwargs)
-        file = cached_file(name, CONFIG_NAME, **where, **_LENIENT)  # newer releases don't say which commit they loaded
+        file = cached_file(name, CONFIG_NAME, **where, **LENIENT)  # newer releases don't say which commit they loaded
         vars(model.config).setdefault("_commit_hash", extract_commit_hash(file, None))
         return model, info
     except UnpicklingError as error:
