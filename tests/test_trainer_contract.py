@@ -162,8 +162,6 @@ IMPORTED = {
     "transformers.utils.WEIGHTS_NAME": None,
     "transformers.utils.cached_file": "path_or_repo_id, filename, kwargs",
     "transformers.utils.extract_commit_hash": "resolved_file, commit_hash",
-    "transformers.utils.find_adapter_config_file": "model_id, cache_dir, force_download, proxies, token, revision, "
-    "local_files_only, subfolder",
     "transformers.utils.logging": None,
 }
 

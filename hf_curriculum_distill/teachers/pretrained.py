@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, find_adapter_config_file
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.forward import PartialForward
@@ -41,7 +42,7 @@ def load_pretrained(
     """
     where = {n: value for n, value in kwargs.items() if n in _WHERE}
     try:
-        if find_adapter_config_file(name, **where) is not None:
+        if _has_adapters(name, where):
             classes = {"num_labels": student.config.num_labels} if "Classification" in auto.__name__ else {}
             return _load_with_adapters(name, auto, classes | kwargs, where)
         model, info = auto.from_pretrained(name, **kwargs)
@@ -60,6 +61,12 @@ def load_pretrained(
             f"The teacher {name!r} cannot be loaded as the student's {auto.__name__}: {error} A model that needs code "
             "of its own can be loaded by you and passed as teacher_model."
         ) from error
+
+
+def _has_adapters(name: str, where: Mapping[str, Any]) -> bool:
+    with suppress(OSError):  # neither a folder nor a possible name on the Hub: `from_pretrained` says it
+        return cached_file(name, "adapter_config.json", **where, **LENIENT) is not None
+    return False
 
 
 def _load_with_adapters(
