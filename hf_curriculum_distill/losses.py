@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -239,7 +239,35 @@ def _bucketed(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     return chosen - logits.logsumexp(-1, keepdim=True), classes
 
 
-def cross_entropy(student_logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def entropy(teacher: Tensor | TopLogits, temperature: float = 1.0) -> Tensor:
+    """The entropy of a teacher's distributions, in nats.
+
+    Args:
+        teacher: logits `[rows, classes]`, or the result of [`top_logits`] for this temperature, whose entropy is never
+            above that of all classes.
+        temperature: divides the logits.
+
+    Returns:
+        `[rows]`, float32.
+
+    ```python
+    >>> (entropy(torch.tensor([[0.0, 0.0], [50.0, 0.0]])) / math.log(2)).round(decimals=3).tolist()
+    [1.0, 0.0]
+
+    ```
+    """
+    if isinstance(teacher, TopLogits):
+        return torch.special.entr(teacher.log_probabilities.exp()).sum(-1)
+    chunks = teacher.split(max(1, _LOGITS_PER_CHUNK // teacher.shape[-1]))
+    return torch.cat([torch.special.entr(_log_probabilities(rows, temperature).exp()).sum(-1) for rows in chunks])
+
+
+def cross_entropy(
+    student_logits: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+) -> Tensor:
     """Cross-entropy of the student's logits with labels, summed over rows.
 
     Not a divergence: it is zero where the label has probability 1, whatever the teacher says.
@@ -248,6 +276,7 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, label_smoothing: float
         student_logits: `[rows, classes]`.
         labels: class numbers `[rows]`.
         label_smoothing: the share of each label's probability that is spread evenly over all classes, 0 to 1.
+        class_weights: multiply the loss of each class; None: all are 1.
 
     Returns:
         the sum in nats, a float32 scalar.
@@ -258,7 +287,9 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, label_smoothing: float
 
     ```
     """
-    return F.cross_entropy(student_logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+    logits = student_logits.float()
+    weight = None if class_weights is None else logits.new_tensor(class_weights)
+    return F.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=label_smoothing)
 
 
 def hard_label_loss(student_logits: Tensor, teacher: Tensor | TopLogits, temperature: float = 1.0) -> Tensor:

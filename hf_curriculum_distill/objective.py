@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -180,18 +181,26 @@ def logit_losses(
         the weighted sum; and the terms by name, each a sum over rows without its weight.
     """
     terms, parts = {}, []
+    targets = target_logits[rows] if stage.kl_weight else None
+    labels = labels[rows] if stage.label_weight else None
+    of_teacher, of_labels = logits, logits
+    if stage.kl_weight and stage.label_weight and args.teacher_entropy_threshold is not None:
+        highest = args.teacher_entropy_threshold * math.log(logits.shape[-1])
+        certain = losses.entropy(targets, args.temperature) <= highest
+        terms["certain"] = certain.sum()
+        of_teacher, targets, of_labels, labels = logits[certain], targets[certain], logits[~certain], labels[~certain]
     if stage.kl_weight:
         if isinstance(target_logits, losses.TopLogits):
             divergence = losses.TOP_DIVERGENCES[args.divergence]
-        elif args.use_liger_kernel and _runs_triton(logits):
+        elif args.use_liger_kernel and _runs_triton(logits) and len(of_teacher):
             divergence = losses.fused_divergence(args.divergence)
         else:
             divergence = losses.DIVERGENCES[args.divergence]
         name = "hard_label_loss" if args.divergence == "hard" else "kl"  # a cross-entropy is no divergence
-        terms[name] = divergence(logits, target_logits[rows], args.temperature)
+        terms[name] = divergence(of_teacher, targets, args.temperature)
         parts.append(_weighted(terms[name], stage.kl_weight))
     if stage.label_weight:
-        terms["label_loss"] = losses.cross_entropy(logits, labels[rows], args.label_smoothing_factor)
+        terms["label_loss"] = losses.cross_entropy(of_labels, labels, args.label_smoothing_factor, args.class_weights)
         parts.append(_weighted(terms["label_loss"], stage.label_weight))
     return functools.reduce(operator.add, parts), terms
 

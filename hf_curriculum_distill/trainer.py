@@ -18,7 +18,7 @@ from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.batches.checks import check_batch, naming_batch
 from hf_curriculum_distill.batches.randomness import preserved_random_state
 from hf_curriculum_distill.batches.seeding import seeded
-from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.config import CurriculumDistillationConfig, extended
 from hf_curriculum_distill.cost import flop_rates, flop_units
 from hf_curriculum_distill.preparing.trainer import PreparedTrainer
 from hf_curriculum_distill.preparing.trial import relative_error
@@ -58,8 +58,8 @@ class CurriculumDistillationTrainer(PreparedTrainer):
     """Distils a teacher into `model`, stage by stage; everything else is [`~transformers.Trainer`].
 
     Args:
-        model, args, ...: as for `transformers.Trainer`, in the same order. A plain `TrainingArguments` becomes a
-            [`CurriculumDistillationConfig`] with this library's defaults.
+        model, args, ...: as for `transformers.Trainer`, in the same order. `args` of another class than
+            [`CurriculumDistillationConfig`] get its fields, with their defaults, and keep their own.
         teacher_model: a trained model for the student's task, or its name or folder. With `args.method="progressive"`,
             also the output folder of the teacher's training, or a list of checkpoint folders; with `"online"`, an
             untrained model. Without a teacher and explicit `args.stages`, this class *is* `transformers.Trainer`.
@@ -102,29 +102,34 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         self._cached_teacher: CachedTeacher | None = None
         distils = teacher_model is not None or getattr(args, "stages", None) is not None
         if distils:
-            args = TrainingArguments("tmp_trainer") if args is None else args
-            if not isinstance(args, CurriculumDistillationConfig):
-                args = CurriculumDistillationConfig.from_training_arguments(args)
+            args = extended(TrainingArguments("tmp_trainer") if args is None else args)
             if model is not None and not hasattr(model, "config"):
                 raise ValueError(f"model is a {type(model).__name__}; pass the student as a PreTrainedModel.")
+        # by name and only if it was given, for Seq2SeqTrainer, which may be the next class, lacks it
+        of_optimizer = {"optimizer_cls_and_kwargs": optimizer_cls_and_kwargs} if optimizer_cls_and_kwargs else {}
         super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            model_init,
-            compute_loss_func,
-            compute_metrics,
-            callbacks,
-            optimizers,
-            optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics,
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            **of_optimizer,
         )
         if not distils:
             if projection_bank is not None:
                 raise ValueError("projection_bank was given without teacher_model, so nothing is projected; pass both.")
+            if isinstance(args, CurriculumDistillationConfig) and args.class_weights is not None:
+                raise ValueError(
+                    "class_weights was given without teacher_model and stages, so that the model's own loss is "
+                    'trained, which has no weights; set stages=[{"label_weight": 1.0}].'
+                )
             return
         self._last: tuple[Batch, Stage, bool] | None = None  # micro-batch, and whether the teacher ran, until booked
         self._prepare(teacher_model, projection_bank)
@@ -160,15 +165,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         if not self._declared_stages:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
-            # Trainer adds it with use_liger_kernel, but the logits are compared with the teacher's
-            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
-            batch = self._read(inputs, whole_logits=True)
-            with naming_batch("the evaluation"):
-                check_batch(self.model, batch.inputs, self._reads_labels)
-            loss, outputs = super().compute_loss(model, batch.for_student(batch.inputs), return_outputs=True)
-            self._comparison.update(batch, outputs, relative_error(self.args, self.model))
-            if self.args.evaluate_layers and self.projection_bank is not None and self.projection_bank.frozen:
-                self._comparison.update_layers(batch, self._student, model, matched_pairs(self.stages))
+            loss, outputs = self._evaluate_batch(model, inputs)
             return (loss, outputs) if return_outputs else loss
 
         batch = self._read(inputs, whole_logits=return_outputs)
@@ -184,6 +181,19 @@ class CurriculumDistillationTrainer(PreparedTrainer):
             # gradients are averaged over processes, but the counts are of all of them
             total = total * self.args.world_size
         return (total, StageOutput(loss.logits)) if return_outputs else total
+
+    def _evaluate_batch(self, model, inputs):
+        """The student's own loss and outputs, which are compared with the teacher's."""
+        # Trainer adds it with use_liger_kernel, but the logits are compared with the teacher's
+        inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
+        batch = self._read(inputs, whole_logits=True)
+        with naming_batch("the evaluation"):
+            check_batch(self.model, batch.inputs, self._reads_labels)
+        loss, outputs = super().compute_loss(model, batch.for_student(batch.inputs), return_outputs=True)
+        self._comparison.update(batch, outputs, relative_error(self.args, self.model))
+        if self.args.evaluate_layers and self.projection_bank is not None and self.projection_bank.frozen:
+            self._comparison.update_layers(batch, self._student, model, matched_pairs(self.stages))
+        return loss, outputs
 
     @property
     def _target_source(self) -> Teacher | CachedTeacher | None:
@@ -224,9 +234,11 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         if not self._declared_stages:
             return super().floating_point_ops(inputs)
         if self._last is None:
+            own = type(self).compute_loss is not CurriculumDistillationTrainer.compute_loss
+            name = "compute_loss" if own else "training_step"
             raise ValueError(
-                f"{type(self).__name__}.compute_loss doesn't call CurriculumDistillationTrainer.compute_loss, so that "
-                "no stage is trained. Call super().compute_loss(...) and change what it returns, or train without "
+                f"{type(self).__name__}.{name} doesn't call CurriculumDistillationTrainer.compute_loss, so that no "
+                f"stage is trained. Call super().{name}(...) and change what it returns, or train without "
                 "teacher_model."
             )
         (batch, stage, computed), self._last = self._last, None
@@ -281,6 +293,18 @@ class CurriculumDistillationTrainer(PreparedTrainer):
 
     # ---- evaluation ----
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
+        """As `Trainer`; compares with the teacher also where another class, such as `Seq2SeqTrainer`, computes the loss
+        without [`compute_loss`]."""
+        if not self._declared_stages:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
+        before = self._comparison.num_batches
+        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
+        if output[0] is not None and self._comparison.num_batches == before:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self._evaluate_batch(model, self._prepare_inputs(inputs))
+        return output
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -300,6 +324,12 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         # otherwise accelerate keeps each evaluation's loader, and an open file of shared memory, until the end
         self.accelerator._dataloaders[:] = [kept for kept in self.accelerator._dataloaders if kept is not dataloader]
         compared = self._comparison.compute(metric_key_prefix)
+        if not self._comparison.num_batches and f"{metric_key_prefix}_loss" in output.metrics:
+            logger.warning(
+                "%s.prediction_step doesn't call CurriculumDistillationTrainer.prediction_step, so that the evaluation "
+                "has no accuracy, agreement and divergence; call super().prediction_step(...) for these.",
+                type(self).__name__,
+            )
         output.metrics.update({name: value for name, value in compared.items() if name not in output.metrics})
         loss = {name: value for name, value in output.metrics.items() if name == f"{metric_key_prefix}_loss"}
         self._check_finite(loss | compared)

@@ -13,6 +13,7 @@ from hf_curriculum_distill.losses import (
     HIDDEN_LOSSES,
     TOP_DIVERGENCES,
     cross_entropy,
+    entropy,
     hard_label_loss,
     hidden_state_mse,
     jensen_shannon_divergence,
@@ -271,6 +272,17 @@ def test_cross_entropy_is_the_slow_sum_with_its_gradient(seed, rows, classes, sm
     actual, grad = value_and_gradient(cross_entropy, logits, labels, smoothing)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6 * rows * scale)
     torch.testing.assert_close(grad.double(), gradient, rtol=0, atol=1e-6 * scale)
+
+
+@given(seed=seeds, rows=sizes, classes=st.integers(2, 7), scale=st.sampled_from([0.1, 1.0, 1e4]))
+def test_entropy_is_the_slow_sum_and_never_more_for_fewer_outcomes(seed, rows, classes, scale):
+    teacher = normal(rows, classes, seed=seed, scale=scale)
+    likely = (log_softmax(teacher) / 1).exp()
+    expected = -(likely * likely.clamp(min=1e-300).log()).sum(-1)
+    torch.testing.assert_close(entropy(teacher).double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(entropy(2 * teacher, 2.0), entropy(teacher))
+    for k in range(1, classes):
+        assert (entropy(top_logits(teacher, k)) <= entropy(teacher) + 1e-5).all()
 
 
 @given(seed=seeds, rows=sizes, classes=st.integers(2, 7), tied=st.booleans(), scale=st.sampled_from([0.1, 1.0, 1e4]))

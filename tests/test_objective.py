@@ -100,22 +100,34 @@ class Case:
                 for b, i in matched
             ) / (number * len(stage.hidden))
         temperature, smoothing = self.args.temperature, self.args.label_smoothing_factor
+        class_weights = self.args.class_weights or [1.0] * VOCABULARY
+        threshold, taught = self.args.teacher_entropy_threshold, list(zip(labelled, self.logits.double(), strict=True))
+        if threshold is not None and stage.kl_weight and stage.label_weight:
+            certain = []
+            for _, target in taught:
+                likely = (target / temperature).softmax(-1)
+                certain.append(-(likely * likely.log()).sum() <= threshold * math.log(VOCABULARY))
+            assert any(certain) and not all(certain)
+            terms["certain"] = sum(certain) / num_rows
+            labelled = [row for row, sure in zip(labelled, certain, strict=True) if not sure]
+            taught = [row for row, sure in zip(taught, certain, strict=True) if sure]
         if stage.kl_weight and self.args.divergence == "hard":
-            chosen = [(b, i, target.argmax()) for (b, i, _), target in zip(labelled, self.logits, strict=True)]
+            chosen = [(b, i, target.argmax()) for (b, i, _), target in taught]
             terms["hard_label_loss"] = -sum(outputs.logits[b, i].log_softmax(-1)[c] for b, i, c in chosen) / num_rows
         elif stage.kl_weight:
             terms["kl"] = 0.0
-            for (b, i, _), target in zip(labelled, self.logits.double(), strict=True):
+            for (b, i, _), target in taught:
                 student = (outputs.logits[b, i] / temperature).log_softmax(-1)
                 teacher = (target / temperature).log_softmax(-1)
                 terms["kl"] += temperature**2 * (teacher.exp() * (teacher - student)).sum() / num_rows
         if stage.label_weight:
             terms["label_loss"] = 0.0
             for b, i, label in labelled:
-                log_probabilities = outputs.logits[b, i].log_softmax(-1)
-                own = (1 - smoothing) * log_probabilities[label] + smoothing * log_probabilities.mean()
+                weighted = outputs.logits[b, i].log_softmax(-1) * torch.tensor(class_weights)
+                own = (1 - smoothing) * weighted[label] + smoothing * weighted.mean()
                 terms["label_loss"] -= own / num_rows
         weights = dict.fromkeys(("kl", "hard_label_loss"), stage.kl_weight) | {"label_loss": stage.label_weight}
+        weights["certain"] = 0.0
         return sum(weights.get(term, stage.hidden_weight) * value for term, value in terms.items()), terms
 
 
@@ -136,6 +148,9 @@ SETTINGS = {
     "plain": {},
     "other settings": {"temperature": 2.0, "label_smoothing_factor": 0.1, "hidden_positions": "labels"},
     "cosines and hard labels": {"hidden_loss": "cosine", "divergence": "hard"},
+    "weighted labels": {"class_weights": [0.0, 0.5, *[2.0] * (VOCABULARY - 2)], "label_smoothing_factor": 0.1},
+    "certain teacher": {"teacher_entropy_threshold": 0.945, "temperature": 1.5, "class_weights": [0.5] * VOCABULARY},
+    "certain first choice": {"teacher_entropy_threshold": 0.88, "divergence": "hard"},
     "layer norms": {"hidden_loss": "layer_norm_mse", "hidden_positions": "labels"},
 }
 

@@ -125,6 +125,25 @@ def test_a_checkpoint_holds_the_adapters_alone_and_loads_into_the_model_that_the
     assert_same_weights(adapters(loaded), adapters(trainer.model))
 
 
+def test_a_trained_student_is_merged_into_a_plain_model_that_computes_the_same(config, tmp_path):
+    data = task_data("causal-lm", 8)
+    fields = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    fields |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_kl", "greater_is_better": False}
+    student = with_lora(llama(2), target_modules="all-linear")
+    trainer = train(student, llama(4, 2), config(stages=STAGES, **fields), data, eval_dataset=data[:4])
+    best = peft.PeftModel.from_pretrained(llama(2), trainer.state.best_model_checkpoint)
+    assert_same_weights(adapters(best), adapters(trainer.model))
+    evaluated = trainer.evaluate()
+    trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged, info = LlamaForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values())
+    plain = CurriculumDistillationTrainer(
+        merged, config("plain"), train_dataset=data, eval_dataset=data[:4], teacher_model=llama(4, 2)
+    ).evaluate()
+    for name in ("eval_loss", "eval_kl", "eval_accuracy"):
+        assert plain[name] == pytest.approx(evaluated[name], rel=1e-5)
+
+
 def test_a_teacher_teaches_with_its_adapters(config, tmp_path):
     data, fields = task_data("causal-lm", 8), {"stages": STAGES, "learning_rate": 1e-2, "max_steps": 3}
     llama(4, 2).save_pretrained(tmp_path / "base")

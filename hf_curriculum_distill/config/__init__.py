@@ -2,5 +2,6 @@
 
 from hf_curriculum_distill.config.checks import METHODS, UNCACHED_METHODS
 from hf_curriculum_distill.config.distillation import CURRICULUM_EXTRACTION, CurriculumDistillationConfig
+from hf_curriculum_distill.config.extended import extended
 
-__all__ = ["CURRICULUM_EXTRACTION", "METHODS", "UNCACHED_METHODS", "CurriculumDistillationConfig"]
+__all__ = ["CURRICULUM_EXTRACTION", "METHODS", "UNCACHED_METHODS", "CurriculumDistillationConfig", "extended"]

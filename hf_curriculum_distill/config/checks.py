@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from hf_curriculum_distill.losses import DIVERGENCES, HIDDEN_LOSSES
@@ -19,8 +21,32 @@ TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # their steps don't follow the learning rates of parameter groups, or their memory is elsewhere than in their state
 _OTHER_OPTIMIZERS = ("layerwise", "lomo", "schedule_free")
+_OTHER_KWARGS = {
+    "token": "log in with `hf auth login` or set HF_TOKEN, because arguments are logged and saved",
+    "torch_dtype": "its name is 'dtype'",
+    "output_loading_info": "the trainer sets it",
+    "ignore_mismatched_sizes": "a teacher that lacks weights is never used",
+    "state_dict": "load the model yourself and pass it as teacher_model",
+}
 _FLAGS = ("shared_projection", "standardize_targets", "freeze_matched_layers", "truncate", "restart_schedule_per_stage")
 _FLAGS += ("freeze_embeddings_in_layer_stages", "carry_optimizer", "evaluate_layers")
+
+
+def parse_json(config: TrainingArguments) -> None:
+    """Parse lists and dictionaries that were written as JSON, as on a command line."""
+    kinds = {"[": "list", "{": "object"}
+    for name in ("stages", "layer_map", "class_weights", "teacher_schedule", "teacher_model_init_kwargs"):
+        value = getattr(config, name)
+        if isinstance(value, str) and value[:1] in kinds:
+            try:
+                setattr(config, name, json.loads(value))
+            except json.JSONDecodeError as error:
+                kind = kinds[value[0]]
+                raise ValueError(f"{name} is {value!r}, which is no valid JSON {kind} ({error}).") from error
+    if isinstance(kwargs := config.teacher_model_init_kwargs, dict):  # as JSON has dtypes and quantisation configs
+        plain = {n: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for n, v in kwargs.items()}
+        plain = {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in plain.items()}
+        config.teacher_model_init_kwargs = plain
 
 
 def check_values(config: TrainingArguments) -> None:
@@ -92,6 +118,8 @@ def check_values(config: TrainingArguments) -> None:
     _check_schedule(config)
     _check_between_stages(config)
     _check_who_teaches(config)
+    _check_teacher_loading(config)
+    _check_labels(config)
     if config.logit_chunk_size is not None:
         _check_range(config, "logit_chunk_size", 0, math.inf, "whole", lambda x: isinstance(x, int) and x >= 0)
         for name in ("torch_compile", "fp16", "deepspeed", "fsdp"):
@@ -171,6 +199,48 @@ def _check_who_teaches(config: TrainingArguments) -> None:
                 f"teacher_dtype is {config.teacher_dtype!r}, but method='online' trains the teacher, which needs "
                 "'float32' weights; use bf16=True for speed."
             )
+
+
+def _check_teacher_loading(config: TrainingArguments) -> None:
+    given = config.teacher_model_init_kwargs
+    if given is None:
+        return
+    try:
+        if not isinstance(given, dict) or any(not isinstance(name, str) for name in given):
+            raise TypeError("it is no dictionary by name")
+        json.dumps(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"teacher_model_init_kwargs is {given!r} ({error}); give arguments of from_pretrained by name, with values "
+            "that JSON can hold."
+        ) from error
+    for name in sorted(given.keys() & _OTHER_KWARGS.keys()):
+        raise ValueError(f"teacher_model_init_kwargs has {name!r}; {_OTHER_KWARGS[name]}.")
+    for name, field in {"dtype": "teacher_dtype", "attn_implementation": "attn_implementation"}.items():
+        ours = getattr(config, field)
+        if ours is not None and given.get(name, ours) != ours:
+            raise ValueError(
+                f"{field} is {ours!r}, but teacher_model_init_kwargs has {name!r}: {given[name]!r}; give one of the "
+                "two."
+            )
+    if config.method == "online" and given.get("dtype", "float32") != "float32":
+        raise ValueError(
+            f"teacher_model_init_kwargs has 'dtype': {given['dtype']!r}, but method='online' trains the teacher, which "
+            "needs 'float32' weights; use bf16=True for speed."
+        )
+
+
+def _check_labels(config: TrainingArguments) -> None:
+    if config.class_weights is not None:
+        numbers = config.class_weights if isinstance(config.class_weights, (list, tuple)) else [None]
+        valid = all(isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf for x in numbers)
+        if not valid or not any(numbers):
+            raise ValueError(
+                f"class_weights is {config.class_weights!r}; give a list with a number from 0 for each class, not all "
+                "of them 0."
+            )
+    if config.teacher_entropy_threshold is not None:
+        _check_range(config, "teacher_entropy_threshold", 0, 1, "both included", lambda x: 0 <= x <= 1)
 
 
 def _check_cache(config: TrainingArguments) -> None:

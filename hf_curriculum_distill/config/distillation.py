@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_curriculum_distill.config.checks import check_values
+from hf_curriculum_distill.config.checks import check_values, parse_json
 from hf_curriculum_distill.stages import (
     Stage,
     StageScheduler,
@@ -34,7 +32,7 @@ CURRICULUM_EXTRACTION: dict[str, Any] = {
 }
 
 
-@dataclass
+@dataclass(repr=False)  # TrainingArguments' own leaves out tokens
 class CurriculumDistillationConfig(TrainingArguments):
     """[`~transformers.TrainingArguments`] plus who teaches, what is matched, and when.
 
@@ -151,6 +149,22 @@ class CurriculumDistillationConfig(TrainingArguments):
         default=0.0, metadata={"help": "Weight of the cross-entropy on the labels in the logit stage."}
     )
 
+    class_weights: list | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of each class in the cross-entropy on labels, by class number (JSON on the command line). "
+            "The sum is divided by the number of labels all the same, so weights that are 1 on average keep its size."
+        },
+    )
+    teacher_entropy_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Up to which entropy of the teacher, as a share of the highest (the logarithm of the number of "
+            "classes), a row of logits learns from the teacher alone; above it, from its label alone. By default each "
+            "row learns from both."
+        },
+    )
+
     # Parameters that control the projection bank
     projection: str = field(
         default="gaussian",
@@ -251,6 +265,14 @@ class CurriculumDistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "The teacher's dtype: 'float32', 'bfloat16' or 'float16'; by default as it was saved."},
     )
+    teacher_model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of the teacher's from_pretrained, where teacher_model is a name or a folder "
+            "(JSON on the command line): revision, dtype, attn_implementation, device_map, quantization_config, "
+            "gguf_file (whose weights are unpacked unless quantization_config says otherwise), trust_remote_code, ..."
+        },
+    )
     teacher_schedule: list | str | None = field(
         default="step",
         metadata={
@@ -291,6 +313,10 @@ class CurriculumDistillationConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.prepare()
+
+    def prepare(self) -> None:
+        """The end of the construction: the default that depends on others, and the checks."""
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True
         self.check()
@@ -301,31 +327,17 @@ class CurriculumDistillationConfig(TrainingArguments):
         It runs at construction and again before training, because values may be set in between, for instance by a
         hyperparameter search.
         """
-        for name in ("stages", "layer_map", "teacher_schedule"):
-            value = getattr(self, name)
-            if isinstance(value, str) and value.startswith("["):
-                try:
-                    setattr(self, name, json.loads(value))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{name} is {value!r}, which is no valid JSON list ({error}).") from error
+        parse_json(self)
         check_values(self)
         if self.stages is not None:
             self.stages = parse_stages(self.stages)
 
-    @classmethod
-    def from_training_arguments(cls, args: TrainingArguments) -> CurriculumDistillationConfig:
-        """Copy plain training arguments; the fields of this library get their defaults.
-
-        Raises:
-            ValueError: `args` has fields that this class lacks.
-        """
-        names = {f.name for f in dataclasses.fields(args) if f.init}
-        if extra := sorted(names - {f.name for f in dataclasses.fields(cls)}):
-            raise ValueError(
-                f"args is a {type(args).__name__} with fields {', '.join(extra)}, which a {cls.__name__} lacks; pass "
-                "that, or a subclass of it with these fields."
-            )
-        return cls(**{name: getattr(args, name) for name in names - {"logging_nan_inf_filter"}})
+    @property
+    def matches_logits(self) -> bool:
+        """Whether a teacher needs a head, for a divergence from its logits or because it learns from labels itself."""
+        if self.stages is None or self.method == "online":
+            return self.method != "labels"
+        return any(Stage(**stage).kl_weight for stage in self.stages)
 
     def resolve_stages(self, student_depth: int, teacher_depth: int | None) -> tuple[Stage, ...]:
         """The stages that `stages`, or else `method`, stands for.

@@ -79,3 +79,4 @@ class PlannedConfig(CurriculumDistillationConfig):
         super().__post_init__()
         check_launch(self, None)  # sets up the device, which must be done while use_cpu is True
         self.use_cpu = on_cpu
+        self.teacher_entropy_threshold = None  # which rows it leaves out depends on values, and a plan has none

@@ -140,7 +140,8 @@ def build_models(options: PlanArguments, args: CurriculumDistillationConfig, tok
         student = PartialForward(student.train())
         _enable_checkpointing(student.model, args)
         if teacher_config is not None:
-            dtype = "float32" if online else args.teacher_dtype
+            dtype = (args.teacher_model_init_kwargs or {}).get("dtype", args.teacher_dtype)
+            dtype = "float32" if online else None if dtype == "auto" else dtype
             teacher = (OnlineTeacher if online else Teacher)(_make_model(auto, teacher_config, args, dtype))
     models = {"student": student, "teacher": teacher.partial_forward} if teacher else {"student": student}
     detail = "; ".join(

@@ -80,6 +80,7 @@ def check_stages(
     """
     _check_trained(stages, args, student)
     _check_logit_stages(stages, student.model)
+    _check_labels(stages, args, student.model)
     if args.method == "online" and args.standardize_targets and any(stage.hidden for stage in stages):
         raise ValueError(
             "stages match hidden states of an online teacher, and standardize_targets would measure them before it "
@@ -139,6 +140,25 @@ def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} doesn't say how many frames it makes of a recording, so that those of padding "
             "can't be left out of the divergence; match hidden states only, with explicit `stages`."
+        )
+
+
+def _check_labels(stages: Sequence[Stage], args: CurriculumDistillationConfig, model: nn.Module) -> None:
+    if args.class_weights is not None:
+        if not any(stage.label_weight for stage in stages) and args.method != "online":
+            raise ValueError(
+                "class_weights was given, but no stage learns from labels; set label_loss_weight, or leave it out."
+            )
+        if len(args.class_weights) != (classes := num_classes(model)):
+            raise ValueError(
+                f"class_weights has {len(args.class_weights)} numbers, but {type(model).__name__} has {classes} "
+                "classes; give one for each, by class number."
+            )
+    gated = any(stage.kl_weight and stage.label_weight for stage in stages)
+    if args.teacher_entropy_threshold is not None and not gated:
+        raise ValueError(
+            "teacher_entropy_threshold was given, which chooses between teacher and label, but no stage learns from "
+            "both; set label_loss_weight, or leave it out."
         )
 
 

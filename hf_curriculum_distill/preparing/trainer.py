@@ -43,7 +43,7 @@ from hf_curriculum_distill.schedules import (
 from hf_curriculum_distill.stages import matched_pairs, parse_layer_pairs
 from hf_curriculum_distill.teachers.cached import CachedTeacher
 from hf_curriculum_distill.teachers.comparison import StudentComparison
-from hf_curriculum_distill.teachers.loading import TeacherModel, check_teacher, prepare_teacher
+from hf_curriculum_distill.teachers.loading import TeacherModel, check_head, check_teacher, prepare_teacher
 from hf_curriculum_distill.teachers.target_store import TargetStore
 
 logger = logging.getLogger(__name__)
@@ -112,12 +112,14 @@ class PreparedTrainer(ResumableTrainer):
             student.set_attn_implementation(args.attn_implementation)
         if student is not self._student.model or args.layer_stack != self._student.stack:
             if self.teacher is not None:
-                check_teacher(student, self.teacher.model, self.processing_class)
+                check_teacher(student, self.teacher.model, self.processing_class, None, args.matches_logits)
             self._student.remove()
             self._student = PartialForward(student, args.layer_stack)
         teacher = self.teacher and self.teacher.partial_forward
         self._declared_stages = args.resolve_stages(self._student.depth, teacher and teacher.depth)
         check_stages(self._declared_stages, args, self._student, self.is_deepspeed_enabled)
+        if self.teacher is not None:
+            check_head(self.teacher.model, self._declared_stages)
         check_cache(self._declared_stages, args, student)
         if args.teacher_cache is not None:
             check_writable(args.teacher_cache, "teacher_cache", "the teacher's targets")
@@ -170,7 +172,8 @@ class PreparedTrainer(ResumableTrainer):
         args = self.args
         kind = {"progressive": f"checkpoints by teacher_schedule={args.teacher_schedule}", "online": "online"}
         kind = kind.get(args.method, "one frozen teacher")
-        names = ("teacher_dtype", "attn_implementation", "layer_stack")
+        names = ["teacher_dtype", "attn_implementation", "layer_stack"]
+        names += ["teacher_model_init_kwargs"] if args.teacher_model_init_kwargs else []
         return f"{kind}, with {', '.join(f'{name}={getattr(args, name)!r}' for name in names)}"
 
     def _estimate_steps(self) -> int:

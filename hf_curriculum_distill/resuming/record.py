@@ -32,6 +32,8 @@ _SETTINGS = (
     "divergence",
     "hidden_loss",
     "label_smoothing_factor",
+    "class_weights",
+    "teacher_entropy_threshold",
     "train_prefix",
     "freeze_matched_layers",
     "freeze_embeddings_in_layer_stages",
@@ -41,6 +43,7 @@ _SETTINGS = (
     "standardize_targets",
     "restart_schedule_per_stage",
     "stage_warmup_ratio",
+    "attn_implementation",
     "teacher_schedule",
     "teacher_learning_rate",
 )
@@ -52,6 +55,9 @@ _ONCE_FIXED = {
     "finished_layer_rate": 1.0,
     "carry_optimizer": True,
     "attn_implementation": None,
+    "teacher_attention": None,
+    "class_weights": None,
+    "teacher_entropy_threshold": None,
 }
 
 # Prefixes of the arguments that say where, when and how a run reads, writes and evaluates, but not what it learns; and
@@ -107,7 +113,8 @@ def make_record(
         "method": args.method if args.stages is None else "stages",
         "max_steps": stages.max_steps,
         "stages": [{"name": stage.name, **dataclasses.asdict(stage)} for stage in stages.stages],
-        "settings": {name: getattr(args, name) for name in _SETTINGS},
+        "settings": {name: getattr(args, name) for name in _SETTINGS}
+        | {"teacher_attention": (args.teacher_model_init_kwargs or {}).get("attn_implementation")},
         "seed": args.seed,
         "data_seed": args.data_seed,
         "arguments": _plain_settings(args),

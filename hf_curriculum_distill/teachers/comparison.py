@@ -17,7 +17,7 @@ from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import is_ctc
 from hf_curriculum_distill.losses import hidden_state_mse
 from hf_curriculum_distill.stages import LayerPair, Stage
-from hf_curriculum_distill.teachers.teacher import Teacher
+from hf_curriculum_distill.teachers.teacher import Teacher, has_head
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +28,19 @@ class StudentComparison:
     Args:
         teacher: whose logits the student's are compared with; None for accuracy alone.
         accelerator: gathers what the processes found.
+
+    Attributes:
+        num_batches: that were added since the evaluation began.
     """
 
     def __init__(self, teacher: Teacher | None, accelerator: Accelerator):
-        self._teacher, self._accelerator = teacher, accelerator
+        self._teacher, self._accelerator, self.num_batches = teacher, accelerator, 0
         self._metric, self._layers = TeacherComparison(), LayerComparison()
         self._knows_rows: bool | None = None  # whether labels are those of the rows of the logits; None: not seen yet
 
     def start(self) -> None:
         """Begin an evaluation."""
+        self.num_batches = 0
         self._metric, self._layers = TeacherComparison(), LayerComparison()
 
     def update(self, batch: Batch, outputs: Any, tolerance: float) -> None:
@@ -47,6 +51,7 @@ class StudentComparison:
             outputs: the student's, with its own loss.
             tolerance: the relative error that the precision of the computation allows.
         """
+        self.num_batches += 1
         if self._knows_rows is None:
             mismatch = label_loss_mismatch(batch, outputs, tolerance)
             self._knows_rows = mismatch is None
@@ -58,7 +63,7 @@ class StudentComparison:
         logits, teacher_logits = logits.flatten(0, -2), None
         rows = torch.arange(len(logits), device=logits.device) if batch.rows is None else batch.rows
         examples = rows // (len(logits) // len(batch))
-        if self._teacher is not None:
+        if self._teacher is not None and has_head(self._teacher.model):
             self._teacher.advance(None)
             _, teacher_logits = self._teacher.forward(batch.with_rows(rows), Stage(kl_weight=1.0))
         self._metric.update(self._accelerator, logits[rows], teacher_logits, batch.labels, examples, len(batch))

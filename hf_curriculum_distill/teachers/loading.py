@@ -7,13 +7,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
@@ -21,9 +18,11 @@ from transformers.utils import cached_file
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.adapted import is_quantised, transformers_model
 from hf_curriculum_distill.layers.weights import check_finite_weights
+from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.teachers.checkpoints import CheckpointTeacher, find_checkpoints
 from hf_curriculum_distill.teachers.online import OnlineTeacher
-from hf_curriculum_distill.teachers.teacher import Teacher
+from hf_curriculum_distill.teachers.pretrained import LENIENT, forget_unused, load_pretrained
+from hf_curriculum_distill.teachers.teacher import Teacher, has_head
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,8 @@ def _make_teacher(
     dtype = None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
 
     def place(teacher: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
-        check_teacher(student, teacher, processing_class, name)
+        check_teacher(student, teacher, processing_class, name, args.matches_logits)
+        _check_devices(teacher, args)
         if any(parameter.is_meta for parameter in teacher.parameters()):
             check_finite_weights(teacher, "teacher")  # raises
         where = {"device": args.device}
@@ -99,9 +99,23 @@ def _make_teacher(
         return teacher
 
     def load(name: str) -> PreTrainedModel:
-        return place(load_teacher(name, student, args.teacher_dtype), name)
+        return place(
+            load_teacher(
+                name,
+                student,
+                args.teacher_dtype,
+                init_kwargs=args.teacher_model_init_kwargs,
+                needs_head=args.matches_logits,
+            ),
+            name,
+        )
 
     if isinstance(teacher_model, PreTrainedModel):
+        if args.teacher_model_init_kwargs is not None:
+            raise ValueError(
+                f"teacher_model_init_kwargs was given, but teacher_model is a {type(teacher_model).__name__} that is "
+                "loaded already; pass its name or folder, or leave teacher_model_init_kwargs out."
+            )
         kind = OnlineTeacher if args.method == "online" else Teacher
         return kind(place(teacher_model), stack=args.layer_stack)
     if isinstance(teacher_model, (str, os.PathLike)):
@@ -126,15 +140,23 @@ def _make_teacher(
 
 
 def load_teacher(
-    name: str, student: PreTrainedModel, dtype: str | None = None, without_values: bool = False
+    name: str,
+    student: PreTrainedModel,
+    dtype: str | None = None,
+    without_values: bool = False,
+    init_kwargs: Mapping[str, Any] | None = None,
+    needs_head: bool = True,
 ) -> PreTrainedModel:
-    """Load a teacher for the student's task from a folder or the Hub.
+    """Load a teacher for the student's task from a folder or the Hub: a whole model, or PEFT adapters with their base.
 
     Args:
         name: a folder, or a name on the Hub.
         dtype: of its weights, for instance "bfloat16"; None for that of the checkpoint.
         without_values: only check that the teacher could be loaded, from the names and shapes of tensors in local
             files; of safetensors files only the header is read.
+        init_kwargs: further arguments of `from_pretrained`: see the config's `teacher_model_init_kwargs`.
+        needs_head: whether the teacher's logits are needed; if not, a checkpoint without the task's head gives a model
+            without one.
 
     Raises:
         OSError: there is no such model, or its files are damaged.
@@ -145,25 +167,18 @@ def load_teacher(
         raise OSError(f"The teacher {name!r} cannot be loaded: it is a file; name the folder that holds it.")
     task = next((auto for auto, names in _TASKS.items() if type(student).__name__ in names.values()), None)
     auto = type(student) if task is None else getattr(transformers, task)
-    kwargs: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    kwargs = {"trust_remote_code": False, **(init_kwargs or {})}
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if without_values:
         kwargs |= {"device_map": "meta", "local_files_only": True}
     if dtype is not None:
         kwargs["dtype"] = getattr(torch, dtype)
-    try:
-        model, info = auto.from_pretrained(name, **kwargs)
-    except UnpicklingError as error:
-        raise OSError(
-            f"The teacher {name!r} has pickled weights that hold more than tensors; they are not loaded, because "
-            "unpickling can run any code. Use a checkpoint saved as safetensors."
-        ) from error
-    except (OSError, SafetensorError, ImportError) as error:  # ImportError: no quantisation library
-        raise OSError(f"The teacher {name!r} cannot be loaded: {error}") from error
-    except (ValueError, StrictDataclassError) as error:
-        raise ValueError(
-            f"The teacher {name!r} cannot be loaded as the student's {auto.__name__}: {error} A model that needs code "
-            "of its own can be loaded by you and passed as teacher_model."
-        ) from error
+    if "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):  # earlier releases always unpack the weights
+        kwargs.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
+    model, info = load_pretrained(name, auto, student, kwargs)
+    if (info["missing_keys"] or info["mismatched_keys"]) and not needs_head:
+        model, info = load_pretrained(name, transformers.AutoModel, student, kwargs)
+        forget_unused(model, info)
     own = {_any_block(key) for key in model.state_dict()}
     if extra := sorted(key for key in info["unexpected_keys"] if _any_block(key) in own):
         raise ValueError(
@@ -180,23 +195,29 @@ def load_teacher(
 
 
 def check_teacher(
-    student: PreTrainedModel, teacher: PreTrainedModel, processing_class: Any = None, name: str | None = None
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    processing_class: Any = None,
+    name: str | None = None,
+    needs_head: bool = True,
 ) -> None:
     """Check that the teacher's logits have the same meaning as the student's.
 
     Args:
         processing_class: the student's tokenizer or processor.
         name: the name or folder that the teacher was loaded from; None if it was passed as a model.
+        needs_head: whether the teacher's logits are needed; if not, it may have no head.
 
     Raises:
         ValueError: the models share parameters, their vocabularies, labels or tokenizers differ, their outputs are not
             class logits, or they are of different tasks.
     """
-    _check_tasks(student, teacher)
+    compares_heads = needs_head or has_head(teacher)
+    _check_tasks(student, teacher, compares_heads)
     ours = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in ours for parameter in teacher.parameters()):
         raise ValueError("The teacher shares parameters with the student, so it would be trained; pass a copy.")
-    if "Classification" in type(student).__name__:
+    if "Classification" in type(student).__name__ and compares_heads:
         for who, model in (("student", student), ("teacher", teacher)):
             kind = getattr(model.config, "problem_type", None)
             if model.config.num_labels == 1 or kind in ("regression", "multi_label_classification"):
@@ -227,6 +248,26 @@ def check_teacher(
         _check_tokenizers(tokenizer, teacher.config, name)
 
 
+def check_head(teacher: PreTrainedModel, stages: Sequence[Stage]) -> None:
+    """Raise a `ValueError` if a stage needs the logits of a teacher without a head."""
+    if not has_head(teacher) and (needing := [stage.name for stage in stages if stage.kl_weight]):
+        raise ValueError(
+            f"The teacher is a {type(teacher).__name__}, which has no head, but stage {needing[0]!r} needs its logits; "
+            "use a checkpoint that was trained for the student's task, or match hidden states only, with explicit "
+            "`stages`."
+        )
+
+
+def _check_devices(teacher: PreTrainedModel, args: CurriculumDistillationConfig) -> None:
+    devices = {str(device) for device in (getattr(teacher, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The teacher's device_map spreads it over {', '.join(sorted(devices))}, but each process runs its teacher "
+            f"as a whole, on {args.device}; load it onto one device, in a smaller dtype or quantised if it is too "
+            "large."
+        )
+
+
 def _check_quantised(teacher: PreTrainedModel, args: CurriculumDistillationConfig) -> None:
     method = teacher.quantization_method
     how = f"The teacher is quantised ({getattr(method, 'value', method)})"
@@ -245,7 +286,7 @@ def _check_quantised(teacher: PreTrainedModel, args: CurriculumDistillationConfi
         )
 
 
-def _check_tasks(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def _check_tasks(student: PreTrainedModel, teacher: PreTrainedModel, compares_heads: bool) -> None:
     for who, model in (("student", student), ("teacher", teacher)):
         if not _tasks(model, _TASKS) and (other := _tasks(model, _OTHER_TASKS)):
             raise ValueError(
@@ -254,7 +295,7 @@ def _check_tasks(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             )
     tasks = [_tasks(model, _TASKS) for model in (student, teacher)]
     encodes_decodes = [bool(getattr(model.config, "is_encoder_decoder", False)) for model in (student, teacher)]
-    if (all(tasks) and not tasks[0] & tasks[1]) or len(set(encodes_decodes)) > 1:
+    if (compares_heads and all(tasks) and not tasks[0] & tasks[1]) or len(set(encodes_decodes)) > 1:
         described = [
             f"{type(m).__name__} ({', '.join(sorted(t)) or 'no known task'})"
             for m, t in zip((student, teacher), tasks, strict=True)
@@ -287,11 +328,13 @@ def _label_names(config: PreTrainedConfig) -> list[str | None] | None:
 def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedConfig, name: str | None) -> None:
     """Compare with the teacher's tokenizer, in the folder or repository that its weights were loaded from."""
     origin, in_memory = name or getattr(teacher, "_name_or_path", ""), name is None
-    folder = _tokenizer_folder(origin, getattr(teacher, "_commit_hash", None), local_files_only=in_memory)
+    revision = getattr(teacher, "_commit_hash", None)
+    folder = _tokenizer_folder(origin, revision, local_files_only=in_memory)
     if folder is None:
         return
     try:
-        theirs = AutoTokenizer.from_pretrained(folder if in_memory else name, trust_remote_code=False).get_vocab()
+        place, kwargs = folder if in_memory else name, {"revision": revision or "main", "trust_remote_code": False}
+        theirs = AutoTokenizer.from_pretrained(place, **kwargs).get_vocab()
     except Exception as error:  # every tokenizer raises errors of its own
         logger.warning("The tokenizer of %s cannot be read, so it is not compared with yours: %s", origin, error)
         return
@@ -306,9 +349,8 @@ def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedCon
 
 
 def _tokenizer_folder(name: str, revision: str | None, **kwargs: Any) -> str | None:
-    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     with suppress(OSError):  # neither a folder nor a possible name on the Hub
         for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
-            if (path := cached_file(name, file, revision=revision, **lenient, **kwargs)) is not None:
+            if (path := cached_file(name, file, revision=revision, **LENIENT, **kwargs)) is not None:
                 return os.path.dirname(path)
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -80,7 +80,13 @@ class OnlineTeacher(Teacher):
         )
         self._step = 0
 
-    def task_loss(self, batch: Batch, num_rows: Tensor | int, label_smoothing: float = 0.0) -> Tensor:
+    def task_loss(
+        self,
+        batch: Batch,
+        num_rows: Tensor | int,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
+    ) -> Tensor:
         """The model's own loss on a micro-batch, in training mode: a sum over its rows, divided by `num_rows`.
 
         Args:
@@ -101,8 +107,8 @@ class OnlineTeacher(Teacher):
                 gather=batch.row_per_token,
                 reduce=lambda logits, outputs: (logits, auxiliary_loss(self.model, outputs)),
             )
-        # the routers' loss is a mean over tokens: weight it by the number of rows
-        return (losses.cross_entropy(logits, batch.labels, label_smoothing) + batch.num_rows * balance) / num_rows
+        of_labels = losses.cross_entropy(logits, batch.labels, label_smoothing, class_weights)
+        return (of_labels + batch.num_rows * balance) / num_rows  # the routers' loss is a mean over tokens
 
     def learn(self, batch: Batch, counts: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:
         """Train on a micro-batch, and take an optimizer step after the last one of an accumulated batch.
@@ -114,7 +120,7 @@ class OnlineTeacher(Teacher):
             the micro-batch's part of the mean loss, as `teacher_loss`.
         """
         args = self._args
-        loss = self.task_loss(batch, counts[1].clamp(min=1), args.label_smoothing_factor)
+        loss = self.task_loss(batch, counts[1].clamp(min=1), args.label_smoothing_factor, args.class_weights)
         loss.backward()
         self.model.eval()
         if accelerator.sync_gradients:

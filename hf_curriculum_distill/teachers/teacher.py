@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
@@ -38,6 +39,11 @@ class Targets:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     logits: Tensor | RowLogits | TopLogits | None = None
     computed: bool = True
+
+
+def has_head(model: PreTrainedModel) -> bool:
+    """Whether a model computes more than hidden states."""
+    return type(model).__name__ not in MODEL_MAPPING_NAMES.values()
 
 
 class Teacher:

@@ -21,6 +21,8 @@ WRONG_VALUES = {
     "temperature": [0, 0.0, -1.0, math.inf, math.nan, "2", None, True],
     "divergence": ["kl", "forward", None],
     "label_loss_weight": [-1, math.nan, math.inf, "1"],
+    "class_weights": [2.0, "balanced", "[1, 2", [], [0, 0.0], [1, -1], [1, math.nan], [True], ["1"]],
+    "teacher_entropy_threshold": [-0.1, 1.1, math.nan, "0.5", True],
     "projection": ["learned", None],
     "calibration_samples": [0, -3, 2.5, "256", math.nan, math.inf],
     "logit_chunk_size": [-1, 2.5, "8", True, math.nan, math.inf],
@@ -28,6 +30,15 @@ WRONG_VALUES = {
     "stage_warmup_ratio": [-0.1, 1, 1.0, math.nan],
     "attn_implementation": ["", 3, True],
     "teacher_dtype": ["int8", "bf16", "auto"],
+    "teacher_model_init_kwargs": [
+        3,
+        "revision",
+        '{"a": 1',
+        {1: 2},
+        {"a": object()},
+        {"token": "x"},
+        {"torch_dtype": "x"},
+    ],
     "teacher_schedule": ["steps", None, 3, [0], [1.0], [True], ["2"], "[1, 2"],
     "teacher_learning_rate": [0, -1.0, math.nan, math.inf, "1"],
     "teacher_cache": ["", 3, True],
@@ -65,6 +76,18 @@ EXCLUDED = {
     "nothing to anneal": (
         {"hidden_weight_at_end": 0.0},
         "hidden_weight_at_end is 0, and so is hidden_weight_in_logit_stage, .*; set hidden_weight_in_logit_stage",
+    ),
+    "two dtypes": (
+        {"teacher_dtype": "bfloat16", "teacher_model_init_kwargs": {"dtype": "float16"}},
+        "teacher_dtype is 'bfloat16', but teacher_model_init_kwargs has 'dtype': 'float16'; give one of the two",
+    ),
+    "two attentions": (
+        {"attn_implementation": "sdpa", "teacher_model_init_kwargs": {"attn_implementation": "eager"}},
+        "attn_implementation is 'sdpa', but teacher_model_init_kwargs has 'attn_implementation': 'eager'",
+    ),
+    "a teacher that learns in bfloat16": (
+        {"method": "online", "teacher_model_init_kwargs": {"dtype": "bfloat16"}},
+        "has 'dtype': 'bfloat16', but method='online' trains the teacher, which needs 'float32'",
     ),
     "an encoder as embeddings": (
         {"freeze_embeddings_in_layer_stages": True, "layer_stack": "decoder"},

@@ -1,7 +1,7 @@
 from itertools import accumulate
 
 import pytest
-from conftest import STUDENT_DEPTH, tiny_bert
+from conftest import STUDENT_DEPTH, VOCAB_SIZE, tiny_bert
 from transformers import BertForSequenceClassification
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
@@ -22,6 +22,11 @@ RUNS = {
     "frozen embeddings": {"freeze_embeddings_in_layer_stages": True, "carry_optimizer": False},
     "annealed": {"hidden_weight_in_logit_stage": 0.5, "hidden_weight_at_end": 0.0, "finished_layer_rate": 0.3},
     "labels": {"method": "labels"},
+    "teacher or label": {
+        "label_loss_weight": 1.0,
+        "class_weights": [0.5, *[2.0] * (VOCAB_SIZE - 1)],
+        "teacher_entropy_threshold": 0.9,
+    },
 }
 
 
@@ -68,6 +73,8 @@ def test_weights_states_and_projections_are_counted_to_the_byte(tmp_path):
     assert alone | {"total": row["total"]} == row and alone["total"] < row["total"]
     half = planned(tmp_path, student, teacher, teacher_dtype="bfloat16", optim="sgd").total["memory"]
     assert half["teacher"] == 2 * numbers[1] + positions + projections and half["optimizer"] == 0
+    loaded = planned(tmp_path, student, teacher, teacher_model_init_kwargs={"dtype": "bfloat16"}, optim="sgd")
+    assert loaded.total["memory"] == half
     online = planned(tmp_path, student, teacher, method="online").total["memory"]
     assert online["teacher"] == 16 * numbers[1] + positions  # with gradients and two states each
     assert online["activations"] > planned(tmp_path, student, teacher, method="one_shot").total["memory"]["activations"]

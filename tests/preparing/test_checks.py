@@ -9,6 +9,11 @@ from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.preparing.checks import check_cache, check_launch, check_stages, check_training_data
 
+
+def make(student, teacher, args, data):
+    return CurriculumDistillationTrainer(student, args, train_dataset=data, teacher_model=teacher)
+
+
 # ---- launches ----
 
 
@@ -172,6 +177,25 @@ def test_a_block_that_a_stage_freezes_itself_does_not_count(config, student, tea
 
 
 # ---- caches ----
+
+
+LABELS = {
+    "too few weights": ({"class_weights": [1.0, 2.0], "label_loss_weight": 1.0}, "has 2 numbers, .* has 50 classes"),
+    "weights of no label": ({"class_weights": [1.0] * VOCAB_SIZE}, "class_weights was given, but no stage learns from"),
+    "no choice": ({"teacher_entropy_threshold": 0.5}, "chooses between teacher and label, but no stage learns from bo"),
+    "labels alone": ({"teacher_entropy_threshold": 0.5, "method": "labels"}, "no stage learns from both; set label_lo"),
+}
+
+
+@pytest.mark.parametrize("fields, message", LABELS.values(), ids=LABELS)
+def test_what_would_have_no_effect_on_labels_is_refused(config, student, teacher, examples, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make(student, teacher, config(**fields), examples)
+
+
+def test_weights_of_classes_need_stages(config, student, teacher, examples):
+    with pytest.raises(ValueError, match=r"class_weights was given without teacher_model and stages, .*label_weight"):
+        make(student, None, config(class_weights=[1.0] * VOCAB_SIZE), examples)
 
 
 def test_a_cache_that_no_stage_reads_is_refused(config, student, tmp_path):

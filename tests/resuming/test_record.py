@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.resuming.record import FILE_NAME, FORMAT_VERSION, check_resumable, read_record, write_record
 from hf_curriculum_distill.stages import Stage
 
@@ -164,6 +165,32 @@ def test_a_record_from_before_there_was_a_choice_resumes_with_what_was_fixed_the
     check_resumable(saved, RECORD | {"settings": RECORD["settings"] | {"hidden_loss": "mse"}}, "folder")
     with pytest.raises(ValueError, match=r"settings\.hidden_loss changed from 'mse' to 'cosine'"):
         check_resumable(saved, RECORD | {"settings": RECORD["settings"] | {"hidden_loss": "cosine"}}, "folder")
+
+
+CHANGES = {
+    "class_weights": [1.0, *[2.0] * 49],
+    "teacher_entropy_threshold": 0.5,
+    "attn_implementation": "eager",
+    "teacher_model_init_kwargs": {"attn_implementation": "eager"},
+}
+
+
+@pytest.mark.parametrize("name, value", CHANGES.items())
+def test_what_changes_the_loss_may_not_change_when_a_run_is_resumed(config, student, teacher, examples, name, value):
+    teacher.save_pretrained(config().output_dir + "/teacher")
+    fields = {"stages": [{"kl_weight": 1.0, "label_weight": 1.0}], "max_steps": 2, "save_strategy": "steps"}
+
+    def make(**changed):
+        args = config(**fields, save_steps=1, **changed)
+        folder = args.output_dir + "/teacher"
+        return CurriculumDistillationTrainer(student, args, train_dataset=examples, teacher_model=folder)
+
+    make().train()
+    changed = make(**{name: value})
+    setting = "teacher_attention" if name == "teacher_model_init_kwargs" else name
+    with pytest.raises(ValueError, match=rf"settings\.{setting} changed from None to "):
+        changed.train(resume_from_checkpoint=f"{changed.args.output_dir}/checkpoint-1")
+    make().train(resume_from_checkpoint=f"{changed.args.output_dir}/checkpoint-1")
 
 
 def test_other_data_resume_where_their_order_need_not_go_on():
