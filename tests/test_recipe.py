@@ -150,7 +150,7 @@ def test_the_defaults_are_the_real_job(bert_large, tmp_path):
     recipe, args = parse_arguments([bert_large.RecipeArguments, bert_large.TrainingConfig], [])
     assert (recipe.teacher, recipe.dataset) == ("google-bert/bert-large-uncased", "wikimedia/wikipedia")
     assert (recipe.block_size, recipe.mlm_probability, recipe.student) == (512, 0.15, "bert-large")
-    assert (args.method, args.layer_order, args.optim) == ("curriculum", "last", "adamw_torch_fused")
+    assert (args.method, args.layer_order, args.optim) == ("curriculum", "together", "adamw_torch_fused")
     assert args.report_to == ["tensorboard"]
     assert args.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
 

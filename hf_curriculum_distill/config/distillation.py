@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
@@ -19,17 +18,6 @@ from hf_curriculum_distill.stages import (
     parse_stages,
     resolve_layer_map,
 )
-
-# The curriculum as it was published (Gupta & Karmalkar, 2025, arXiv 2503.17494):
-# `CurriculumDistillationConfig("out", **CURRICULUM_EXTRACTION)`. How long the stages are is not public.
-CURRICULUM_EXTRACTION: dict[str, Any] = {
-    "method": "curriculum",
-    "layer_order": "sequential",
-    "hidden_weight_in_logit_stage": 0.0,
-    "layer_stage_fraction": 0.5,
-    "projection": "gaussian",
-    "shared_projection": False,
-}
 
 
 @dataclass(repr=False)  # TrainingArguments' own leaves out tokens
@@ -86,11 +74,11 @@ class CurriculumDistillationConfig(TrainingArguments):
         },
     )
     layer_order: str = field(
-        default="last",
+        default="together",
         metadata={
-            "help": "What each layer stage matches: 'last' (one stage, the highest pair), 'sequential' (one pair, "
-            "lowest first, as in the paper), 'cumulative' (this and all earlier pairs) or 'together' (one stage, all "
-            "pairs)."
+            "help": "What each layer stage matches: 'together' (one stage, all pairs), 'sequential' (one pair, lowest "
+            "first, as in the paper), 'cumulative' (this and all earlier pairs) or 'last' (one stage, the highest "
+            "pair)."
         },
     )
 

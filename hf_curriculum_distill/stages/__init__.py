@@ -1,6 +1,7 @@
 """Which losses are trained when: stages, the map from optimizer step to stage, what a stage freezes. Pure Python."""
 
 from hf_curriculum_distill.stages.curriculum import (
+    CURRICULUM_EXTRACTION,
     LAYER_ORDERS,
     check_layer_range,
     curriculum_stages,
@@ -12,6 +13,7 @@ from hf_curriculum_distill.stages.scheduler import StageScheduler
 from hf_curriculum_distill.stages.stage import LayerPair, Stage, parse_layer_pairs, parse_stages
 
 __all__ = [
+    "CURRICULUM_EXTRACTION",
     "LAYER_ORDERS",
     "LayerPair",
     "Stage",

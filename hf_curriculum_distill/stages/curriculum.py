@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from hf_curriculum_distill.stages.stage import LayerPair, Stage, parse_layer_pairs
 
 LAYER_ORDERS = ("sequential", "cumulative", "together", "last")
+
+# The curriculum as it was published (Gupta & Karmalkar, 2025, arXiv 2503.17494):
+# `CurriculumDistillationConfig("out", **CURRICULUM_EXTRACTION)`. How long the stages are is not public.
+CURRICULUM_EXTRACTION: dict[str, Any] = {
+    "method": "curriculum",
+    "layer_order": "sequential",
+    "hidden_weight_in_logit_stage": 0.0,
+    "layer_stage_fraction": 0.5,
+    "projection": "gaussian",
+    "shared_projection": False,
+}
 
 
 def resolve_layer_map(

@@ -19,7 +19,7 @@ OTHER_VALUES = {
     "stages": [[{"hidden": [[1, 2]], "until": 0.5}, {"kl_weight": 1.0}]],
     "layer_map": ["last", [[1, 2], [2, 4]]],
     "num_layer_stages": [1, 2],
-    "layer_order": ["sequential", "cumulative", "together"],
+    "layer_order": ["sequential", "cumulative", "last"],
     "hidden_weight": [0.5, 2, 20.0],
     "hidden_positions": ["labels"],
     "hidden_weight_in_logit_stage": [0.0, 0.5, 20.0],
@@ -155,14 +155,14 @@ def test_fields_resolve_to_stages(config, fields, names):
     assert [stage.name for stage in config(**fields).resolve_stages(3, 6)] == names
 
 
-def test_by_default_the_highest_layer_is_matched_to_the_end_and_the_papers_order_is_a_preset():
+def test_by_default_all_layers_are_matched_to_the_end_and_the_papers_order_is_a_preset():
     default, paper = (
         CurriculumDistillationConfig("out", use_cpu=True, report_to="none", **preset).resolve_stages(3, 6)
         for preset in ({}, CURRICULUM_EXTRACTION)
     )
     assert [(stage.name, stage.hidden, stage.hidden_weight) for stage in default] == [
-        ("layer 3", ((3, 6),), 1.0),
-        ("kl + layer 3", ((3, 6),), 1.0),
+        ("layers 1-3", ((1, 2), (2, 4), (3, 6)), 1.0),
+        ("kl + layers 1-3", ((1, 2), (2, 4), (3, 6)), 1.0),
     ]
     assert [stage.name for stage in paper] == ["layer 1", "layer 2", "layer 3", "kl"]
     assert paper[-1].hidden == () and {stage.hidden_weight for stage in paper[:-1]} == {1.0}
