@@ -21,7 +21,7 @@ test-all: test
 
 distill: .venv/installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 recipes/bert_large.py --config $(QUICKSTART)
-	$(BIN)/python recipes/fill_mask.py runs/quickstart/curriculum/seed-42
+	$(BIN)/python recipes/fill_mask.py recipes/data/bert_4_256 $(addprefix runs/quickstart/,curriculum/seed-42 one_shot/seed-42)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Load a student with plain transformers and let it fill in blanks: python recipes/fill_mask.py FOLDER."""
+"""Load models with plain transformers and let them fill in blanks: python recipes/fill_mask.py FOLDER ..."""
 
 import sys
 
@@ -12,14 +12,15 @@ SENTENCES = (
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         raise SystemExit(__doc__)
-    folder = sys.argv[1]
-    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)
-    for sentence in SENTENCES:
-        tokens = ", ".join(f"{guess['token_str']} ({guess['score']:.2f})" for guess in fill(sentence))
-        print(f"{sentence}  ->  {tokens}")
+    for folder in sys.argv[1:]:
+        model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)
+        print(f"\n{folder}")
+        for sentence in SENTENCES:
+            tokens = ", ".join(f"{guess['token_str']} ({guess['score']:.2f})" for guess in fill(sentence))
+            print(f"  {sentence}  ->  {tokens}")
 
 
 if __name__ == "__main__":
