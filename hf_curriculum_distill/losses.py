@@ -181,13 +181,32 @@ class TopLogits:
         log_probabilities: `[rows, k + 1]`, in the order of `classes`, then that of all others together; they are those
             at the temperature that [`top_logits`] was given.
         classes: class numbers `[rows, k]`, the likeliest first.
+        num_classes: the number of all classes; None for as many as the student has.
     """
 
     log_probabilities: Tensor
     classes: Tensor
+    num_classes: int | None = None
 
     def __getitem__(self, rows: slice) -> TopLogits:
-        return TopLogits(self.log_probabilities[rows], self.classes[rows])
+        return TopLogits(self.log_probabilities[rows], self.classes[rows], self.num_classes)
+
+
+def shared_classes(student_logits: Tensor, teacher: Tensor | TopLogits) -> Tensor:
+    """The student's logits of the classes that the teacher has, too: a vocabulary may be padded to another size.
+
+    Args:
+        student_logits: `[rows, classes]`.
+        teacher: logits `[rows, shared classes]`, or the result of [`top_logits`].
+
+    ```python
+    >>> shared_classes(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4.0, 5.0]]))
+    tensor([[1., 2.]])
+
+    ```
+    """
+    number = teacher.num_classes if isinstance(teacher, TopLogits) else teacher.shape[-1]
+    return student_logits if number in (None, student_logits.shape[-1]) else student_logits[:, :number]
 
 
 def top_logits(logits: Tensor, k: int, temperature: float = 1.0) -> TopLogits:
@@ -199,7 +218,7 @@ def top_logits(logits: Tensor, k: int, temperature: float = 1.0) -> TopLogits:
         temperature: divides the logits.
     """
     logits = logits.float() / temperature
-    return TopLogits(*_bucketed(logits, logits.topk(k, -1).indices))
+    return TopLogits(*_bucketed(logits, logits.topk(k, -1).indices), num_classes=logits.shape[-1])
 
 
 def top_kl_divergence(student_logits: Tensor, teacher: TopLogits, temperature: float = 1.0) -> Tensor:
@@ -259,6 +278,27 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, label_smoothing: float
     ```
     """
     return F.cross_entropy(student_logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+
+
+def squared_error(student: Tensor, target: Tensor) -> Tensor:
+    """Squared error of the student's numbers, summed over rows: of a regression, in place of a divergence.
+
+    Zero if and only if the numbers are equal.
+
+    Args:
+        student: `[rows, 1]`.
+        target: the teacher's, of the same shape, or labels `[rows]`.
+
+    Returns:
+        the sum, a float32 scalar.
+
+    ```python
+    >>> squared_error(torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 5.0])).item()
+    9.0
+
+    ```
+    """
+    return (student.float() - target.float().view_as(student)).square().sum()
 
 
 def hard_label_loss(student_logits: Tensor, teacher: Tensor | TopLogits, temperature: float = 1.0) -> Tensor:

@@ -21,7 +21,7 @@ from hf_curriculum_distill.batches.positions import (
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.chunks import chunk_size
 from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.layers.heads import balances_experts, decodes_labels, num_classes
+from hf_curriculum_distill.layers.heads import Head, balances_experts, decodes_labels, head_of, num_classes
 
 
 class BatchReader:
@@ -45,7 +45,12 @@ class BatchReader:
         whole_logits: bool = False,
     ):
         self.student, self.teacher, self.args = student, teacher, args
-        self.label_names, self.reads_labels = {*label_names, LABEL_POSITIONS}, reads_labels
+        self.head, self.reads_labels = head_of(student.model), reads_labels
+        if (
+            not args.matches_logits
+        ):  # scripts name inputs of blocks, such as pixels or masks, so that Trainer has labels
+            label_names = [name for name in label_names if "label" in name]
+        self.label_names = {*label_names, *self.head.label_names, LABEL_POSITIONS}
         self.whole_logits = whole_logits or balances_experts(student.model)
 
     def __call__(self, inputs: Mapping[str, Any], whole_logits: bool = False) -> Batch:
@@ -76,6 +81,11 @@ class Batch:
     def model(self) -> nn.Module:
         """The student, whose class says which rows of logits count."""
         return self._reader.student.model
+
+    @property
+    def head(self) -> Head:
+        """What the rows of logits are."""
+        return self._reader.head
 
     @property
     def main_input(self) -> Tensor:
@@ -136,7 +146,7 @@ class Batch:
     def counts(self) -> Tensor:
         inputs = self.inputs
         if not self._reader.reads_labels:
-            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            inputs = {name: value for name, value in inputs.items() if name not in self.head.label_names}
         return count(self.model, inputs, self._reader.args.layer_stack)
 
     @cached_property

@@ -12,7 +12,7 @@ from hf_curriculum_distill.losses import DIVERGENCES, HIDDEN_LOSSES
 from hf_curriculum_distill.projections import PROJECTIONS
 from hf_curriculum_distill.stages import LAYER_ORDERS, parse_layer_pairs
 
-METHODS = ("curriculum", "one_shot", "progressive", "online", "labels")
+METHODS = ("curriculum", "hidden", "one_shot", "progressive", "online", "labels")
 UNCACHED_METHODS = ("progressive", "online", "labels")  # no teacher whose targets stay the same
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 # their learning rates depend on more than the step, so they can't be restarted in each stage
@@ -87,6 +87,7 @@ def check_values(config: TrainingArguments) -> None:
     _check_schedule(config)
     _check_between_stages(config)
     _check_who_teaches(config)
+    _check_hidden(config)
     if config.logit_chunk_size is not None:
         _check_range(config, "logit_chunk_size", 0, math.inf, "whole", lambda x: isinstance(x, int) and x >= 0)
         for name in ("torch_compile", "fp16", "deepspeed", "fsdp"):
@@ -165,6 +166,18 @@ def _check_who_teaches(config: TrainingArguments) -> None:
             raise ValueError(
                 f"teacher_dtype is {config.teacher_dtype!r}, but method='online' trains the teacher, which needs "
                 "'float32' weights; use bf16=True for speed."
+            )
+
+
+def _check_hidden(config: TrainingArguments) -> None:
+    if config.method != "hidden":
+        return
+    names = ("label_loss_weight", "hidden_weight_in_logit_stage", "hidden_weight_at_end", "freeze_matched_layers")
+    for name in names:
+        if getattr(config, name):
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}, but method='hidden' has no logit stage that it could change; "
+                "leave it out, or use method='curriculum'."
             )
 
 

@@ -22,6 +22,7 @@ from hf_curriculum_distill.batches.randomness import preserved_random_state
 from hf_curriculum_distill.files import check_writable
 from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.forward import PartialForward
+from hf_curriculum_distill.layers.heads import head_of
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, sample
 from hf_curriculum_distill.preparing.checks import check_cache, check_launch, check_stages, check_training_data
@@ -39,6 +40,7 @@ from hf_curriculum_distill.teachers.cached import CachedTeacher
 from hf_curriculum_distill.teachers.comparison import StudentComparison
 from hf_curriculum_distill.teachers.loading import TeacherModel, check_teacher, prepare_teacher
 from hf_curriculum_distill.teachers.target_store import TargetStore
+from hf_curriculum_distill.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +55,19 @@ class PreparedTrainer(ResumableTrainer):
         """The end of the constructor: load the teacher, and check that everything fits together."""
         # the loss is already divided by the counts of the whole accumulated batch: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
-        if self.args.label_names is None and "labels" in self.label_names:
-            self.label_names = [
-                "labels"
-            ]  # evaluations need these; the forward may have other inputs with "label" in their names
+        label_names = head_of(self.model).label_names
+        if self.args.label_names is None and {*label_names} <= {*self.label_names}:
+            # evaluations need these; the forward may have other inputs with "label" in their names
+            self.label_names = list(label_names)
         self._given_bank = projection_bank
         self._bank_made_of: tuple | None = None
         self._has_optimizer = self.optimizer is not None or self.lr_scheduler is not None
-        check_launch(self.args, self.compute_loss_func, False, self._has_optimizer)  # before weights are loaded
+        # before weights are loaded
+        check_launch(self.args, self.compute_loss_func, False, self._has_optimizer, head_of(self.model))
         self._student = PartialForward(self.model, self.args.layer_stack)
         if teacher_model is not None:
             self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)
-        self._comparison = StudentComparison(self.teacher, self.accelerator)
+        self._comparison = StudentComparison(self._comparable_teacher(), self.accelerator)
         self._who_teaches = self._describe_teacher()
         self._resolve()
         if self.train_dataset is not None:
@@ -94,7 +97,7 @@ class PreparedTrainer(ResumableTrainer):
         """
         args = self.args
         args.check()
-        check_launch(args, self.compute_loss_func, self._shards_parameters, self._has_optimizer)
+        check_launch(args, self.compute_loss_func, self._shards_parameters, self._has_optimizer, head_of(self._core))
         if (now := self._describe_teacher()) != self._who_teaches:
             raise ValueError(
                 f"The trainer was made with {self._who_teaches}, but the arguments now say {now}: another teacher. "
@@ -105,7 +108,7 @@ class PreparedTrainer(ResumableTrainer):
             student.set_attn_implementation(args.attn_implementation)
         if student is not self._student.model or args.layer_stack != self._student.stack:
             if self.teacher is not None:
-                check_teacher(student, self.teacher.model, self.processing_class)
+                check_teacher(student, self.teacher.model, self.processing_class, compares_logits=args.matches_logits)
             self._student.remove()
             self._student = PartialForward(student, args.layer_stack)
         teacher = self.teacher and self.teacher.partial_forward
@@ -120,6 +123,15 @@ class PreparedTrainer(ResumableTrainer):
         self._reads_labels |= args.hidden_positions == "labels" or args.layer_stack == "decoder"
         self._use_student(self._student)
         self._prepare_teacher()
+
+    def _comparable_teacher(self) -> Teacher | None:
+        """The teacher if evaluations can compare its logits with the student's, which those of any task need not be."""
+        if self.teacher is not None and not self.args.matches_logits:
+            try:
+                check_teacher(self._core, self.teacher.model)
+            except ValueError:
+                return None
+        return self.teacher
 
     def _make_bank(self) -> ProjectionBank | None:
         """The given bank, that of an earlier `train()` if nothing it depends on has changed, or a new one."""

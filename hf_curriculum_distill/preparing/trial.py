@@ -46,24 +46,27 @@ def try_out(
         tolerance = relative_error(args, student)
         whole = None
         if every.needs_logits and not packed:
-            has_labels = objective.student.accepts("labels")
+            has_labels = all(objective.student.accepts(name) for name in batch.head.label_names)
             own = {n: v for n, v in batch.inputs.items() if n != LABEL_POSITIONS} if has_labels else batch.model_inputs
             outputs = student(**batch.for_student(own))
-            whole = objective.student.logits_in(outputs, has_loss="labels" in own)
+            whole = objective.student.logits_in(outputs, has_loss=batch.head.label_names[0] in own)
             if mismatch := label_loss_mismatch(batch, outputs, tolerance):
-                raise ValueError(f"{mismatch} Match hidden states only, with explicit `stages`.")
+                raise ValueError(f"{mismatch} Match hidden states only, with method='hidden'.")
         hidden, logits = objective.forward(student, batch, every)
         if whole is not None:
             expected = whole.flatten(0, -2)[... if batch.rows is None else batch.rows]
             if not _are_equal(logits, expected, tolerance):
                 raise ValueError(
                     f"The logits of {type(student).__name__} for the rows that count alone are others than those of "
-                    "all rows, so its head can't be run for a part. Match hidden states only, with explicit `stages`."
+                    "all rows, so its head can't be run for a part. Match hidden states only, with method='hidden'."
                 )
         targets = teacher.targets(batch, every) if every.needs_teacher else Targets()
         for layer, target in targets.hidden.items():
             losses.HIDDEN_LOSSES[args.hidden_loss](hidden[layer], target, batch.weights(target))
-        if targets.logits is not None and targets.logits.shape != logits.shape:
+        if (
+            targets.logits is not None
+            and targets.logits.shape != logits[:, : teacher.partial_forward.num_classes].shape
+        ):
             raise ValueError(
                 f"The student's logits have shape {tuple(logits.shape)} and the teacher's "
                 f"{tuple(targets.logits.shape)} (rows, classes); use two models of one task."

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.adapted import is_quantised, transformers_model
+from hf_curriculum_distill.layers.heads import CLASSES, head_of, num_classes
 from hf_curriculum_distill.layers.weights import check_finite_weights
 from hf_curriculum_distill.teachers.checkpoints import CheckpointTeacher, find_checkpoints
 from hf_curriculum_distill.teachers.online import OnlineTeacher
@@ -37,14 +38,12 @@ _TASKS = {
     "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForAudioClassification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-}
-# tasks whose models do not have one row of class logits for each token or example
-_OTHER_TASKS = {
     "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
-    "AutoModelForPreTraining": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
 }
+# tasks whose models have logits of several kinds, or none
+_OTHER_TASKS = {"AutoModelForPreTraining": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES}
 
 TeacherModel = PreTrainedModel | str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -74,6 +73,8 @@ def prepare_teacher(
             "without adapters; pass its merge_and_unload()."
         )
     teacher = _make_teacher(teacher_model, student, args, processing_class)
+    if num_classes(student) in _vocabulary_sizes(student, teacher.model):
+        teacher.partial_forward.num_classes = shared_vocabulary(student, teacher.model, processing_class)
     teacher.fingerprint  # noqa: B018  before anything trains the weights
     return teacher
 
@@ -84,7 +85,7 @@ def _make_teacher(
     dtype = None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
 
     def place(teacher: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
-        check_teacher(student, teacher, processing_class, name)
+        check_teacher(student, teacher, processing_class, name, args.matches_logits)
         if any(parameter.is_meta for parameter in teacher.parameters()):
             check_finite_weights(teacher, "teacher")  # raises
         where = {"device": args.device}
@@ -180,44 +181,32 @@ def load_teacher(
 
 
 def check_teacher(
-    student: PreTrainedModel, teacher: PreTrainedModel, processing_class: Any = None, name: str | None = None
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    processing_class: Any = None,
+    name: str | None = None,
+    compares_logits: bool = True,
 ) -> None:
-    """Check that the teacher's logits have the same meaning as the student's.
+    """Check that the teacher reads the same inputs as the student, and that its logits have the same meaning.
 
     Args:
         processing_class: the student's tokenizer or processor.
         name: the name or folder that the teacher was loaded from; None if it was passed as a model.
+        compares_logits: whether logits are matched; hidden states alone can be those of any task.
 
     Raises:
-        ValueError: the models share parameters, their vocabularies, labels or tokenizers differ, their outputs are not
-            class logits, or they are of different tasks.
+        ValueError: the models share parameters, their vocabularies, labels or tokenizers differ, their outputs have no
+            logits, or they are of different tasks.
     """
-    _check_tasks(student, teacher)
+    if compares_logits:
+        _check_tasks(student, teacher)
     ours = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in ours for parameter in teacher.parameters()):
         raise ValueError("The teacher shares parameters with the student, so it would be trained; pass a copy.")
-    if "Classification" in type(student).__name__:
-        for who, model in (("student", student), ("teacher", teacher)):
-            kind = getattr(model.config, "problem_type", None)
-            if model.config.num_labels == 1 or kind in ("regression", "multi_label_classification"):
-                raise ValueError(
-                    f"The {who} has num_labels={model.config.num_labels} and problem_type={kind!r}; a divergence "
-                    "between class probabilities needs single-label classification with at least 2 classes."
-                )
-        if student.config.num_labels != teacher.config.num_labels:
-            raise ValueError(
-                f"The student has {student.config.num_labels} labels and the teacher {teacher.config.num_labels}; "
-                "their logits can't be compared. Load both with the same num_labels."
-            )
-        names = [_label_names(model.config) for model in (student, teacher)]
-        if None not in names and names[0] != names[1]:
-            label2id = [{name: number for number, name in enumerate(labels)} for labels in names]
-            raise ValueError(
-                f"The student's label2id is {label2id[0]} and the teacher's {label2id[1]}; class numbers must mean the "
-                "same. Load both with the same id2label and label2id."
-            )
-    vocabularies = [getattr(m.config.get_text_config(), "vocab_size", None) for m in (student, teacher)]
-    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+    if compares_logits and "Classification" in type(student).__name__:
+        _check_labels(student, teacher)
+    vocabularies, shared = _vocabulary_sizes(student, teacher), shared_vocabulary(student, teacher, processing_class)
+    if len(vocabularies) > 1 and shared is None:
         raise ValueError(
             f"The student's vocabulary has {vocabularies[0]} entries and the teacher's {vocabularies[1]}; they must "
             "read and predict the same tokens. Build the student with the teacher's tokenizer and vocab_size."
@@ -225,6 +214,60 @@ def check_teacher(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)  # processors have one
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         _check_tokenizers(tokenizer, teacher.config, name)
+
+
+def shared_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel, processing_class: Any = None) -> int | None:
+    """The number of tokens of a tokenizer whose ids both models know although their vocabularies differ in size.
+
+    Vocabularies are padded, for instance to a multiple of 64, and the entries after the tokenizer's mean nothing.
+
+    Args:
+        processing_class: the student's tokenizer or processor.
+
+    Returns:
+        one more than the largest id; None if the vocabularies are of one size, if there is no tokenizer, or if it has
+        ids that one of the models does not know.
+    """
+    sizes, tokenizer = _vocabulary_sizes(student, teacher), getattr(processing_class, "tokenizer", processing_class)
+    if len(sizes) < 2 or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return None
+    number = max(tokenizer.get_vocab().values(), default=-1) + 1
+    return number if 0 < number <= min(sizes) else None
+
+
+def _vocabulary_sizes(*models: PreTrainedModel) -> list[int]:
+    """The sizes of two models' vocabularies; one if they are equal, none if a model has no vocabulary."""
+    sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in models]
+    return [] if None in sizes else list(dict.fromkeys(sizes))
+
+
+def _check_labels(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Check that two classifiers have the same classes, or that both predict numbers."""
+    kinds = [f"num_labels={m.config.num_labels} and problem_type={m.config.problem_type!r}" for m in (student, teacher)]
+    for who, model, kind in (("student", student, kinds[0]), ("teacher", teacher, kinds[1])):
+        other = model.config.problem_type in ("regression", "multi_label_classification")
+        if head_of(model) is CLASSES and (other or model.config.num_labels == 1):
+            raise ValueError(
+                f"The {who} has {kind}; a divergence between class probabilities needs single-label classification "
+                "with at least 2 classes."
+            )
+    if student.config.num_labels != teacher.config.num_labels:
+        raise ValueError(
+            f"The student has {student.config.num_labels} labels and the teacher {teacher.config.num_labels}; "
+            "their logits can't be compared. Load both with the same num_labels."
+        )
+    if head_of(student) is not head_of(teacher):
+        raise ValueError(
+            f"The student has {kinds[0]}, and the teacher has {kinds[1]}, so that their logits mean different things: "
+            f"{head_of(student).name}, and {head_of(teacher).name}. Load both with the same problem_type."
+        )
+    names = [_label_names(model.config) for model in (student, teacher)]
+    if None not in names and names[0] != names[1]:
+        label2id = [{name: number for number, name in enumerate(labels)} for labels in names]
+        raise ValueError(
+            f"The student's label2id is {label2id[0]} and the teacher's {label2id[1]}; class numbers must mean the "
+            "same. Load both with the same id2label and label2id."
+        )
 
 
 def _check_quantised(teacher: PreTrainedModel, args: CurriculumDistillationConfig) -> None:
@@ -250,7 +293,8 @@ def _check_tasks(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         if not _tasks(model, _TASKS) and (other := _tasks(model, _OTHER_TASKS)):
             raise ValueError(
                 f"The {who} is a {type(model).__name__} ({min(other)}), whose outputs are not one row of class logits "
-                f"a token or an example; use a model of one of {', '.join(_TASKS)}."
+                f"a token or an example; use a model of one of {', '.join(_TASKS)}, or match hidden states only, with "
+                "method='hidden'."
             )
     tasks = [_tasks(model, _TASKS) for model in (student, teacher)]
     encodes_decodes = [bool(getattr(model.config, "is_encoder_decoder", False)) for model in (student, teacher)]

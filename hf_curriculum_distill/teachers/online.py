@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from hf_curriculum_distill import losses
 from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.files import replacing
@@ -102,7 +101,7 @@ class OnlineTeacher(Teacher):
                 reduce=lambda logits, outputs: (logits, auxiliary_loss(self.model, outputs)),
             )
         # the routers' loss is a mean over tokens: weight it by the number of rows
-        return (losses.cross_entropy(logits, batch.labels, label_smoothing) + batch.num_rows * balance) / num_rows
+        return (batch.head.label_loss(logits, batch.labels, label_smoothing) + batch.num_rows * balance) / num_rows
 
     def learn(self, batch: Batch, counts: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:
         """Train on a micro-batch, and take an optimizer step after the last one of an accumulated batch.
