@@ -46,11 +46,9 @@ class BatchReader:
     ):
         self.student, self.teacher, self.args = student, teacher, args
         self.head, self.reads_labels = head_of(student.model), reads_labels
-        if (
-            not args.matches_logits
-        ):  # scripts name inputs of blocks, such as pixels or masks, so that Trainer has labels
-            label_names = [name for name in label_names if "label" in name]
-        self.label_names = {*label_names, *self.head.label_names, LABEL_POSITIONS}
+        if not args.matches_logits:  # for Trainer, scripts call inputs of the blocks labels, such as a mask of patches
+            label_names = [name for name in label_names if "label" in name or name in self.head.label_names]
+        self.label_names = {*label_names, LABEL_POSITIONS}
         self.whole_logits = whole_logits or balances_experts(student.model)
 
     def __call__(self, inputs: Mapping[str, Any], whole_logits: bool = False) -> Batch:

@@ -78,37 +78,39 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
     elif main.device.type == "cpu" and not main.isfinite().all():
         raise ValueError(f"{name} have values that are nan or inf; check the data and its preprocessing.")
     if reads_labels and head is not CLASSES:
-        return _check_labels_of_example(model, inputs, main)
-    if labels is None or not reads_labels or is_ctc(model):
-        return None
+        _check_labels_of_examples(model, inputs, main)
+    elif reads_labels and labels is not None and not is_ctc(model):
+        _check_class_numbers(model, labels, main, classes)
+
+
+def _check_class_numbers(model: nn.Module, labels: Any, main: Tensor, classes: int | None) -> None:
+    """Check the labels of a model that has one row for each token, or one for each example."""
     if not isinstance(labels, Tensor):
         raise ValueError(
             f"labels are a {type(labels).__name__}; class numbers of shape [batch] or [batch, length] are needed to "
             "match the teacher's class probabilities. Match hidden states only, with method='hidden'."
         )
+    instead = (
+        " For numbers or several classes an example set problem_type='regression' or 'multi_label_classification'."
+    )
     if labels.is_floating_point() or labels.dim() not in (1, 2):
         raise ValueError(
             f"labels are {_describe(labels)}; class numbers of shape [batch] or [batch, length] are needed to match "
             "the teacher's class probabilities."
-            + (
-                " For numbers, or for several classes an example, load both models with problem_type='regression' or "
-                "'multi_label_classification'."
-                if _is_for(type(model), ONE_ROW_PER_EXAMPLE)
-                else ""
-            )
+            f"{instead if _is_for(type(model), ONE_ROW_PER_EXAMPLE) else ''}"
         )
     per_token = predicts_next_token(model) or _is_for(type(model), _ONE_ROW_PER_TOKEN)
     wanted = main.shape if per_token else main.shape[: 1 if _is_for(type(model), ONE_ROW_PER_EXAMPLE) else 0]
     if len(labels) != len(main) or (wanted and labels.shape != wanted):
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)} but {name} {tuple(main.shape)}; {type(model).__name__} needs one "
-            f"label {'a token' if per_token else 'an example'}. Check the collator."
+            f"labels have shape {tuple(labels.shape)} but {model.main_input_name} {tuple(main.shape)}; "
+            f"{type(model).__name__} needs one label {'a token' if per_token else 'an example'}. Check the collator."
         )
     _check_values(labels.where(labels != -100, 0), "labels", classes, " (-100: does not count)")
 
 
-def _check_labels_of_example(model: nn.Module, inputs: Mapping[str, Any], main: Tensor) -> None:
-    """Check the labels of a model of which each example has the same number of rows."""
+def _check_labels_of_examples(model: nn.Module, inputs: Mapping[str, Any], main: Tensor) -> None:
+    """Check the labels of a model that has as many rows for each example."""
     head, size = head_of(model), len(main)
     given = [name for name in head.label_names if inputs.get(name) is not None]
     if not given:

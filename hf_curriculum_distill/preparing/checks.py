@@ -159,9 +159,9 @@ def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, mod
     whole = k is None or (classes is not None and k >= classes)
     if args.divergence not in TOP_DIVERGENCES and not whole and any(stage.kl_weight for stage in stages):
         raise ValueError(
-            f"divergence is {args.divergence!r}, but of {classes or 'the'} classes teacher_cache keeps {k} and the rest as one, "
-            f"which only {' and '.join(map(repr, TOP_DIVERGENCES))} can be computed from; use one of these, or "
-            "teacher_cache_logits=None, which keeps all."
+            f"divergence is {args.divergence!r}, but of {classes or 'the'} classes teacher_cache keeps {k} and the "
+            f"rest as one, which only {' and '.join(map(repr, TOP_DIVERGENCES))} can be computed from; use one of "
+            "these, or teacher_cache_logits=None, which keeps all."
         )
 
 

@@ -63,10 +63,9 @@ def try_out(
         targets = teacher.targets(batch, every) if every.needs_teacher else Targets()
         for layer, target in targets.hidden.items():
             losses.HIDDEN_LOSSES[args.hidden_loss](hidden[layer], target, batch.weights(target))
-        if (
-            targets.logits is not None
-            and targets.logits.shape != logits[:, : teacher.partial_forward.num_classes].shape
-        ):
+        if targets.logits is None:
+            return
+        if targets.logits.shape != logits[:, : teacher.partial_forward.num_classes].shape:
             raise ValueError(
                 f"The student's logits have shape {tuple(logits.shape)} and the teacher's "
                 f"{tuple(targets.logits.shape)} (rows, classes); use two models of one task."
