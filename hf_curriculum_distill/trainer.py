@@ -167,8 +167,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
                 check_batch(self.model, batch.inputs, self._reads_labels)
             loss, outputs = super().compute_loss(model, batch.for_student(batch.inputs), return_outputs=True)
             self._comparison.update(batch, outputs, relative_error(self.args, self.model))
-            if self.args.evaluate_layers and self.projection_bank is not None and self.projection_bank.frozen:
-                self._comparison.update_layers(batch, self._student, model, matched_pairs(self.stages))
+            self._compare_layers(batch, model)
             return (loss, outputs) if return_outputs else loss
 
         batch = self._read(inputs, whole_logits=return_outputs)
@@ -306,6 +305,18 @@ class CurriculumDistillationTrainer(PreparedTrainer):
         if not self.is_in_train:
             self._release_models()
         return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As `Trainer`; layers are compared also where there is no loss, and so no call of [`compute_loss`]."""
+        loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self._declared_stages and loss is None:
+            self._compare_layers(self._read(self._prepare_inputs(inputs)), model)
+        return loss, *others
+
+    def _compare_layers(self, batch: Batch, model: nn.Module) -> None:
+        if self.args.evaluate_layers and self.projection_bank is not None and self.projection_bank.frozen:
+            with torch.no_grad():
+                self._comparison.update_layers(batch, self._student, model, matched_pairs(self.stages))
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """As `Trainer`, in the last stage only: before it the head is untrained, and training could stop early."""

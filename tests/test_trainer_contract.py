@@ -55,6 +55,7 @@ OVERRIDDEN = {
     "floating_point_ops": "inputs",
     "get_batch_samples": "epoch_iterator, num_batches, device",
     "log": "logs, start_time",
+    "prediction_step": "model, inputs, prediction_loss_only, ignore_keys",
     "save_model": "output_dir, _internal_call",
     "set_initial_training_values": "args, dataloader",
     "train": "resume_from_checkpoint, trial, ignore_keys_for_eval",

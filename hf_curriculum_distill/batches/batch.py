@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_curriculum_distill.batches.positions import (
@@ -14,6 +15,7 @@ from hf_curriculum_distill.batches.positions import (
     counted_rows,
     has_rows_per_token,
     label_weights,
+    num_masked_patches,
     num_rows_per_example,
     position_weights,
     shifted_right,
@@ -100,6 +102,9 @@ class Batch:
         given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
         if decodes_labels(self.model) and not given and "labels" in self.inputs:
             inputs["decoder_input_ids"] = shifted_right(self.model, self.inputs["labels"])
+        if (size := num_masked_patches(self.model)) and inputs.get("noise") is None:
+            # a masked autoencoder draws the patches that it reads, and both models must read the same
+            inputs["noise"] = torch.rand(len(self), size, device=self.main_input.device)
         return inputs
 
     @cached_property

@@ -103,6 +103,14 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
     return mask.flatten().nonzero().squeeze(1), None
 
 
+def num_masked_patches(model: nn.Module) -> int:
+    """The number of patches of an image of which a masked autoencoder reads some at random; 0 for other models."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    return (
+        embeddings.num_patches if getattr(model.config, "mask_ratio", 0) and hasattr(embeddings, "num_patches") else 0
+    )
+
+
 def shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
     """The decoder's inputs that an encoder-decoder makes from labels: each token's predecessor, `[batch, length]`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -195,8 +196,18 @@ def predicts_next_token(model: nn.Module) -> bool:
 
 def decodes_labels(model: nn.Module) -> bool:
     """Whether the labels are the decoder's tokens, as they are for encoder-decoders except classifiers."""
-    encodes_decodes = getattr(model.config, "is_encoder_decoder", False)
-    return encodes_decodes and head_of(model) is CLASSES and not _is_for(model, "Classification")
+    if not getattr(model.config, "is_encoder_decoder", False) or not _reads_decoder_tokens(
+        type(transformers_model(model))
+    ):
+        return False
+    return head_of(model) is CLASSES and not _is_for(model, "Classification")
+
+
+@functools.cache
+def _reads_decoder_tokens(model_class: type) -> bool:
+    """Whether the decoder reads tokens, and not, as of object detection, vectors of its own."""
+    forwards = [vars(base)["forward"] for base in model_class.__mro__ if "forward" in vars(base)]
+    return any("decoder_input_ids" in inspect.signature(forward).parameters for forward in forwards)
 
 
 def is_ctc(model: nn.Module) -> bool:

@@ -40,7 +40,6 @@ from hf_curriculum_distill.teachers.cached import CachedTeacher
 from hf_curriculum_distill.teachers.comparison import StudentComparison
 from hf_curriculum_distill.teachers.loading import TeacherModel, check_teacher, prepare_teacher
 from hf_curriculum_distill.teachers.target_store import TargetStore
-from hf_curriculum_distill.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class PreparedTrainer(ResumableTrainer):
         self._student = PartialForward(self.model, self.args.layer_stack)
         if teacher_model is not None:
             self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)
-        self._comparison = StudentComparison(self._comparable_teacher(), self.accelerator)
+        self._comparison = StudentComparison(self.teacher, self.accelerator, self._logits_are_comparable())
         self._who_teaches = self._describe_teacher()
         self._resolve()
         if self.train_dataset is not None:
@@ -124,14 +123,14 @@ class PreparedTrainer(ResumableTrainer):
         self._use_student(self._student)
         self._prepare_teacher()
 
-    def _comparable_teacher(self) -> Teacher | None:
-        """The teacher if evaluations can compare its logits with the student's, which those of any task need not be."""
+    def _logits_are_comparable(self) -> bool:
+        """Whether evaluations can compare logits; those of two tasks, whose hidden states are matched, they can't."""
         if self.teacher is not None and not self.args.matches_logits:
             try:
-                check_teacher(self._core, self.teacher.model)
+                check_teacher(self._core, self.teacher.model, self.processing_class)
             except ValueError:
-                return None
-        return self.teacher
+                return False
+        return True
 
     def _make_bank(self) -> ProjectionBank | None:
         """The given bank, that of an earlier `train()` if nothing it depends on has changed, or a new one."""

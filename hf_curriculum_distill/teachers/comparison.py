@@ -28,10 +28,11 @@ class StudentComparison:
     Args:
         teacher: whose logits the student's are compared with; None for accuracy alone.
         accelerator: gathers what the processes found.
+        compares_logits: whether the teacher's logits mean what the student's do.
     """
 
-    def __init__(self, teacher: Teacher | None, accelerator: Accelerator):
-        self._teacher, self._accelerator = teacher, accelerator
+    def __init__(self, teacher: Teacher | None, accelerator: Accelerator, compares_logits: bool = True):
+        self._teacher, self._accelerator, self._compares_logits = teacher, accelerator, compares_logits
         self._metric, self._layers = TeacherComparison(), LayerComparison()
         self._knows_rows: bool | None = None  # whether labels are those of the rows of the logits; None: not seen yet
 
@@ -58,7 +59,7 @@ class StudentComparison:
         logits, teacher_logits = batch.head.logits(outputs, has_loss=True).flatten(0, -2), None
         rows = torch.arange(len(logits), device=logits.device) if batch.rows is None else batch.rows
         examples = rows // (len(logits) // len(batch))
-        if self._teacher is not None:
+        if self._teacher is not None and self._compares_logits:
             self._teacher.advance(None)
             _, teacher_logits = self._teacher.forward(batch.with_rows(rows), Stage(kl_weight=1.0))
         compared = self._accelerator, logits[rows], teacher_logits, batch.labels, examples, len(batch)
