@@ -48,8 +48,6 @@ class BatchReader:
     ):
         self.student, self.teacher, self.args = student, teacher, args
         self.head, self.reads_labels = head_of(student.model), reads_labels
-        if not args.matches_logits:  # for Trainer, scripts call inputs of the blocks labels, such as a mask of patches
-            label_names = [name for name in label_names if "label" in name or name in self.head.label_names]
         self.label_names = {*label_names, LABEL_POSITIONS}
         self.whole_logits = whole_logits or balances_experts(student.model)
 

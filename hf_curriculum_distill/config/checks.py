@@ -12,7 +12,7 @@ from hf_curriculum_distill.losses import DIVERGENCES, HIDDEN_LOSSES
 from hf_curriculum_distill.projections import PROJECTIONS
 from hf_curriculum_distill.stages import LAYER_ORDERS, parse_layer_pairs
 
-METHODS = ("curriculum", "hidden", "one_shot", "progressive", "online", "labels")
+METHODS = ("curriculum", "one_shot", "progressive", "online", "labels", "hidden")
 UNCACHED_METHODS = ("progressive", "online", "labels")  # no teacher whose targets stay the same
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 # their learning rates depend on more than the step, so they can't be restarted in each stage

@@ -12,8 +12,8 @@ def find_block_stack(model: nn.Module, stack: str = "encoder") -> list[nn.Module
     """The transformer blocks whose outputs are a model's hidden states, in the order in which they run.
 
     The stack is the `ModuleList` whose length is the configuration's number of layers; if several have that length, the
-    one whose blocks support gradient checkpointing and are in no feature extractor or decoder. ALBERT runs each of its few blocks for many layers: the list
-    repeats it.
+    one whose blocks support gradient checkpointing and are in no feature extractor or decoder. ALBERT runs each of its
+    few blocks for many layers: the list repeats it.
 
     Args:
         stack: "encoder" or "decoder", for an encoder-decoder.

@@ -157,9 +157,12 @@ class PreparedTrainer(ResumableTrainer):
     def _use_student(self, student: PartialForward) -> None:
         self._student, teacher = student, self.teacher and self.teacher.partial_forward
         self._objective = Objective(student, self.args)
-        self._read = BatchReader(
-            student, teacher, self.args, self.label_names, self._reads_labels, self._shards_parameters
-        )
+        label_names = self.label_names
+        if (
+            not self.args.matches_logits
+        ):  # scripts give Trainer inputs of the blocks as labels, such as masks of patches
+            label_names = [n for n in label_names if "label" in n or n in head_of(student.model).label_names]
+        self._read = BatchReader(student, teacher, self.args, label_names, self._reads_labels, self._shards_parameters)
 
     def _prepare_teacher(self) -> None:
         if self.teacher is not None:

@@ -258,8 +258,8 @@ def _check_labels(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         )
     if head_of(student) is not head_of(teacher):
         raise ValueError(
-            f"The student has {kinds[0]}, and the teacher has {kinds[1]}, so that their logits mean different things: "
-            f"{head_of(student).name}, and {head_of(teacher).name}. Load both with the same problem_type."
+            f"The teacher has {kinds[1]}, but the student has {kinds[0]}, so that a row of their logits is "
+            f"{head_of(teacher).name}, and {head_of(student).name}. Load both with the same problem_type."
         )
     names = [_label_names(model.config) for model in (student, teacher)]
     if None not in names and names[0] != names[1]:
