@@ -105,10 +105,9 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
 
 def num_masked_patches(model: nn.Module) -> int:
     """The number of patches of an image of which a masked autoencoder reads some at random; 0 for other models."""
-    embeddings = getattr(model.base_model, "embeddings", None)
-    return (
-        embeddings.num_patches if getattr(model.config, "mask_ratio", 0) and hasattr(embeddings, "num_patches") else 0
-    )
+    if not getattr(model.config, "mask_ratio", 0):
+        return 0
+    return next((module.num_patches for module in model.base_model.modules() if hasattr(module, "num_patches")), 0)
 
 
 def shifted_right(model: nn.Module, labels: Tensor) -> Tensor:

@@ -11,20 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_DOCUMENT_QUESTION_ANSWERING_MAPPING_NAMES,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from hf_curriculum_distill import losses
 from hf_curriculum_distill.layers.adapted import transformers_model
 
 ONE_ROW_PER_EXAMPLE = tuple(f"{kind}Classification" for kind in ("Sequence", "Image", "Audio", "Video"))
 
-_CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-_FINDS_SPANS = frozenset(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values())
-_FINDS_SPANS |= frozenset(MODEL_FOR_DOCUMENT_QUESTION_ANSWERING_MAPPING_NAMES.values())
+
+def _classes_for(*tasks: str) -> frozenset[str]:
+    """The names of all model classes of some tasks, as transformers lists them."""
+    names = [name for task in tasks for name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()]
+    return frozenset(one for name in names for one in ([name] if isinstance(name, str) else name))
+
+
+_CAUSAL = _classes_for("CAUSAL_LM")
+_FINDS_SPANS = _classes_for("QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING")
+_KNOWN = _classes_for("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "CTC")
+_KNOWN |= _classes_for("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "NEXT_SENTENCE_PREDICTION", "MULTIPLE_CHOICE")
+_KNOWN |= _classes_for("IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION") | _CAUSAL | _FINDS_SPANS
 
 # Causal language models whose own loss compares the logits at position `i` with label `i`: the data must be shifted.
 _LABELS_IN_PLACE = {
@@ -179,6 +184,11 @@ def head_of(model: nn.Module) -> Head:
     if kind == "regression" or (kind is None and number == 1):
         return _numbers(number)
     return CLASSES
+
+
+def has_known_head(model: nn.Module) -> bool:
+    """Whether the model's class alone says what the rows of its logits are; of others their own loss may show it."""
+    return not _class_names(model).isdisjoint(_KNOWN)
 
 
 def predicts_next_token(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from hf_curriculum_distill.batches.checks import label_loss_mismatch
 from hf_curriculum_distill.batches.positions import LABEL_POSITIONS
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.adapted import is_quantised
+from hf_curriculum_distill.layers.heads import has_known_head
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.stages import Stage, matched_pairs
 from hf_curriculum_distill.teachers.teacher import Targets, Teacher
@@ -52,6 +53,12 @@ def try_out(
             whole = objective.student.logits_in(outputs, has_loss=batch.head.label_names[0] in own)
             if mismatch := label_loss_mismatch(batch, outputs, tolerance):
                 raise ValueError(f"{mismatch} Match hidden states only, with method='hidden'.")
+            if not has_known_head(student) and (batch.labels is None or not has_labels):
+                raise ValueError(
+                    f"{type(student).__name__} is of no task that this library knows, and without labels its own loss "
+                    "doesn't show what the rows of its logits are; give labels, or match hidden states only, with "
+                    "method='hidden'."
+                )
         hidden, logits = objective.forward(student, batch, every)
         if whole is not None:
             expected = whole.flatten(0, -2)[... if batch.rows is None else batch.rows]
