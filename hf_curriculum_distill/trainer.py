@@ -171,6 +171,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
             return (loss, outputs) if return_outputs else loss
 
         batch = self._read(inputs, whole_logits=return_outputs)
+        batch.noise  # noqa: B018  drawn here: measurements at the start of a stage restore the random state
         stage = self._enter_stage(batch)
         counts = batch.counts if num_items_in_batch is None else num_items_in_batch
         targets = self._target_source.targets(batch, stage) if stage.needs_teacher else Targets()

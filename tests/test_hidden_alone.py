@@ -117,14 +117,14 @@ def make(case, args, teacher=None):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_with_any_head_or_none_learns_is_resumed_and_loads_without_the_library(config, case):
-    fields = CASES[case][3] | {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "evaluate_layers": True}
+    fields = CASES[case][3] | {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "evaluate_layers": True}
     args = config(method="hidden", per_device_train_batch_size=2, **fields)
     whole = make(case, args)
     whole.train()
     assert [stage.name for stage in whole.stages] == ["layer 1", "layer 2"]
     assert whole.stage_scheduler.spans == [(0, 3), (3, 6)]
     resumed = make(case, args)
-    resumed.train(resume_from_checkpoint=os.path.join(args.output_dir, "checkpoint-4"))
+    resumed.train(resume_from_checkpoint=os.path.join(args.output_dir, "checkpoint-2"))
     assert_same_weights(weights(resumed.model), weights(whole.model))
     loaded = getattr(hf, CASES[case][1]).from_pretrained(os.path.join(args.output_dir, "checkpoint-6"))
     assert type(loaded) is type(whole.model)

@@ -50,6 +50,7 @@ class BatchReader:
         self.head, self.reads_labels = head_of(student.model), reads_labels
         self.label_names = {*label_names, LABEL_POSITIONS}
         self.whole_logits = whole_logits or balances_experts(student.model)
+        self.num_patches = num_masked_patches(student.model)
 
     def __call__(self, inputs: Mapping[str, Any], whole_logits: bool = False) -> Batch:
         return Batch(inputs, self, whole_logits or self.whole_logits)
@@ -100,10 +101,19 @@ class Batch:
         given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
         if decodes_labels(self.model) and not given and "labels" in self.inputs:
             inputs["decoder_input_ids"] = shifted_right(self.model, self.inputs["labels"])
-        if (size := num_masked_patches(self.model)) and inputs.get("noise") is None:
-            # a masked autoencoder draws the patches that it reads, and both models must read the same
-            inputs["noise"] = torch.rand(len(self), size, device=self.main_input.device)
+        if self.noise is not None:
+            inputs["noise"] = self.noise
         return inputs
+
+    @cached_property
+    def noise(self) -> Tensor | None:
+        """By which masked autoencoders choose the patches that they read, `[batch, patches]`: the same of both models.
+
+        It is drawn when it is first needed, unless the batch has it; None for other models.
+        """
+        if not self._reader.num_patches or self.inputs.get("noise") is not None:
+            return None
+        return torch.rand(len(self), self._reader.num_patches, device=self.main_input.device)
 
     @cached_property
     def student_inputs(self) -> dict[str, Any]:
