@@ -73,8 +73,7 @@ def prepare_teacher(
             "without adapters; pass its merge_and_unload()."
         )
     teacher = _make_teacher(teacher_model, student, args, processing_class)
-    if num_classes(student) in _vocabulary_sizes(student, teacher.model):
-        teacher.partial_forward.num_classes = shared_vocabulary(student, teacher.model, processing_class)
+    share_vocabulary(student, teacher, processing_class)
     teacher.fingerprint  # noqa: B018  before anything trains the weights
     return teacher
 
@@ -233,6 +232,18 @@ def shared_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel, proces
         return None
     number = max(tokenizer.get_vocab().values(), default=-1) + 1
     return number if 0 < number <= min(sizes) else None
+
+
+def share_vocabulary(student: PreTrainedModel, teacher: Teacher, processing_class: Any = None) -> int | None:
+    """Cut the teacher's logits to the tokens that both models know, if their vocabularies differ in size.
+
+    Returns:
+        their number: see [`shared_vocabulary`].
+    """
+    number = shared_vocabulary(student, teacher.model, processing_class)
+    if num_classes(student) in _vocabulary_sizes(student, teacher.model):  # not of a classifier
+        teacher.partial_forward.num_classes = number
+    return number
 
 
 def _vocabulary_sizes(*models: PreTrainedModel) -> list[int]:
