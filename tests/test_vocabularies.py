@@ -35,11 +35,10 @@ def logs(trainer):
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
-SIZES = [(50, 56), (56, 50), (52, 64), (64, 52)]
+SIZES = [(50, 56), (64, 52)]
 
 
-@pytest.mark.parametrize("cache", [None, "whole", "top"])
-@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("chunk, cache", [(0, None), (3, None), (3, "whole"), (3, "top")])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_the_divergence_is_over_the_ids_of_the_tokenizer(config, tmp_path, sizes, chunk, cache):
     k = {None: 64, "whole": None, "top": 8}[cache]
@@ -65,7 +64,7 @@ def test_the_divergence_is_over_the_ids_of_the_tokenizer(config, tmp_path, sizes
     assert log["label_loss"] == pytest.approx(own, rel=1e-4)  # the model's own: over all that it has
 
 
-@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_a_run_is_resumed_to_the_bit_and_keeps_its_padding(config, sizes):
     args = config(stages=ALL, max_steps=6, save_strategy="steps", save_steps=2)
     whole = make(args, *models(*sizes))
