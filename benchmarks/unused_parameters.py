@@ -33,6 +33,7 @@ from transformers import BertConfig, BertForMaskedLM, HfArgumentParser
 from transformers.utils import logging
 
 from hf_curriculum_distill import losses
+from hf_curriculum_distill.hidden_losses import hidden_state_mse
 from hf_curriculum_distill.layers.forward import PartialForward
 
 WAYS = ("searched", "skipping", "re-wrapped", "static")
@@ -103,7 +104,7 @@ class Way:
             kwargs = {"layers": (layer,)} if layer else {"logits": True, "rows": rows}
             hidden, logits = self.forward(self.model, {"input_ids": batch["input_ids"]}, **kwargs)
             if layer:
-                loss = losses.hidden_state_mse(hidden[layer], targets) / targets[..., 0].numel()
+                loss = hidden_state_mse(hidden[layer], targets) / targets[..., 0].numel()
             else:
                 loss = losses.cross_entropy(logits, batch["input_ids"].flatten()[rows]) / len(rows)
             loss.backward()

@@ -1,4 +1,4 @@
-"""Losses: tensors in, one summed number out. Torch only, except for [`fused_divergence`].
+"""Losses of logits: tensors in, one summed number out. Torch only, except for [`fused_divergence`].
 
 Every loss is a **sum** over the positions or rows that count, in float32 whatever the dtype of its inputs. The caller
 divides it by how many of them count in the whole accumulated batch, on all processes together: then the loss does not
@@ -18,104 +18,6 @@ from torch import Tensor
 
 # 16 MiB in float32: what the backward pass does not need is in memory for one chunk of rows at a time
 _LOGITS_PER_CHUNK = 2**22
-
-
-def hidden_state_mse(student: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error between hidden states: the sum over positions of the mean over the hidden dimension.
-
-    Zero at equality. With standardised targets, always predicting the mean costs 1.0 a position. The loss of the layer
-    stages in Gupta & Karmalkar (2025, arXiv 2503.17494).
-
-    Args:
-        student: hidden states `[batch, length, hidden]`.
-        target: the teacher's, projected: the same shape.
-        mask: the weight of each position, `[batch, length]` (of a bool mask, positions that are True count 1); None
-            gives every position the weight 1.
-
-    Returns:
-        the weighted sum, a float32 scalar.
-
-    Raises:
-        ValueError: the shapes differ.
-
-    ```python
-    >>> student, target = torch.zeros(1, 2, 4), torch.ones(1, 2, 4)
-    >>> hidden_state_mse(student, target).item()
-    2.0
-    >>> hidden_state_mse(student, target, mask=torch.tensor([[True, False]])).item()
-    1.0
-    >>> hidden_state_mse(target, target).item()
-    0.0
-
-    ```
-    """
-    _check_same_shape(student, target)
-    error = student.float() - target.float()
-    if mask is None:
-        return error.square().mean(-1).sum()
-    # `where` rather than a product: a padded position may hold inf or nan, and 0 * nan is nan, in the gradient too
-    error = torch.where((mask != 0)[..., None], error, 0.0)
-    return (error.square().mean(-1) * mask).sum()
-
-
-def hidden_state_cosine(student: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Cosine distance between hidden states: the sum over positions of 1 minus the cosine similarity.
-
-    Between 0 and 2 a position; zero if and only if both states have the same direction. A state of zeros has none, and
-    its similarity counts as 0. Arguments, result and error as of [`hidden_state_mse`].
-
-    ```python
-    >>> student, target = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]]), torch.tensor([[[2.0, 0.0], [5.0, 0.0]]])
-    >>> hidden_state_cosine(student, target).item()  # the same direction, and a right angle
-    1.0
-
-    ```
-    """
-    _check_same_shape(student, target)
-    distance = 1 - F.cosine_similarity(_counted(student, mask), _counted(target, mask), dim=-1)
-    return distance.sum() if mask is None else (distance * mask).sum()
-
-
-def hidden_state_layer_norm_mse(student: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[`hidden_state_mse`] of both states after a layer norm without weights, which takes out their mean and size.
-
-    Between 0 and 4 a position; zero if and only if each student state is its target times a positive number plus a
-    number. The feature map transfer of MobileBERT (Sun et al., 2020, arXiv 2004.02984). Arguments, result and error as
-    of [`hidden_state_mse`].
-
-    ```python
-    >>> target = torch.tensor([[[1.0, 2.0, 4.0]]])
-    >>> hidden_state_layer_norm_mse(3 * target + 5, target).item() < 1e-9
-    True
-
-    ```
-    """
-    _check_same_shape(student, target)
-    # BERT's epsilon: with a larger one the loss would depend on the size of small states
-    normed = (F.layer_norm(_counted(states, mask), states.shape[-1:], eps=1e-12) for states in (student, target))
-    return hidden_state_mse(*normed, mask)
-
-
-# by the name that the config's `hidden_loss` has for it
-HIDDEN_LOSSES = {
-    "mse": hidden_state_mse,
-    "cosine": hidden_state_cosine,
-    "layer_norm_mse": hidden_state_layer_norm_mse,
-}
-
-
-def _check_same_shape(student: Tensor, target: Tensor) -> None:
-    if student.shape != target.shape:
-        raise ValueError(
-            f"The student's hidden states are {tuple(student.shape)} and the teacher's, projected, "
-            f"{tuple(target.shape)} (batch, positions, hidden size); they must have the same positions. Take a teacher "
-            "that cuts its input into the same tokens or patches, with as many special ones."
-        )
-
-
-def _counted(states: Tensor, mask: Tensor | None) -> Tensor:
-    """The states in float32, with zeros where the mask is 0: a padded position may hold inf or nan."""
-    return states.float() if mask is None else torch.where((mask != 0)[..., None], states.float(), 0.0)
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -181,13 +83,32 @@ class TopLogits:
         log_probabilities: `[rows, k + 1]`, in the order of `classes`, then that of all others together; they are those
             at the temperature that [`top_logits`] was given.
         classes: class numbers `[rows, k]`, the likeliest first.
+        num_classes: the number of all classes; None for as many as the student has.
     """
 
     log_probabilities: Tensor
     classes: Tensor
+    num_classes: int | None = None
 
     def __getitem__(self, rows: slice) -> TopLogits:
-        return TopLogits(self.log_probabilities[rows], self.classes[rows])
+        return TopLogits(self.log_probabilities[rows], self.classes[rows], self.num_classes)
+
+
+def shared_classes(student_logits: Tensor, teacher: Tensor | TopLogits) -> Tensor:
+    """The student's logits of the classes that the teacher has, too: a vocabulary may be padded to another size.
+
+    Args:
+        student_logits: `[rows, classes]`.
+        teacher: logits `[rows, shared classes]`, or the result of [`top_logits`].
+
+    ```python
+    >>> shared_classes(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4.0, 5.0]]))
+    tensor([[1., 2.]])
+
+    ```
+    """
+    number = teacher.num_classes if isinstance(teacher, TopLogits) else teacher.shape[-1]
+    return student_logits if number in (None, student_logits.shape[-1]) else student_logits[:, :number]
 
 
 def top_logits(logits: Tensor, k: int, temperature: float = 1.0) -> TopLogits:
@@ -199,7 +120,7 @@ def top_logits(logits: Tensor, k: int, temperature: float = 1.0) -> TopLogits:
         temperature: divides the logits.
     """
     logits = logits.float() / temperature
-    return TopLogits(*_bucketed(logits, logits.topk(k, -1).indices))
+    return TopLogits(*_bucketed(logits, logits.topk(k, -1).indices), num_classes=logits.shape[-1])
 
 
 def top_kl_divergence(student_logits: Tensor, teacher: TopLogits, temperature: float = 1.0) -> Tensor:
@@ -290,6 +211,27 @@ def cross_entropy(
     logits = student_logits.float()
     weight = None if class_weights is None else logits.new_tensor(class_weights)
     return F.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=label_smoothing)
+
+
+def squared_error(student: Tensor, target: Tensor) -> Tensor:
+    """Squared error of the student's numbers, summed over rows: of a regression, in place of a divergence.
+
+    Zero if and only if the numbers are equal.
+
+    Args:
+        student: `[rows, 1]`.
+        target: the teacher's, of the same shape, or labels `[rows]`.
+
+    Returns:
+        the sum, a float32 scalar.
+
+    ```python
+    >>> squared_error(torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 5.0])).item()
+    9.0
+
+    ```
+    """
+    return (student.float() - target.float().view_as(student)).square().sum()
 
 
 def hard_label_loss(student_logits: Tensor, teacher: Tensor | TopLogits, temperature: float = 1.0) -> Tensor:

@@ -20,9 +20,10 @@ from hf_curriculum_distill import losses
 from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.batches.positions import LABEL_POSITIONS
 from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.hidden_losses import HIDDEN_LOSSES
 from hf_curriculum_distill.layers.chunks import RowLogits, sum_over_chunks
 from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.layers.heads import auxiliary_loss, balances_experts
+from hf_curriculum_distill.layers.heads import Head, auxiliary_loss, balances_experts
 from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.teachers.teacher import Targets
 
@@ -84,13 +85,14 @@ class Objective:
         if stage.label_weight and batch.labels is None:
             raise ValueError(f"Stage {stage.name!r} learns from labels, but the batch has none; check the collator.")
         labels = batch.labels if stage.label_weight else None
+        losses_of = functools.partial(logit_losses, stage, self._args, batch.head, targets.logits, labels)
         in_chunks = stage.needs_logits and batch.chunk_size is not None
         adds_balance = bool(stage.label_weight and self._balances_experts)
 
         def reduce(logits: Tensor | RowLogits, outputs: Any) -> Any:
             if adds_balance:
                 return logits, auxiliary_loss(self.student.model, outputs)
-            return sum_over_chunks(functools.partial(logit_losses, stage, self._args, targets.logits, labels), logits)
+            return sum_over_chunks(losses_of, logits)
 
         independent = self._args.train_prefix == "independent" and not stage.needs_logits
         hidden, logits = self.forward(
@@ -104,7 +106,7 @@ class Objective:
         num_positions, num_rows = counts.clamp(min=1)
         terms, parts = {}, []
         if stage.hidden:
-            loss_of, name = losses.HIDDEN_LOSSES[self._args.hidden_loss], f"hidden_{self._args.hidden_loss}"
+            loss_of, name = HIDDEN_LOSSES[self._args.hidden_loss], f"hidden_{self._args.hidden_loss}"
             errors = [
                 loss_of(hidden[layer], targets.hidden[layer], batch.weights(targets.hidden[layer]))
                 for layer in stage.student_layers
@@ -118,7 +120,7 @@ class Objective:
             terms["aux_loss"] = batch.num_rows * balance / num_rows  # weight a mean over tokens by the rows
             parts.append(_weighted(terms["aux_loss"], stage.label_weight))
         if stage.needs_logits:
-            of_rows, sums = logits if in_chunks else logit_losses(stage, self._args, targets.logits, labels, logits)
+            of_rows, sums = logits if in_chunks else losses_of(logits)
             terms |= {name: value.detach() / num_rows for name, value in sums.items()}
             parts.append(of_rows / num_rows)
         return StageLoss(functools.reduce(operator.add, parts), terms, None if in_chunks else logits)
@@ -164,6 +166,7 @@ class Objective:
 def logit_losses(
     stage: Stage,
     args: CurriculumDistillationConfig,
+    head: Head,
     target_logits: Tensor | RowLogits | losses.TopLogits | None,
     labels: Tensor | None,
     logits: Tensor,
@@ -172,6 +175,7 @@ def logit_losses(
     """A stage's weighted sum over rows of the student's logits, and its terms.
 
     Args:
+        head: what a row is.
         target_logits: the teacher's logits of all rows, `[all rows, classes]`; None without a divergence.
         labels: `[all rows]`; None without a label term.
         logits: the student's, `[rows, classes]`, of all rows or of one chunk.
@@ -189,7 +193,10 @@ def logit_losses(
         certain = losses.entropy(targets, args.temperature) <= highest
         terms["certain"] = certain.sum()
         of_teacher, targets, of_labels, labels = logits[certain], targets[certain], logits[~certain], labels[~certain]
-    if stage.kl_weight:
+    if stage.kl_weight and head.predicts_numbers:
+        terms["output_mse"] = losses.squared_error(of_teacher, targets)
+        parts.append(_weighted(terms["output_mse"], stage.kl_weight))
+    elif stage.kl_weight:
         if isinstance(target_logits, losses.TopLogits):
             divergence = losses.TOP_DIVERGENCES[args.divergence]
         elif args.use_liger_kernel and _runs_triton(logits) and len(of_teacher):
@@ -197,10 +204,10 @@ def logit_losses(
         else:
             divergence = losses.DIVERGENCES[args.divergence]
         name = "hard_label_loss" if args.divergence == "hard" else "kl"  # a cross-entropy is no divergence
-        terms[name] = divergence(of_teacher, targets, args.temperature)
+        terms[name] = divergence(losses.shared_classes(of_teacher, targets), targets, args.temperature)
         parts.append(_weighted(terms[name], stage.kl_weight))
     if stage.label_weight:
-        terms["label_loss"] = losses.cross_entropy(of_labels, labels, args.label_smoothing_factor, args.class_weights)
+        terms["label_loss"] = head.label_loss(of_labels, labels, args.label_smoothing_factor, args.class_weights)
         parts.append(_weighted(terms["label_loss"], stage.label_weight))
     return functools.reduce(operator.add, parts), terms
 

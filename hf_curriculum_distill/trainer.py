@@ -169,6 +169,7 @@ class CurriculumDistillationTrainer(PreparedTrainer):
             return (loss, outputs) if return_outputs else loss
 
         batch = self._read(inputs, whole_logits=return_outputs)
+        batch.noise  # noqa: B018  drawn here: measurements at the start of a stage restore the random state
         stage = self._enter_stage(batch)
         counts = batch.counts if num_items_in_batch is None else num_items_in_batch
         targets = self._target_source.targets(batch, stage) if stage.needs_teacher else Targets()
@@ -191,9 +192,13 @@ class CurriculumDistillationTrainer(PreparedTrainer):
             check_batch(self.model, batch.inputs, self._reads_labels)
         loss, outputs = super().compute_loss(model, batch.for_student(batch.inputs), return_outputs=True)
         self._comparison.update(batch, outputs, relative_error(self.args, self.model))
-        if self.args.evaluate_layers and self.projection_bank is not None and self.projection_bank.frozen:
-            self._comparison.update_layers(batch, self._student, model, matched_pairs(self.stages))
+        self._compare_layers(batch, model)
         return loss, outputs
+
+    def _compare_layers(self, batch: Batch, model: nn.Module) -> None:
+        if self.args.evaluate_layers and self.projection_bank is not None and self.projection_bank.frozen:
+            with torch.no_grad():
+                self._comparison.update_layers(batch, self._student, model, matched_pairs(self.stages))
 
     @property
     def _target_source(self) -> Teacher | CachedTeacher | None:
@@ -300,7 +305,9 @@ class CurriculumDistillationTrainer(PreparedTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
         before = self._comparison.num_batches
         output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
-        if output[0] is not None and self._comparison.num_batches == before:
+        if output[0] is None:  # the model has no loss, and compute_loss was not called
+            self._compare_layers(self._read(self._prepare_inputs(inputs)), model)
+        elif self._comparison.num_batches == before:
             with torch.no_grad(), self.compute_loss_context_manager():
                 self._evaluate_batch(model, self._prepare_inputs(inputs))
         return output

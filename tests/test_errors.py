@@ -212,7 +212,7 @@ def test_a_teacher_that_shares_parameters_is_refused(build, student):
     "student_config, teacher_config, message",
     [
         ({"num_labels": 2}, {"num_labels": 3}, "The student has 2 labels and the teacher 3"),
-        ({"num_labels": 1}, {"num_labels": 1}, "The student has num_labels=1"),
+        ({"num_labels": 1}, {"num_labels": 2}, "The student has 1 labels and the teacher 2"),
         (
             {"num_labels": 2},
             {"num_labels": 2, "problem_type": "multi_label_classification"},

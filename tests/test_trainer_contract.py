@@ -147,7 +147,6 @@ IMPORTED = {
     "transformers.modeling_utils.LoadStateDictConfig": None,
     "transformers.modeling_utils.load_state_dict": "checkpoint_file, map_location, weights_only, disable_mmap",
     "transformers.models.auto.modeling_auto": None,
-    "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": None,
     "transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES": None,
     "transformers.trainer.TRAINER_STATE_NAME": None,
     "transformers.trainer_pt_utils.BatchRebalanceSampler": None,

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_curriculum_distill.batches.positions import (
@@ -14,6 +15,7 @@ from hf_curriculum_distill.batches.positions import (
     counted_rows,
     has_rows_per_token,
     label_weights,
+    num_masked_patches,
     num_rows_per_example,
     position_weights,
     shifted_right,
@@ -21,7 +23,7 @@ from hf_curriculum_distill.batches.positions import (
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.chunks import chunk_size
 from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.layers.heads import balances_experts, decodes_labels, num_classes
+from hf_curriculum_distill.layers.heads import Head, balances_experts, decodes_labels, head_of, num_classes
 
 
 class BatchReader:
@@ -45,8 +47,10 @@ class BatchReader:
         whole_logits: bool = False,
     ):
         self.student, self.teacher, self.args = student, teacher, args
-        self.label_names, self.reads_labels = {*label_names, LABEL_POSITIONS}, reads_labels
+        self.head, self.reads_labels = head_of(student.model), reads_labels
+        self.label_names = {*label_names, LABEL_POSITIONS}
         self.whole_logits = whole_logits or balances_experts(student.model)
+        self.num_patches = num_masked_patches(student.model)
 
     def __call__(self, inputs: Mapping[str, Any], whole_logits: bool = False) -> Batch:
         return Batch(inputs, self, whole_logits or self.whole_logits)
@@ -78,6 +82,11 @@ class Batch:
         return self._reader.student.model
 
     @property
+    def head(self) -> Head:
+        """What the rows of logits are."""
+        return self._reader.head
+
+    @property
     def main_input(self) -> Tensor:
         """The model's main input, such as `input_ids` `[batch, length]` or `pixel_values`."""
         return self.inputs[self.model.main_input_name]
@@ -92,7 +101,19 @@ class Batch:
         given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
         if decodes_labels(self.model) and not given and "labels" in self.inputs:
             inputs["decoder_input_ids"] = shifted_right(self.model, self.inputs["labels"])
+        if self.noise is not None:
+            inputs["noise"] = self.noise
         return inputs
+
+    @cached_property
+    def noise(self) -> Tensor | None:
+        """By which masked autoencoders choose the patches that they read, `[batch, patches]`: the same of both models.
+
+        It is drawn when it is first needed, unless the batch has it; None for other models.
+        """
+        if not self._reader.num_patches or self.inputs.get("noise") is not None:
+            return None
+        return torch.rand(len(self), self._reader.num_patches, device=self.main_input.device)
 
     @cached_property
     def student_inputs(self) -> dict[str, Any]:
@@ -136,7 +157,7 @@ class Batch:
     def counts(self) -> Tensor:
         inputs = self.inputs
         if not self._reader.reads_labels:
-            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            inputs = {name: value for name, value in inputs.items() if name not in self.head.label_names}
         return count(self.model, inputs, self._reader.args.layer_stack)
 
     @cached_property

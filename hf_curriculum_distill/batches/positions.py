@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_curriculum_distill.layers.adapted import transformers_model
-from hf_curriculum_distill.layers.heads import ONE_ROW_PER_EXAMPLE, decodes_labels, is_ctc, predicts_next_token
+from hf_curriculum_distill.layers.heads import (
+    ONE_ROW_PER_EXAMPLE,
+    decodes_labels,
+    head_of,
+    is_ctc,
+    predicts_next_token,
+)
 
 LABEL_POSITIONS = "label_positions"
 
@@ -27,6 +33,8 @@ def has_rows_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """
     if is_ctc(model):
         return True
+    if head_of(model).rows_per_example is not None:
+        return False
     if (labels := inputs.get("labels")) is not None:
         return labels.dim() > 1
     return not any(task in type(transformers_model(model)).__name__ for task in ONE_ROW_PER_EXAMPLE)
@@ -35,13 +43,13 @@ def has_rows_per_token(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 def num_rows_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """The number of rows of logits of an example, padding included.
 
-    It is 1, or the number of frames, or that of tokens (of the labels, if there are any).
+    It is what the task says, or the number of frames, or that of tokens (of the labels, if there are any).
 
     Args:
         inputs: a batch, with its labels if it has any.
     """
     if not has_rows_per_token(model, inputs):
-        return 1
+        return head_of(model).rows_per_example or 1
     if is_ctc(model):
         return _num_frames(model, inputs)
     return inputs.get("labels", inputs[model.main_input_name]).shape[1]
@@ -50,8 +58,8 @@ def num_rows_per_example(model: nn.Module, inputs: Mapping[str, Any]) -> int:
 def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """Which rows of the flattened logits count, and their labels.
 
-    With `labels` (`[batch]` or `[batch, length]`), those whose label is not -100; without labels, and for CTC, all that
-    are not padding.
+    With labels (see [`Head.labels`]), those whose label is not -100; without labels, and for CTC, all that are not
+    padding.
 
     Args:
         inputs: a batch, with its labels and their positions if it has any.
@@ -69,6 +77,8 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
             return None, None
         return _frame_mask(model, attention, _num_frames(model, inputs)).flatten().nonzero().squeeze(1), None
     labels = _aligned_labels(model, inputs)
+    if labels is not None and head_of(model).predicts_numbers:
+        return None, labels.flatten()
     if labels is not None:
         positions = None if predicts_next_token(model) else inputs.get(LABEL_POSITIONS)
         if positions is None:
@@ -87,10 +97,17 @@ def counted_rows(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | 
         if "input_ids" not in inputs and has_rows_per_token(model, inputs):
             raise ValueError(
                 f"The batch has no labels, which say how many rows of logits {type(model).__name__} has for an "
-                "example; check the collator, or match hidden states only, with explicit `stages`."
+                "example; check the collator, or match hidden states only, with method='hidden'."
             )
         return None, None
     return mask.flatten().nonzero().squeeze(1), None
+
+
+def num_masked_patches(model: nn.Module) -> int:
+    """The number of patches of an image of which a masked autoencoder reads some at random; 0 for other models."""
+    if not getattr(model.config, "mask_ratio", 0):
+        return 0
+    return next((module.num_patches for module in model.base_model.modules() if hasattr(module, "num_patches")), 0)
 
 
 def shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
@@ -153,16 +170,18 @@ def count(model: nn.Module, inputs: Mapping[str, Any], stack: str = "encoder") -
     labels, mask = _aligned_labels(model, inputs), _token_mask(inputs, stack)
     main = inputs[model.main_input_name]
     positions = mask.sum() if mask is not None else torch.full((), _num_units(inputs, main, stack), device=main.device)
-    if is_ctc(model):
+    if is_ctc(model) and hasattr(model, "_get_feat_extract_output_lengths"):
         num_frames = _num_frames(model, inputs)
         if (attention := inputs.get("attention_mask")) is not None:
             rows = _frame_mask(model, attention, num_frames).sum()
         else:
             rows = torch.full((), len(main) * num_frames, device=main.device)
-    elif labels is not None:
+    elif labels is not None and not head_of(model).predicts_numbers:
         rows = labels.ne(-100).sum()
+    elif has_rows_per_token(model, inputs):
+        rows = positions
     else:
-        rows = positions if has_rows_per_token(model, inputs) else torch.full((), len(main), device=main.device)
+        rows = torch.full((), len(main) * num_rows_per_example(model, inputs), device=main.device)
     return torch.stack([positions, rows])
 
 
@@ -179,7 +198,7 @@ def position_weights(model: nn.Module, inputs: Mapping[str, Any], hidden: Tensor
     mask = _token_mask(inputs, stack)
     if mask is None:
         main, attention = inputs[model.main_input_name], inputs.get("attention_mask")
-        per_example = _num_units(inputs, main, stack) / len(main)
+        per_example = _num_units(inputs, main, stack) / len(hidden)
         if stack == "encoder" and attention is not None and attention.dim() == 2 and "input_ids" not in inputs:
             weights = _frame_mask(model, attention, hidden.shape[1]).float()
             return weights * (per_example / weights.sum(1, keepdim=True))
@@ -203,7 +222,7 @@ def label_weights(model: nn.Module, inputs: Mapping[str, Any], hidden: Tensor) -
         ValueError: the batch has no label for each token.
     """
     labels = _aligned_labels(model, inputs)
-    if labels is None or labels.shape != hidden.shape[:2]:
+    if labels is None or labels.shape != hidden.shape[:2] or head_of(model).rows_per_example is not None:
         raise ValueError(
             "hidden_positions='labels' matches hidden states where a token's label counts, but the batch has "
             f"{'no labels' if labels is None else f'labels of shape {tuple(labels.shape)}'} for hidden states of shape "
@@ -218,7 +237,11 @@ def _token_mask(inputs: Mapping[str, Any], stack: str = "encoder") -> Tensor | N
             return mask.bool()
         return None if (labels := inputs.get("labels")) is None or labels.dim() != 2 else labels.ne(-100)
     mask = inputs.get("attention_mask")
-    return mask.bool() if mask is not None and mask.dim() == 2 and "input_ids" in inputs else None
+    if mask is None or "input_ids" not in inputs:
+        return None
+    if mask.dim() == 3 and mask.shape == inputs["input_ids"].shape:  # of each choice, which the model reads as examples
+        mask = mask.flatten(0, 1)
+    return mask.bool() if mask.dim() == 2 else None
 
 
 def _num_units(inputs: Mapping[str, Any], main: Tensor, stack: str) -> int:
@@ -257,8 +280,12 @@ def _frame_mask(model: nn.Module, attention_mask: Tensor, num_frames: int) -> Te
 
 def _aligned_labels(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
     """Labels at the positions of the logits that predict them, one earlier for causal models; None without labels."""
-    labels = inputs.get("labels")
-    if labels is None or is_ctc(model):  # a transcript has no frames
+    head = head_of(model)
+    if is_ctc(model):  # a transcript has no frames
+        return None
+    if head.rows_per_example is not None:
+        return head.labels(inputs)
+    if (labels := inputs.get("labels")) is None:
         return None
     if not isinstance(labels, Tensor):
         raise ValueError(

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from hf_curriculum_distill.losses import DIVERGENCES, HIDDEN_LOSSES
+from hf_curriculum_distill.hidden_losses import HIDDEN_LOSSES
+from hf_curriculum_distill.losses import DIVERGENCES
 from hf_curriculum_distill.projections import PROJECTIONS
 from hf_curriculum_distill.stages import LAYER_ORDERS, parse_layer_pairs
 
-METHODS = ("curriculum", "one_shot", "progressive", "online", "labels")
+METHODS = ("curriculum", "one_shot", "progressive", "online", "labels", "hidden")
 UNCACHED_METHODS = ("progressive", "online", "labels")  # no teacher whose targets stay the same
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 # their learning rates depend on more than the step, so they can't be restarted in each stage
@@ -120,6 +121,7 @@ def check_values(config: TrainingArguments) -> None:
     _check_who_teaches(config)
     _check_teacher_loading(config)
     _check_labels(config)
+    _check_hidden(config)
     if config.logit_chunk_size is not None:
         _check_range(config, "logit_chunk_size", 0, math.inf, "whole", lambda x: isinstance(x, int) and x >= 0)
         for name in ("torch_compile", "fp16", "deepspeed", "fsdp"):
@@ -241,6 +243,17 @@ def _check_labels(config: TrainingArguments) -> None:
             )
     if config.teacher_entropy_threshold is not None:
         _check_range(config, "teacher_entropy_threshold", 0, 1, "both included", lambda x: 0 <= x <= 1)
+
+
+def _check_hidden(config: TrainingArguments) -> None:
+    if config.method != "hidden":
+        return
+    for name in ("label_loss_weight", "hidden_weight_at_end", "freeze_matched_layers"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}, but method='hidden' has no logit stage that it could change; "
+                "leave it out, or use method='curriculum'."
+            )
 
 
 def _check_cache(config: TrainingArguments) -> None:

@@ -45,6 +45,7 @@ class CurriculumDistillationConfig(TrainingArguments):
         default="curriculum",
         metadata={
             "help": "Who teaches, and what is matched when: 'curriculum' (hidden states layer by layer, then logits), "
+            "'hidden' (hidden states alone, in layer stages that share all steps; for any head or none), "
             "'one_shot' (logits only), 'progressive' (logits of the teacher's checkpoints in turn), 'online' (logits "
             "of a teacher that trains alongside) or 'labels' (labels only). Without a teacher: the model's own loss, "
             "exactly as transformers.Trainer."
@@ -116,8 +117,8 @@ class CurriculumDistillationConfig(TrainingArguments):
     layer_stage_fraction: float = field(
         default=0.5,
         metadata={
-            "help": "Fraction of the steps for the layer stages, which share it equally; with 0 there are none, and "
-            "the logit stage matches the last layer stage's layers from the first step."
+            "help": "Fraction of the steps for the layer stages, which share it equally (all, with method='hidden'); "
+            "with 0 there are none, and the logit stage matches the last layer stage's layers from the first step."
         },
     )
 
@@ -320,13 +321,6 @@ class CurriculumDistillationConfig(TrainingArguments):
         if self.stages is not None:
             self.stages = parse_stages(self.stages)
 
-    @property
-    def matches_logits(self) -> bool:
-        """Whether a teacher needs a head, for a divergence from its logits or because it learns from labels itself."""
-        if self.stages is None or self.method == "online":
-            return self.method != "labels"
-        return any(Stage(**stage).kl_weight for stage in self.stages)
-
     def resolve_stages(self, student_depth: int, teacher_depth: int | None) -> tuple[Stage, ...]:
         """The stages that `stages`, or else `method`, stands for.
 
@@ -347,14 +341,15 @@ class CurriculumDistillationConfig(TrainingArguments):
             logit_stage = {"kl_weight": 1.0, "label_weight": self.label_loss_weight}
             if self.method == "labels":
                 return (Stage(label_weight=1.0),)
-            if self.method != "curriculum":
+            if self.method not in ("curriculum", "hidden"):
                 return (Stage(**logit_stage),)
             logit_stage["hidden_weight"] = self.hidden_weight_in_logit_stage
             logit_stage["hidden_weight_at_end"] = self.hidden_weight_at_end
             pairs = resolve_layer_map(self.layer_map, self.num_layer_stages, student_depth, teacher_depth)
-            stages = tuple(
-                curriculum_stages(pairs, self.layer_order, self.layer_stage_fraction, self.hidden_weight, logit_stage)
-            )
+            fraction = self.layer_stage_fraction
+            if self.method == "hidden":
+                fraction, logit_stage = 1.0, None
+            stages = tuple(curriculum_stages(pairs, self.layer_order, fraction, self.hidden_weight, logit_stage))
         for index, stage in enumerate(stages):
             if stage.needs_teacher and teacher_depth is None:
                 raise ValueError(
@@ -363,6 +358,20 @@ class CurriculumDistillationConfig(TrainingArguments):
                 )
             check_layer_range(stage.hidden, student_depth, teacher_depth or 0)
         return stages
+
+    @property
+    def matches_logits(self) -> bool:
+        """Whether anything is learnt from logits or labels; if not, any head will do, or none."""
+        if self.stages is not None:
+            return self.method == "online" or any(Stage(**stage).needs_logits for stage in self.stages)
+        return self.method != "hidden"
+
+    @property
+    def needs_teacher_head(self) -> bool:
+        """Whether a teacher needs a head, for a divergence from its logits or because it learns from labels itself."""
+        if self.stages is None or self.method == "online":
+            return self.method not in ("labels", "hidden")
+        return any(Stage(**stage).kl_weight for stage in self.stages)
 
     @property
     def treats_layers_apart(self) -> bool:
@@ -386,6 +395,11 @@ class CurriculumDistillationConfig(TrainingArguments):
         except ValueError as error:
             if self.stages is not None or not num_layer_stages or max_steps < 1:
                 raise
+            if self.method == "hidden":
+                raise ValueError(
+                    f"{num_layer_stages} layer stages need max_steps >= {num_layer_stages}, but it is {max_steps}; "
+                    "raise it, lower num_layer_stages, or use layer_order='last', which has one layer stage."
+                ) from error
             fraction = self.layer_stage_fraction
             needed = max(math.ceil(num_layer_stages / fraction), math.floor(0.5 / (1 - fraction)) + 1)
             raise ValueError(

@@ -12,8 +12,8 @@ def find_block_stack(model: nn.Module, stack: str = "encoder") -> list[nn.Module
     """The transformer blocks whose outputs are a model's hidden states, in the order in which they run.
 
     The stack is the `ModuleList` whose length is the configuration's number of layers; if several have that length, the
-    one whose blocks support gradient checkpointing. ALBERT runs each of its few blocks for many layers: the list
-    repeats it.
+    one whose blocks support gradient checkpointing and are in no feature extractor or decoder. ALBERT runs each of its
+    few blocks for many layers: the list repeats it.
 
     Args:
         stack: "encoder" or "decoder", for an encoder-decoder.
@@ -36,6 +36,8 @@ def find_block_stack(model: nn.Module, stack: str = "encoder") -> list[nn.Module
     lists = [(n, m) for n, m in lists if len(m) == depth and not any(isinstance(b, nn.ModuleList) for b in m)]
     blocks = [(n, m) for n, m in lists if all(isinstance(block, GradientCheckpointingLayer) for block in m)]
     found = blocks or lists
+    if len(found) > 1:  # the convolutions of an audio model may be as many, or the decoder's blocks of an autoencoder
+        found = [(n, m) for n, m in found if not any(part in n for part in ("feature_extractor", "decoder"))]
     if len(found) != 1 or not depth:
         seen = ", ".join(name for name, _ in found) or "none"
         raise ValueError(

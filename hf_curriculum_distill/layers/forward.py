@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.blocks import backbone_config, find_block_stack
 from hf_curriculum_distill.layers.chunks import RowLogits
-from hf_curriculum_distill.layers.heads import predicts_next_token
+from hf_curriculum_distill.layers.heads import head_of, predicts_next_token
 
 
 @dataclass
@@ -87,12 +87,16 @@ class PartialForward:
 
     Args:
         stack: the stack of an encoder-decoder whose blocks are counted; the decoder's run after the whole encoder.
+
+    Attributes:
+        num_classes: the number of classes that logits are cut to, because the other model has no more; None for all.
     """
 
     def __init__(self, model: nn.Module, stack: str = "encoder"):
         self.model = model = transformers_model(model)
         self.stack = stack
         self.blocks = find_block_stack(model, stack)
+        self.num_classes: int | None = None
         self._inputs = frozenset(inspect.signature(model.forward).parameters)
         self._pending: _Pass | None = None
         self._active: _Pass | None = None
@@ -273,12 +277,15 @@ class PartialForward:
         Raises:
             ValueError: there are none.
         """
-        if isinstance(outputs, Mapping) and "logits" not in outputs:
+        head = head_of(self.model)
+        if not head.is_in(outputs):
             raise ValueError(
-                f"{type(self.model).__name__} returns no logits, only {', '.join(outputs)}; use a model with one "
-                "head, like those of AutoModelForMaskedLM or AutoModelForSequenceClassification."
+                f"{type(self.model).__name__} returns no {' and '.join(head.output_names)}, only "
+                f"{', '.join(outputs)}; use a model with one head, like those of AutoModelForMaskedLM or "
+                "AutoModelForSequenceClassification, or match hidden states only, with method='hidden'."
             )
-        return outputs["logits"] if isinstance(outputs, Mapping) else outputs[int(has_loss)]
+        logits = head.logits(outputs, has_loss)
+        return logits if self.num_classes is None else logits[..., : self.num_classes]
 
     def _logits_of_rows(self, active: _Pass, original: Callable[[], Any]) -> RowLogits:
         """Logits from the model's own forward, in which the modules before the head return recorded outputs."""

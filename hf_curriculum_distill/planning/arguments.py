@@ -9,7 +9,7 @@ from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.options import ModelOptions
 from hf_curriculum_distill.preparing.checks import check_launch
 
-TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification")
+TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 # Options of the recipes that change nothing in a plan. The recipes are no part of the package, so the list is
 # written out; a test compares it with them.
 RECIPE_OPTIONS = {

@@ -27,6 +27,7 @@ from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.stages import Stage, StageScheduler, matched_pairs, parse_layer_pairs
 from hf_curriculum_distill.teachers.checkpoints import check_schedule, schedule_ends
 from hf_curriculum_distill.teachers.loading import check_teacher, load_teacher
+from hf_curriculum_distill.teachers.vocabularies import share_vocabulary
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "spm", "merges", "tekken", "bpe")
 
@@ -81,6 +82,8 @@ def check_vocabulary(options: PlanArguments, run: DryRun, tokenizer: Any) -> tup
         return f"{size:,} entries", True
     name = options.teacher_source
     check_teacher(run.student.model, run.teacher.model, tokenizer, None if _is_config_only(name) else name)
+    if (shared := share_vocabulary(run.student.model, run.teacher, tokenizer)) is not None:
+        return f"{shared:,} tokens that both models know; the student has {size:,} entries", True
     return f"{size:,} entries in both models", True
 
 

@@ -130,7 +130,8 @@ class DryRun:
     def _try_step(self, teacher: Teacher | None, stage: Stage, frozen: int | None) -> tuple[set[str], PeakMemory]:
         student, models = self.student.model, [self.student.model, *([teacher.model] if teacher else [])]
         chunks = cut_rows(self.num_rows, self._batch.chunk_size or max(1, self.num_rows))
-        sizes = {(chunk.stop - chunk.start) * num_classes(student) for chunk in chunks}
+        classes = num_classes(student) or self.ids_shape[1]  # of a span, the tokens
+        sizes = {(chunk.stop - chunk.start) * classes for chunk in chunks}
         with self.mode, _unpacked(), nullcontext() if self.args.use_cpu else _fused_attention():
             parameters = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
             with PeakMemory(parameters, sizes) as memory:

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.configurations import student_config, student_size
 from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.layers.heads import predicts_next_token
+from hf_curriculum_distill.layers.heads import head_of, predicts_next_token
 from hf_curriculum_distill.layers.students import make_student
 from hf_curriculum_distill.planning.arguments import PlanArguments
 from hf_curriculum_distill.planning.dry_run import DryRun
@@ -152,8 +152,8 @@ def build_models(options: PlanArguments, args: CurriculumDistillationConfig, tok
     batch_size, length = args.per_device_train_batch_size, options.block_size
     ids_shape = labels_shape = batch_size, length
     num_rows = batch_size * round(options.mlm_probability * (length - predicts_next_token(student.model)))
-    if options.task == "SequenceClassification":
-        labels_shape, num_rows = (batch_size,), batch_size
+    if options.task in ("SequenceClassification", "QuestionAnswering"):
+        labels_shape, num_rows = (batch_size,), batch_size * (head_of(student.model).rows_per_example or 1)
     return detail, DryRun(mode, student, teacher, args, ids_shape, labels_shape, num_rows)
 
 

@@ -53,8 +53,8 @@ def checked(
     with naming_batch("the calibration sample"):
         for inputs in loader:
             check_batch(read.student.model, inputs, read.reads_labels)
-            if read.reads_labels and "labels" in inputs:
-                labelled.append(bool((inputs["labels"] != -100).any()))
+            if read.reads_labels and (labels := read.head.labels(inputs)) is not None:
+                labelled.append(bool((labels != -100).any()))
             yield read(to_device(inputs))
     if labelled and not any(labelled) and needs_logits:
         raise ValueError(

@@ -12,10 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.layers.heads import (
-    is_ctc,
-    num_classes,
-)
+from hf_curriculum_distill.layers.heads import CLASSES, Head, head_of, is_ctc, num_classes
 from hf_curriculum_distill.losses import TOP_DIVERGENCES
 from hf_curriculum_distill.stages import Stage
 
@@ -27,6 +24,7 @@ def check_launch(
     compute_loss_func: Callable | None,
     shards_parameters: bool = False,
     has_optimizer: bool = False,
+    head: Head = CLASSES,
 ) -> None:
     """Raise a `ValueError` for Trainer's arguments with which losses or steps would be wrong.
 
@@ -34,6 +32,7 @@ def check_launch(
         compute_loss_func: that the trainer was given.
         shards_parameters: whether it is launched with FSDP or DeepSpeed.
         has_optimizer: whether it was given an optimizer or a scheduler.
+        head: what the rows of the student's logits are.
     """
     if args.finished_layer_rate != 1 and (shards_parameters or has_optimizer):
         why = "FSDP and DeepSpeed shard them" if shards_parameters else "`optimizers` were given"
@@ -63,10 +62,10 @@ def check_launch(
             "compute_loss_func was given together with teacher_model or stages, and both define the loss; leave "
             "compute_loss_func out."
         )
-    if args.label_names is not None and "labels" not in args.label_names:
+    if args.label_names is not None and args.matches_logits and not {*head.label_names} <= {*args.label_names}:
         raise ValueError(
-            f"label_names is {args.label_names}, but losses are computed from 'labels'; rename the column, or leave "
-            "label_names out."
+            f"label_names is {args.label_names}, but losses are computed from "
+            f"{' and '.join(map(repr, head.label_names))}; rename the column, or leave label_names out."
         )
 
 
@@ -81,6 +80,8 @@ def check_stages(
     _check_trained(stages, args, student)
     _check_logit_stages(stages, student.model)
     _check_labels(stages, args, student.model)
+    if args.matches_logits and head_of(student.model).predicts_numbers:
+        _check_of_numbers(args)
     if args.method == "online" and args.standardize_targets and any(stage.hidden for stage in stages):
         raise ValueError(
             "stages match hidden states of an online teacher, and standardize_targets would measure them before it "
@@ -127,7 +128,7 @@ def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
     if logit_stages and type(model).__name__ in MODEL_MAPPING_NAMES.values():
         raise ValueError(
             f"{type(model).__name__} has no head, but stage {logit_stages[0]!r} needs logits; load the student with "
-            "the AutoModelFor class of its task, or match hidden states only, with explicit `stages`."
+            "the AutoModelFor class of its task, or match hidden states only, with method='hidden'."
         )
     if not is_ctc(model):
         return
@@ -139,7 +140,7 @@ def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
     if not hasattr(model, "_get_feat_extract_output_lengths") and logit_stages:
         raise ValueError(
             f"{type(model).__name__} doesn't say how many frames it makes of a recording, so that those of padding "
-            "can't be left out of the divergence; match hidden states only, with explicit `stages`."
+            "can't be left out of the divergence; match hidden states only, with method='hidden'."
         )
 
 
@@ -162,6 +163,17 @@ def _check_labels(stages: Sequence[Stage], args: CurriculumDistillationConfig, m
         )
 
 
+def _check_of_numbers(args: CurriculumDistillationConfig) -> None:
+    """Of numbers there are no distributions: nothing that changes a divergence or a cross-entropy has a meaning."""
+    defaults = {"divergence": "forward_kl", "temperature": 1.0, "label_smoothing_factor": 0.0}
+    for name, value in (defaults | {"class_weights": None, "teacher_entropy_threshold": None}).items():
+        if getattr(args, name) != value:
+            raise ValueError(
+                f"{name} is {getattr(args, name)!r}, but the student predicts numbers, whose loss is their squared "
+                f"error; leave {name} out."
+            )
+
+
 def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, model: nn.Module) -> None:
     """Raise a `ValueError` if no targets can be cached, or the divergence needs more than the cache keeps."""
     if args.teacher_cache is None:
@@ -172,9 +184,9 @@ def check_cache(stages: Sequence[Stage], args: CurriculumDistillationConfig, mod
     whole = k is None or (classes is not None and k >= classes)
     if args.divergence not in TOP_DIVERGENCES and not whole and any(stage.kl_weight for stage in stages):
         raise ValueError(
-            f"divergence is {args.divergence!r}, but of {classes} classes teacher_cache keeps {k} and the rest as one, "
-            f"which only {' and '.join(map(repr, TOP_DIVERGENCES))} can be computed from; use one of these, or "
-            "teacher_cache_logits=None, which keeps all."
+            f"divergence is {args.divergence!r}, but of {classes or 'the'} classes teacher_cache keeps {k} and the "
+            f"rest as one, which only {' and '.join(map(repr, TOP_DIVERGENCES))} can be computed from; use one of "
+            "these, or teacher_cache_logits=None, which keeps all."
         )
 
 

@@ -22,6 +22,7 @@ from hf_curriculum_distill.batches.randomness import preserved_random_state
 from hf_curriculum_distill.files import check_writable
 from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.forward import PartialForward
+from hf_curriculum_distill.layers.heads import head_of
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, sample
 from hf_curriculum_distill.preparing.checks import (
@@ -59,18 +60,19 @@ class PreparedTrainer(ResumableTrainer):
         """The end of the constructor: load the teacher, and check that everything fits together."""
         # the loss is already divided by the counts of the whole accumulated batch: Trainer must not divide it again
         self.model_accepts_loss_kwargs = True
-        if self.args.label_names is None and "labels" in self.label_names:
-            self.label_names = [
-                "labels"
-            ]  # evaluations need these; the forward may have other inputs with "label" in their names
+        label_names = head_of(self.model).label_names
+        if self.args.label_names is None and {*label_names} <= {*self.label_names}:
+            # evaluations need these; the forward may have other inputs with "label" in their names
+            self.label_names = list(label_names)
         self._given_bank = projection_bank
         self._bank_made_of: tuple | None = None
         self._has_optimizer = self.optimizer is not None or self.lr_scheduler is not None
-        check_launch(self.args, self.compute_loss_func, False, self._has_optimizer)  # before weights are loaded
+        # before weights are loaded
+        check_launch(self.args, self.compute_loss_func, False, self._has_optimizer, head_of(self.model))
         self._student = PartialForward(self.model, self.args.layer_stack)
         if teacher_model is not None:
             self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)
-        self._comparison = StudentComparison(self.teacher, self.accelerator)
+        self._comparison = StudentComparison(self.teacher, self.accelerator, self._logits_are_comparable())
         self._who_teaches = self._describe_teacher()
         self._resolve()
         if self.train_dataset is not None:
@@ -101,7 +103,7 @@ class PreparedTrainer(ResumableTrainer):
         """
         args = self.args
         args.check()
-        check_launch(args, self.compute_loss_func, self._shards_parameters, self._has_optimizer)
+        check_launch(args, self.compute_loss_func, self._shards_parameters, self._has_optimizer, head_of(self._core))
         if (now := self._describe_teacher()) != self._who_teaches:
             raise ValueError(
                 f"The trainer was made with {self._who_teaches}, but the arguments now say {now}: another teacher. "
@@ -112,7 +114,7 @@ class PreparedTrainer(ResumableTrainer):
             student.set_attn_implementation(args.attn_implementation)
         if student is not self._student.model or args.layer_stack != self._student.stack:
             if self.teacher is not None:
-                check_teacher(student, self.teacher.model, self.processing_class, None, args.matches_logits)
+                check_teacher(student, self.teacher.model, self.processing_class, compares_logits=args.matches_logits)
             self._student.remove()
             self._student = PartialForward(student, args.layer_stack)
         teacher = self.teacher and self.teacher.partial_forward
@@ -129,6 +131,15 @@ class PreparedTrainer(ResumableTrainer):
         self._reads_labels |= args.hidden_positions == "labels" or args.layer_stack == "decoder"
         self._use_student(self._student)
         self._prepare_teacher()
+
+    def _logits_are_comparable(self) -> bool:
+        """Whether evaluations can compare logits; those of two tasks, whose hidden states are matched, they can't."""
+        if self.teacher is not None and not self.args.matches_logits:
+            try:
+                check_teacher(self._core, self.teacher.model, self.processing_class)
+            except ValueError:
+                return False
+        return True
 
     def _make_bank(self) -> ProjectionBank | None:
         """The given bank, that of an earlier `train()` if nothing it depends on has changed, or a new one."""
@@ -155,9 +166,12 @@ class PreparedTrainer(ResumableTrainer):
     def _use_student(self, student: PartialForward) -> None:
         self._student, teacher = student, self.teacher and self.teacher.partial_forward
         self._objective = Objective(student, self.args)
-        self._read = BatchReader(
-            student, teacher, self.args, self.label_names, self._reads_labels, self._shards_parameters
-        )
+        label_names = self.label_names
+        if (
+            not self.args.matches_logits
+        ):  # scripts give Trainer inputs of the blocks as labels, such as masks of patches
+            label_names = [n for n in label_names if "label" in n or n in head_of(student.model).label_names]
+        self._read = BatchReader(student, teacher, self.args, label_names, self._reads_labels, self._shards_parameters)
 
     def _prepare_teacher(self) -> None:
         if self.teacher is not None:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_curriculum_distill import losses
 from hf_curriculum_distill.batches.batch import Batch, BatchReader
 from hf_curriculum_distill.batches.checks import label_loss_mismatch
 from hf_curriculum_distill.batches.positions import LABEL_POSITIONS
 from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.hidden_losses import HIDDEN_LOSSES
 from hf_curriculum_distill.layers.adapted import is_quantised
+from hf_curriculum_distill.layers.heads import has_known_head
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.stages import Stage, matched_pairs
 from hf_curriculum_distill.teachers.teacher import Targets, Teacher
@@ -46,24 +47,32 @@ def try_out(
         tolerance = relative_error(args, student)
         whole = None
         if every.needs_logits and not packed:
-            has_labels = objective.student.accepts("labels")
+            has_labels = all(objective.student.accepts(name) for name in batch.head.label_names)
             own = {n: v for n, v in batch.inputs.items() if n != LABEL_POSITIONS} if has_labels else batch.model_inputs
             outputs = student(**batch.for_student(own))
-            whole = objective.student.logits_in(outputs, has_loss="labels" in own)
+            whole = objective.student.logits_in(outputs, has_loss=batch.head.label_names[0] in own)
             if mismatch := label_loss_mismatch(batch, outputs, tolerance):
-                raise ValueError(f"{mismatch} Match hidden states only, with explicit `stages`.")
+                raise ValueError(f"{mismatch} Match hidden states only, with method='hidden'.")
+            if not has_known_head(student) and (batch.labels is None or not has_labels):
+                raise ValueError(
+                    f"{type(student).__name__} is of no task that this library knows, and without labels its own loss "
+                    "doesn't show what the rows of its logits are; give labels, or match hidden states only, with "
+                    "method='hidden'."
+                )
         hidden, logits = objective.forward(student, batch, every)
         if whole is not None:
             expected = whole.flatten(0, -2)[... if batch.rows is None else batch.rows]
             if not _are_equal(logits, expected, tolerance):
                 raise ValueError(
                     f"The logits of {type(student).__name__} for the rows that count alone are others than those of "
-                    "all rows, so its head can't be run for a part. Match hidden states only, with explicit `stages`."
+                    "all rows, so its head can't be run for a part. Match hidden states only, with method='hidden'."
                 )
         targets = teacher.targets(batch, every) if every.needs_teacher else Targets()
         for layer, target in targets.hidden.items():
-            losses.HIDDEN_LOSSES[args.hidden_loss](hidden[layer], target, batch.weights(target))
-        if targets.logits is not None and targets.logits.shape != logits.shape:
+            HIDDEN_LOSSES[args.hidden_loss](hidden[layer], target, batch.weights(target))
+        if targets.logits is None:
+            return
+        if targets.logits.shape != logits[:, : teacher.partial_forward.num_classes].shape:
             raise ValueError(
                 f"The student's logits have shape {tuple(logits.shape)} and the teacher's "
                 f"{tuple(targets.logits.shape)} (rows, classes); use two models of one task."

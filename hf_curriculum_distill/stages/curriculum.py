@@ -109,7 +109,7 @@ def curriculum_stages(
     layer_order: str,
     layer_stage_fraction: float,
     hidden_weight: float,
-    logit_stage: Mapping[str, float | None],
+    logit_stage: Mapping[str, float | None] | None,
 ) -> list[Stage]:
     """Layer stages of equal length, then the logit stage: the curriculum of Gupta & Karmalkar (2025, arXiv 2503.17494).
 
@@ -118,10 +118,11 @@ def curriculum_stages(
     Args:
         pairs: the layers to match, in increasing order.
         layer_order: one of `LAYER_ORDERS`.
-        layer_stage_fraction: the fraction of `max_steps` that all layer stages have together; with 0 there are none.
+        layer_stage_fraction: the fraction of `max_steps` that all layer stages have together; 1 without a logit stage,
+            and with 0 there are none.
         hidden_weight: of the layer stages.
         logit_stage: the weights of the last stage; a positive `hidden_weight` or `hidden_weight_at_end` among them
-            keeps the pairs of the last layer stage as an auxiliary term.
+            keeps the pairs of the last layer stage as an auxiliary term. None for no logit stage.
 
     ```python
     >>> [s.name for s in curriculum_stages([(1, 2), (2, 4)], "cumulative", 0.5, 1.0, {"kl_weight": 1.0})]
@@ -135,9 +136,12 @@ def curriculum_stages(
         "together": [tuple(pairs)],
         "last": [tuple(pairs[-1:])],
     }[layer_order]
-    layers = [
-        Stage(hidden=group, hidden_weight=hidden_weight, until=layer_stage_fraction * (i + 1) / len(groups))
-        for i, group in enumerate(groups if layer_stage_fraction else [])
-    ]
+    ends = [layer_stage_fraction * (i + 1) / len(groups) for i in range(len(groups))]
+    if logit_stage is None:
+        ends[-1] = None  # the last stage ends with training
+    stages = zip(groups, ends, strict=True) if layer_stage_fraction else ()
+    layers = [Stage(hidden=group, hidden_weight=hidden_weight, until=end) for group, end in stages]
+    if logit_stage is None:
+        return layers
     keeps_hidden = logit_stage.get("hidden_weight") or logit_stage.get("hidden_weight_at_end")
     return [*layers, Stage(hidden=groups[-1] if keeps_hidden else (), **logit_stage)]

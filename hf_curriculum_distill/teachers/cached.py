@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.layers.chunks import RowLogits
+from hf_curriculum_distill.layers.heads import SPAN
 from hf_curriculum_distill.stages import Stage, matched_pairs
 from hf_curriculum_distill.teachers.target_store import Examples, TargetStore
 from hf_curriculum_distill.teachers.teacher import Targets, Teacher
@@ -82,7 +83,7 @@ class CachedTeacher:
 
     def _examples(self, batch: Batch) -> Examples:
         inputs, rows = self._teacher.known(batch.model_inputs), batch.rows if self._wanted.kl_weight else None
-        return Examples(inputs, rows, batch.rows_per_example)
+        return Examples(inputs, rows, batch.rows_per_example, batch.head is SPAN)
 
     def log_epoch(self, epoch: int) -> None:
         """Log the share of examples that were found in this epoch; warn if a later epoch found few.

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.batches.checks import label_loss_mismatch
+from hf_curriculum_distill.hidden_losses import hidden_state_mse
 from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.layers.heads import is_ctc
-from hf_curriculum_distill.losses import hidden_state_mse
+from hf_curriculum_distill.layers.heads import CLASSES, Head, is_ctc
+from hf_curriculum_distill.losses import shared_classes
 from hf_curriculum_distill.stages import LayerPair, Stage
 from hf_curriculum_distill.teachers.teacher import Teacher, has_head
 
@@ -28,13 +29,15 @@ class StudentComparison:
     Args:
         teacher: whose logits the student's are compared with; None for accuracy alone.
         accelerator: gathers what the processes found.
+        compares_logits: whether the teacher's logits mean what the student's do.
 
     Attributes:
         num_batches: that were added since the evaluation began.
     """
 
-    def __init__(self, teacher: Teacher | None, accelerator: Accelerator):
+    def __init__(self, teacher: Teacher | None, accelerator: Accelerator, compares_logits: bool = True):
         self._teacher, self._accelerator, self.num_batches = teacher, accelerator, 0
+        self._compares_logits = compares_logits and teacher is not None and has_head(teacher.model)
         self._metric, self._layers = TeacherComparison(), LayerComparison()
         self._knows_rows: bool | None = None  # whether labels are those of the rows of the logits; None: not seen yet
 
@@ -57,16 +60,17 @@ class StudentComparison:
             self._knows_rows = mismatch is None
             if mismatch:
                 logger.warning("%s Evaluations have no accuracy, agreement and divergence.", mismatch)
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[1]
-        if logits is None or not self._knows_rows or not ("labels" in batch.inputs or is_ctc(batch.model)):
+        has_labels = all(name in batch.inputs for name in batch.head.label_names) or is_ctc(batch.model)
+        if not self._knows_rows or not has_labels or not batch.head.is_in(outputs):
             return
-        logits, teacher_logits = logits.flatten(0, -2), None
+        logits, teacher_logits = batch.head.logits(outputs, has_loss=True).flatten(0, -2), None
         rows = torch.arange(len(logits), device=logits.device) if batch.rows is None else batch.rows
         examples = rows // (len(logits) // len(batch))
-        if self._teacher is not None and has_head(self._teacher.model):
+        if self._compares_logits:
             self._teacher.advance(None)
             _, teacher_logits = self._teacher.forward(batch.with_rows(rows), Stage(kl_weight=1.0))
-        self._metric.update(self._accelerator, logits[rows], teacher_logits, batch.labels, examples, len(batch))
+        compared = self._accelerator, logits[rows], teacher_logits, batch.labels, examples, len(batch)
+        self._metric.update(*compared, batch.head)
 
     def update_layers(
         self, batch: Batch, student: PartialForward, model: nn.Module, pairs: Sequence[LayerPair]
@@ -90,12 +94,7 @@ class StudentComparison:
 
 
 class TeacherComparison:
-    """Adds up an evaluation's batches.
-
-    Over the counted rows of logits, `accuracy` is the share where the student's likeliest class is the label,
-    `agreement` the share where it is the teacher's likeliest class, and `kl` the mean KL(teacher || student) at
-    temperature 1, in nats.
-    """
+    """Adds up an evaluation's batches: the means over the counted rows of what [`compared_rows`] finds."""
 
     def __init__(self):
         self._sums: Tensor | None = None
@@ -108,29 +107,21 @@ class TeacherComparison:
         labels: Tensor | None,
         examples: Tensor,
         batch_size: int,
+        head: Head = CLASSES,
     ) -> None:
         """Add one batch.
 
         Args:
             accelerator: gathers the batch from all processes, without the examples that a distributed sampler repeats
                 to fill the last batch.
-            student_logits: `[rows, classes]`, of the rows that count.
-            teacher_logits: the same of the teacher; None where there is no teacher.
-            labels: `[rows]`, class numbers; None where rows have none.
+            student_logits, teacher_logits, labels: see [`compared_rows`].
             examples: `[rows]`, the number of the example in the batch that each row belongs to.
             batch_size: the number of examples.
+            head: what a row is.
         """
-        choices = student_logits.argmax(-1)
-        columns = {"rows": torch.ones_like(choices)}
-        if labels is not None:
-            columns["accuracy"] = choices == labels
-        if teacher_logits is not None:
-            teacher = F.log_softmax(teacher_logits.float(), -1)
-            student = F.log_softmax(student_logits.float(), -1)
-            kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-            columns |= {"agreement": choices == teacher_logits.argmax(-1), "kl": kl}
+        columns = compared_rows(head, student_logits, teacher_logits, labels)
         self._names = list(columns)
-        rows = torch.stack([column.float() for column in columns.values()], 1)
+        rows = torch.stack([torch.ones_like(examples).float(), *(column.float() for column in columns.values())], 1)
         per_example = rows.new_zeros(batch_size, rows.shape[1]).index_add_(0, examples, rows)
         sums = accelerator.gather_for_metrics(per_example).cpu().double().sum(0)
         self._sums = sums if self._sums is None else self._sums + sums
@@ -140,7 +131,37 @@ class TeacherComparison:
         if self._sums is None:
             return {}
         rows, *sums = self._sums.tolist()
-        return {name: total / max(1.0, rows) for name, total in zip(self._names[1:], sums, strict=True)}
+        return {name: total / max(1.0, rows) for name, total in zip(self._names, sums, strict=True)}
+
+
+def compared_rows(
+    head: Head, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None
+) -> dict[str, Tensor]:
+    """How the student does on each row that counts, by name and each `[rows]`.
+
+    `accuracy` says whether the student's likeliest class is the label, `agreement` whether it is the teacher's
+    likeliest class, and `kl` is KL(teacher || student) at temperature 1, in nats. Of numbers there is `output_mse`, the
+    squared difference to the teacher's.
+
+    Args:
+        head: what a row is.
+        student_logits: `[rows, classes]`, of the rows that count.
+        teacher_logits: the same of the teacher; None where there is no teacher.
+        labels: `[rows]`, class numbers; None where rows have none.
+    """
+    if head.predicts_numbers:
+        if teacher_logits is None:
+            return {}
+        return {"output_mse": (student_logits.float() - teacher_logits.float()).square().mean(-1)}
+    choices, columns = student_logits.argmax(-1), {}
+    if labels is not None:
+        columns["accuracy"] = choices == labels
+    if teacher_logits is not None:
+        teacher = F.log_softmax(teacher_logits.float(), -1)
+        student = F.log_softmax(shared_classes(student_logits, teacher_logits).float(), -1)
+        kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        columns |= {"agreement": choices == teacher_logits.argmax(-1), "kl": kl}
+    return columns
 
 
 class LayerComparison:

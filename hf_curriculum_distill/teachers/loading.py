@@ -17,12 +17,14 @@ from transformers.utils import cached_file
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.adapted import is_quantised, transformers_model
+from hf_curriculum_distill.layers.heads import CLASSES, head_of
 from hf_curriculum_distill.layers.weights import check_finite_weights
 from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.teachers.checkpoints import CheckpointTeacher, find_checkpoints
 from hf_curriculum_distill.teachers.online import OnlineTeacher
 from hf_curriculum_distill.teachers.pretrained import LENIENT, forget_unused, load_pretrained
 from hf_curriculum_distill.teachers.teacher import Teacher, has_head
+from hf_curriculum_distill.teachers.vocabularies import share_vocabulary, shared_vocabulary, vocabulary_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +38,12 @@ _TASKS = {
     "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForAudioClassification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-}
-# tasks whose models do not have one row of class logits for each token or example
-_OTHER_TASKS = {
     "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
-    "AutoModelForPreTraining": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
 }
+# tasks whose models have logits of several kinds, or none
+_OTHER_TASKS = {"AutoModelForPreTraining": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES}
 
 TeacherModel = PreTrainedModel | str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -73,6 +73,7 @@ def prepare_teacher(
             "without adapters; pass its merge_and_unload()."
         )
     teacher = _make_teacher(teacher_model, student, args, processing_class)
+    share_vocabulary(student, teacher, processing_class)
     teacher.fingerprint  # noqa: B018  before anything trains the weights
     return teacher
 
@@ -105,7 +106,7 @@ def _make_teacher(
                 student,
                 args.teacher_dtype,
                 init_kwargs=args.teacher_model_init_kwargs,
-                needs_head=args.matches_logits,
+                needs_head=args.needs_teacher_head,
             ),
             name,
         )
@@ -199,46 +200,29 @@ def check_teacher(
     teacher: PreTrainedModel,
     processing_class: Any = None,
     name: str | None = None,
-    needs_head: bool = True,
+    compares_logits: bool = True,
 ) -> None:
-    """Check that the teacher's logits have the same meaning as the student's.
+    """Check that the teacher reads the same inputs as the student, and that its logits have the same meaning.
 
     Args:
         processing_class: the student's tokenizer or processor.
         name: the name or folder that the teacher was loaded from; None if it was passed as a model.
-        needs_head: whether the teacher's logits are needed; if not, it may have no head.
+        compares_logits: whether logits are matched; hidden states alone can be those of any task.
 
     Raises:
-        ValueError: the models share parameters, their vocabularies, labels or tokenizers differ, their outputs are not
-            class logits, or they are of different tasks.
+        ValueError: the models share parameters, their vocabularies, labels or tokenizers differ, their outputs have no
+            logits, or they are of different tasks.
     """
-    compares_heads = needs_head or has_head(teacher)
-    _check_tasks(student, teacher, compares_heads)
+    compares_heads = compares_logits and has_head(teacher)
+    if compares_logits:
+        _check_tasks(student, teacher, compares_heads)
     ours = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in ours for parameter in teacher.parameters()):
         raise ValueError("The teacher shares parameters with the student, so it would be trained; pass a copy.")
-    if "Classification" in type(student).__name__ and compares_heads:
-        for who, model in (("student", student), ("teacher", teacher)):
-            kind = getattr(model.config, "problem_type", None)
-            if model.config.num_labels == 1 or kind in ("regression", "multi_label_classification"):
-                raise ValueError(
-                    f"The {who} has num_labels={model.config.num_labels} and problem_type={kind!r}; a divergence "
-                    "between class probabilities needs single-label classification with at least 2 classes."
-                )
-        if student.config.num_labels != teacher.config.num_labels:
-            raise ValueError(
-                f"The student has {student.config.num_labels} labels and the teacher {teacher.config.num_labels}; "
-                "their logits can't be compared. Load both with the same num_labels."
-            )
-        names = [_label_names(model.config) for model in (student, teacher)]
-        if None not in names and names[0] != names[1]:
-            label2id = [{name: number for number, name in enumerate(labels)} for labels in names]
-            raise ValueError(
-                f"The student's label2id is {label2id[0]} and the teacher's {label2id[1]}; class numbers must mean the "
-                "same. Load both with the same id2label and label2id."
-            )
-    vocabularies = [getattr(m.config.get_text_config(), "vocab_size", None) for m in (student, teacher)]
-    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+    if compares_heads and "Classification" in type(student).__name__:
+        _check_labels(student, teacher)
+    vocabularies, shared = vocabulary_sizes(student, teacher), shared_vocabulary(student, teacher, processing_class)
+    if len(vocabularies) > 1 and shared is None:
         raise ValueError(
             f"The student's vocabulary has {vocabularies[0]} entries and the teacher's {vocabularies[1]}; they must "
             "read and predict the same tokens. Build the student with the teacher's tokenizer and vocab_size."
@@ -268,6 +252,35 @@ def _check_devices(teacher: PreTrainedModel, args: CurriculumDistillationConfig)
         )
 
 
+def _check_labels(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Check that two classifiers have the same classes, or that both predict numbers."""
+    kinds = [f"num_labels={m.config.num_labels} and problem_type={m.config.problem_type!r}" for m in (student, teacher)]
+    for who, model, kind in (("student", student, kinds[0]), ("teacher", teacher, kinds[1])):
+        other = model.config.problem_type in ("regression", "multi_label_classification")
+        if head_of(model) is CLASSES and (other or model.config.num_labels == 1):
+            raise ValueError(
+                f"The {who} has {kind}; a divergence between class probabilities needs single-label classification "
+                "with at least 2 classes."
+            )
+    if student.config.num_labels != teacher.config.num_labels:
+        raise ValueError(
+            f"The student has {student.config.num_labels} labels and the teacher {teacher.config.num_labels}; "
+            "their logits can't be compared. Load both with the same num_labels."
+        )
+    if head_of(student) is not head_of(teacher):
+        raise ValueError(
+            f"The teacher has {kinds[1]}, but the student has {kinds[0]}, so that a row of their logits is "
+            f"{head_of(teacher).name}, and {head_of(student).name}. Load both with the same problem_type."
+        )
+    names = [_label_names(model.config) for model in (student, teacher)]
+    if None not in names and names[0] != names[1]:
+        label2id = [{name: number for number, name in enumerate(labels)} for labels in names]
+        raise ValueError(
+            f"The student's label2id is {label2id[0]} and the teacher's {label2id[1]}; class numbers must mean the "
+            "same. Load both with the same id2label and label2id."
+        )
+
+
 def _check_quantised(teacher: PreTrainedModel, args: CurriculumDistillationConfig) -> None:
     method = teacher.quantization_method
     how = f"The teacher is quantised ({getattr(method, 'value', method)})"
@@ -291,7 +304,8 @@ def _check_tasks(student: PreTrainedModel, teacher: PreTrainedModel, compares_he
         if not _tasks(model, _TASKS) and (other := _tasks(model, _OTHER_TASKS)):
             raise ValueError(
                 f"The {who} is a {type(model).__name__} ({min(other)}), whose outputs are not one row of class logits "
-                f"a token or an example; use a model of one of {', '.join(_TASKS)}."
+                f"a token or an example; use a model of one of {', '.join(_TASKS)}, or match hidden states only, with "
+                "method='hidden'."
             )
     tasks = [_tasks(model, _TASKS) for model in (student, teacher)]
     encodes_decodes = [bool(getattr(model.config, "is_encoder_decoder", False)) for model in (student, teacher)]

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from hf_curriculum_distill import losses
 from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.files import replacing
@@ -107,7 +106,7 @@ class OnlineTeacher(Teacher):
                 gather=batch.row_per_token,
                 reduce=lambda logits, outputs: (logits, auxiliary_loss(self.model, outputs)),
             )
-        of_labels = losses.cross_entropy(logits, batch.labels, label_smoothing, class_weights)
+        of_labels = batch.head.label_loss(logits, batch.labels, label_smoothing, class_weights)
         return (of_labels + batch.num_rows * balance) / num_rows  # the routers' loss is a mean over tokens
 
     def learn(self, batch: Batch, counts: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:

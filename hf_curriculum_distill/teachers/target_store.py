@@ -42,12 +42,19 @@ class Examples:
         inputs: the teacher's inputs.
         rows: numbers `[rows]` of the rows that count in the flattened logits; None if no logits are wanted.
         rows_per_example: the number of rows of logits of an example, padding included.
+        classes_are_tokens: whether a row of logits has a class for each token, padding included.
 
     Raises:
         ValueError: an input does not have one entry per example.
     """
 
-    def __init__(self, inputs: Mapping[str, Any], rows: Tensor | None, rows_per_example: int):
+    def __init__(
+        self,
+        inputs: Mapping[str, Any],
+        rows: Tensor | None,
+        rows_per_example: int,
+        classes_are_tokens: bool = False,
+    ):
         tensors = {name: value.detach().cpu() for name, value in inputs.items() if isinstance(value, Tensor)}
         self.size = len(next(iter(tensors.values())))
         if wrong := [name for name, tensor in tensors.items() if not tensor.dim() or len(tensor) != self.size]:
@@ -55,7 +62,9 @@ class Examples:
                 f"{wrong[0]} has shape {tuple(tensors[wrong[0]].shape)} in a batch of {self.size}; teacher_cache needs "
                 "inputs with one entry an example. Use a collator without packing, or leave out teacher_cache."
             )
-        tokens = tensors["input_ids"].shape[:2] if "input_ids" in tensors else None
+        ids = tensors.get("input_ids")
+        self.num_texts = ids.shape[1] if ids is not None and ids.dim() == 3 else 1  # of an example with choices
+        tokens = None if ids is None or ids.dim() == 3 else ids.shape[:2]
         self.length = None if tokens is None else tokens[1]
         self.lengths = [self.length] * self.size
         mask = tensors.get("attention_mask")
@@ -72,7 +81,7 @@ class Examples:
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
                 digest.update(_bytes(value))
             self.keys.append(digest.digest())
-            digest.update(b"rows " + _bytes(own))
+            digest.update(b"rows " + _bytes(own) + (b" of %d tokens" % self.length if classes_are_tokens else b""))
             self.logit_keys.append(digest.digest())
 
 
@@ -92,6 +101,7 @@ class TargetStore:
         self.folder = args.teacher_cache
         os.makedirs(self.folder, exist_ok=True)
         self._bank, self._k, self._temperature = bank, args.teacher_cache_logits, args.temperature
+        self._num_classes = teacher.partial_forward.num_classes
         config = {n: v for n, v in teacher.model.config.to_dict().items() if n[0] != "_" and n not in _WITHOUT_EFFECT}
         self._teacher = {
             "format_version": _FORMAT_VERSION,
@@ -108,6 +118,7 @@ class TargetStore:
     def _records_of(self, target: int | str) -> RecordStore:
         if target not in self._records:
             facts = {"target": "logits", "k": self._k, "temperature": self._temperature if self._k else None}
+            facts |= {} if self._num_classes is None else {"classes": self._num_classes}
             if target != _LOGITS:
                 (teacher_layer,) = [t for s, t in self._bank.layer_pairs if s == target]
                 tensors = (
@@ -207,7 +218,7 @@ class TargetStore:
         """The record of each example, by target."""
         values: dict[int | str, list[bytes]] = {}
         for layer, states in targets.hidden.items():
-            states = states.bfloat16().cpu()
+            states = states.bfloat16().cpu().reshape(examples.size, -1, states.shape[-1])
             values[layer] = [_bytes(own[:length]) for own, length in zip(states, examples.lengths, strict=True)]
         if (logits := targets.logits) is not None:
             pieces = (logits[rows] for rows in logits.chunks()) if isinstance(logits, RowLogits) else [logits]
@@ -252,7 +263,8 @@ class TargetStore:
             states = np.zeros((examples.size, examples.length or len(arrays[0]), width), np.int16)
             for index, array in enumerate(arrays):
                 states[index, : len(array)] = array  # the rest is padding, which no loss counts
-            targets.hidden[target] = torch.from_numpy(states).view(torch.bfloat16).to(device).float()
+            states = torch.from_numpy(states.reshape(examples.size * examples.num_texts, -1, width))
+            targets.hidden[target] = states.view(torch.bfloat16).to(device).float()
         return targets
 
     def _row_size(self, target: int | str, examples: Examples, records: Sequence[memoryview]) -> int | None:
@@ -271,7 +283,7 @@ class TargetStore:
         if self._k is None or numbers.shape[-1] <= self._k:
             return numbers
         log_probabilities, classes = numbers.split([self._k + 1, self._k], -1)
-        return TopLogits(log_probabilities, classes.contiguous().view(torch.int32).long())
+        return TopLogits(log_probabilities, classes.contiguous().view(torch.int32).long(), self._num_classes)
 
     def num_rows(self, target: int | str, examples: Examples) -> list[int]:
         """The number of rows in the record of each example; without tokens records have one length, counted as 1."""

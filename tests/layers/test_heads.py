@@ -9,6 +9,8 @@ from hf_curriculum_distill.layers.heads import (
     auxiliary_loss,
     balances_experts,
     decodes_labels,
+    has_known_head,
+    head_of,
     is_ctc,
     num_classes,
     predicts_next_token,
@@ -101,3 +103,71 @@ def test_the_auxiliary_loss_is_what_a_mixture_of_experts_adds_to_its_cross_entro
 def test_models_without_experts_have_no_auxiliary_loss():
     assert not any(map(balances_experts, MODELS.values()))
     assert auxiliary_loss(MODELS["bert"], {"aux_loss": torch.ones(())}) == 0
+
+
+# ---- what a row is ----
+
+
+def bert(model_class, **config):
+    return model_class(hf.BertConfig(**SIZES, **config))
+
+
+@pytest.mark.parametrize(
+    "config, row",
+    [
+        ({}, "a class"),
+        ({"num_labels": 1}, "a number"),
+        ({"num_labels": 3, "problem_type": "regression"}, "a number"),
+        ({"num_labels": 3, "problem_type": "single_label_classification"}, "a class"),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "yes or no for a class"),
+    ],
+)
+def test_a_classifiers_problem_type_says_what_its_rows_are_and_one_label_is_a_number(config, row):
+    head = head_of(bert(hf.BertForSequenceClassification, **config))
+    assert head.name == row
+    assert head.rows_per_example == (None if row == "a class" else config["num_labels"])
+    assert head_of(bert(hf.BertForTokenClassification, **config)).name == "a class"
+
+
+@pytest.mark.parametrize(
+    "model_class, row",
+    [
+        (hf.BertForQuestionAnswering, "a token of the text"),
+        (hf.BertForMultipleChoice, "a choice"),
+        (hf.BertForMaskedLM, "a class"),
+        (hf.BertModel, "a class"),
+    ],
+)
+def test_other_rows_follow_from_the_class_and_its_subclasses(model_class, row):
+    assert head_of(bert(model_class)).name == head_of(bert(type("Own", (model_class,), {}))).name == row
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_the_label_loss_of_rows_is_the_models_own(kind):
+    model = bert(hf.BertForSequenceClassification, num_labels=3, problem_type=kind).eval()
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    inputs = {"input_ids": torch.randint(3, 50, (2, 6)), "labels": labels}
+    with torch.no_grad():
+        outputs, head = model(**inputs), head_of(model)
+    rows = head.logits(outputs).flatten(0, -2)
+    assert rows.shape == (6, num_classes(model))
+    loss = head.label_loss(rows, head.labels(inputs).flatten()) / 6
+    torch.testing.assert_close(loss, outputs.loss)
+
+
+def test_a_span_that_ends_outside_of_the_input_does_not_count_as_in_the_models_own_loss():
+    model = bert(hf.BertForQuestionAnswering).eval()
+    positions = {"start_positions": torch.tensor([1, 9, 3]), "end_positions": torch.tensor([2, 9, 4])}
+    inputs = {"input_ids": torch.randint(3, 50, (3, 6))} | positions
+    with torch.no_grad():
+        outputs, head = model(**inputs), head_of(model)
+    labels = head.labels(inputs)
+    assert labels.tolist() == [[1, 2], [-100, -100], [3, 4]]
+    loss = head.label_loss(head.logits(outputs).flatten(0, -2), labels.flatten()) / 4
+    torch.testing.assert_close(loss, outputs.loss)
+
+
+def test_a_head_is_known_by_the_class_of_its_model_or_of_a_base():
+    known = (hf.BertForMaskedLM, hf.BertForQuestionAnswering, hf.BertForMultipleChoice, hf.BertForTokenClassification)
+    assert all(has_known_head(bert(type("Own", (model_class,), {}))) for model_class in known)
+    assert not any(has_known_head(bert(model_class)) for model_class in (hf.BertModel, hf.BertForPreTraining))

@@ -5,6 +5,7 @@ from itertools import accumulate
 import torch
 from conftest import VOCAB_SIZE
 from transformers import (
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -28,8 +29,13 @@ def examples_for(model):
     examples = []
     for _ in range(16):
         ids = torch.randint(5, model.config.vocab_size, (LENGTH,))
+        if isinstance(model, BertForQuestionAnswering):
+            examples.append({"input_ids": ids, "start_positions": ids[0] % 3, "end_positions": ids[1] % 3 + 3})
+            continue
         if isinstance(model, BertForSequenceClassification):
-            labels = ids[0] % 2
+            kind, number = model.config.problem_type, model.config.num_labels
+            several = {"regression": torch.rand(number), "multi_label_classification": torch.arange(number) % 2.0}
+            labels = several.get(kind, ids[0] % 2)
         elif isinstance(model, (GPT2LMHeadModel, LlamaForCausalLM)):
             labels = ids
         else:
@@ -49,6 +55,7 @@ def folder_of(tmp_path, name, model):
 
 def planned(tmp_path, student, teacher, options=None, **fields):
     tasks = {"BertForMaskedLM": "MaskedLM", "GPT2LMHeadModel": "CausalLM", "LlamaForCausalLM": "CausalLM"}
+    tasks["BertForQuestionAnswering"] = "QuestionAnswering"
     task = tasks.get(type(student).__name__, "SequenceClassification")
     share = {"mlm_probability": LABELS / LENGTH} if task == "MaskedLM" else {}
     models = {"student": saved(tmp_path / "student", student), "teacher": saved(tmp_path / "teacher", teacher)}

@@ -2,7 +2,7 @@ from itertools import accumulate
 
 import pytest
 from conftest import STUDENT_DEPTH, VOCAB_SIZE, tiny_bert
-from transformers import BertForSequenceClassification
+from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.planning.costs import add_up
@@ -30,10 +30,16 @@ RUNS = {
 }
 
 
+def several_labels(depth):
+    kind = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    return tiny_bert(depth, model_class=BertForSequenceClassification, **kind)
+
+
 @pytest.mark.parametrize(
     ("run", "make"),
     [(run, tiny_bert) for run in RUNS]
-    + [("curriculum", tiny_gpt), ("curriculum", lambda d: tiny_bert(d, model_class=BertForSequenceClassification))],
+    + [("curriculum", tiny_gpt), ("curriculum", lambda d: tiny_bert(d, model_class=BertForSequenceClassification))]
+    + [("curriculum", lambda d: tiny_bert(d, model_class=BertForQuestionAnswering)), ("curriculum", several_labels)],
 )
 def test_a_plan_says_what_the_run_then_books_and_trains(tmp_path, config, run, make):
     student, teacher = make(STUDENT_DEPTH), make(4)
