@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from hf_curriculum_distill.batches.randomness import preserved_random_state
 from hf_curriculum_distill.batches.seeding import seeded
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.cost import flop_rates, flop_units
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.preparing.trainer import PreparedTrainer
 from hf_curriculum_distill.preparing.trial import relative_error
 from hf_curriculum_distill.projections import ProjectionBank
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         TrainerCallback,
     )
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass

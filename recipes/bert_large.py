@@ -36,9 +36,9 @@ from hf_curriculum_distill import (
     ProjectionBank,
     project_embeddings,
 )
-from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.layers import make_student, student_size
 from hf_curriculum_distill.options import ComparisonOptions, TextOptions
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import SIZES, find_config, find_size
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,

@@ -40,11 +40,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import is_gguf_available
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, layers
-from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.config import UNCACHED_METHODS
 from hf_curriculum_distill.layers import predicts_next_token, student_size
 from hf_curriculum_distill.layers.configurations import student_config
 from hf_curriculum_distill.options import ComparisonOptions, TextOptions
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,

@@ -22,8 +22,8 @@ from transformers import BertConfig, BertForMaskedLM, PrinterCallback, TrainerCa
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
-from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,

@@ -15,7 +15,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModel, AutoTokenizer, BertTokenizerFast
 
-from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.parsing import parse_arguments
 
 
 @dataclass

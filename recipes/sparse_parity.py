@@ -27,8 +27,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
-from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.report.runs import (
     Run,
     check_kept_teacher,

@@ -41,9 +41,9 @@ from transformers import (
 )
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
-from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.layers import find_block_stack, make_student, student_size
 from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import SIZES, find_config, find_size
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,

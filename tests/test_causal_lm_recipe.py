@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["the", "a", "cat", "dog", "bat", "rat", "sat", "ran", "ate", "on", "in", "at", "mat", "hat", "day", "box"]

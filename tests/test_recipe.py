@@ -17,7 +17,7 @@ from datasets import IterableDataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "recipes/configs/bert_large/quickstart.yaml"

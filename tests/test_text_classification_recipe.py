@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.report.runs import plan_runs
 
 ROOT = Path(__file__).parents[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import math
 import random
 from typing import Any
@@ -22,6 +21,7 @@ from hf_curriculum_distill.batches.randomness import preserved_random_state
 from hf_curriculum_distill.files import check_writable
 from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.forward import PartialForward
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, sample
 from hf_curriculum_distill.preparing.checks import check_cache, check_launch, check_stages, check_training_data
@@ -40,7 +40,7 @@ from hf_curriculum_distill.teachers.comparison import StudentComparison
 from hf_curriculum_distill.teachers.loading import TeacherModel, check_teacher, prepare_teacher
 from hf_curriculum_distill.teachers.target_store import TargetStore
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class PreparedTrainer(ResumableTrainer):

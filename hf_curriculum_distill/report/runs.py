@@ -19,12 +19,13 @@ from typing import Any
 import transformers
 
 from hf_curriculum_distill.config import METHODS, UNCACHED_METHODS, CurriculumDistillationConfig
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.report.results import write_results
 from hf_curriculum_distill.report.tables import PLOT_FILE, format_summary, format_table, plot_comparison
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LABELS_ALONE = [{"label_weight": 1.0}]  # the stages of a training without a teacher, of a teacher for instance
 
@@ -84,10 +85,12 @@ def compare_methods(
 
 
 def log_progress(recipe_logger: logging.Logger, args: CurriculumDistillationConfig) -> None:
-    """Have a recipe's logger and this module's say what happens, on the main process."""
-    logging.basicConfig(format="%(message)s")
+    """Have a recipe's logger and this module's say what happens, on the main process, without any prefix."""
     for each in (recipe_logger, logger):
         each.setLevel(logging.INFO if args.should_log else logging.WARNING)
+        each.propagate = False
+        if not each.handlers:
+            each.addHandler(logging.StreamHandler())
 
 
 def teacher_arguments(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from hf_curriculum_distill.batches.seeding import SeededBatches, SeededSampler
 from hf_curriculum_distill.files import check_writable
 from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.weights import load_weights, weights_fingerprint
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.resuming.checkpoints import find_last_checkpoint, list_files, read_whole, remove_unfinished
 from hf_curriculum_distill.resuming.events import TrainingEvents
@@ -31,7 +31,7 @@ from hf_curriculum_distill.resuming.totals import RunningTotals
 from hf_curriculum_distill.stages import Stage, StageScheduler
 from hf_curriculum_distill.teachers.teacher import Teacher
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class ResumableTrainer(Trainer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,11 +14,12 @@ from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.batches.checks import label_loss_mismatch
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import is_ctc
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.losses import hidden_state_mse
 from hf_curriculum_distill.stages import LayerPair, Stage
 from hf_curriculum_distill.teachers.teacher import Teacher
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class StudentComparison:

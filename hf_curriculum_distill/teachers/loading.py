@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,12 @@ from transformers.utils import cached_file
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.adapted import is_quantised, transformers_model
 from hf_curriculum_distill.layers.weights import check_finite_weights
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.teachers.checkpoints import CheckpointTeacher, find_checkpoints
 from hf_curriculum_distill.teachers.online import OnlineTeacher
 from hf_curriculum_distill.teachers.teacher import Teacher
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # by auto class: the model classes of its task
 _TASKS = {
