@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import PreTrainedModel, ProgressCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainingArguments
 from transformers.utils import ModelOutput
 
 from hf_curriculum_distill.batches.batch import Batch
@@ -22,6 +22,7 @@ from hf_curriculum_distill.cost import flop_rates, flop_units
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.preparing.trainer import PreparedTrainer
 from hf_curriculum_distill.preparing.trial import relative_error
+from hf_curriculum_distill.progress import name_stage
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.stages import Stage, matched_pairs
 from hf_curriculum_distill.teachers.cached import CachedTeacher
@@ -206,12 +207,12 @@ class CurriculumDistillationTrainer(PreparedTrainer):
                 on_host = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in batch.inputs.items()}
                 check_batch(self.model, on_host, self._reads_labels)
         first, end = self.stage_scheduler.span(index)
-        if index and self.state.global_step == first and not self.args.carry_optimizer:
-            self.optimizer.state.clear()  # also after a resume from this step, whose checkpoint has the state of before
+        if index and self.state.global_step == first:  # also after a resume from this step, as of the stage before
+            self._forget_losses()
+            if not self.args.carry_optimizer:
+                self.optimizer.state.clear()
         logger.info("Stage %d of %d: %s (steps %d to %d)", index + 1, len(self.stages), stage.name, first + 1, end)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.set_description(stage.name)
+        name_stage(self.callback_handler.callbacks, stage.name)
         if self.args.torch_compile:
             torch.compiler.reset()  # a stage is another graph; after a number of them dynamo no longer compiles
         if index not in self._totals.rates:

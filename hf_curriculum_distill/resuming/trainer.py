@@ -185,16 +185,27 @@ class ResumableTrainer(Trainer):
     # ---- what it logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer`, with the stage, its loss terms and the operations so far next to the training loss."""
+        """As `Trainer`, with the stage, its loss terms and the operations so far next to the training loss.
+
+        `train_loss`, at the end, is the mean loss of the last stage's steps: that of a hidden loss and a divergence
+        would say nothing.
+        """
         if self._declared_stages and self.is_in_train and ("loss" in logs or "train_loss" in logs):
             terms, flops = self._finite_terms(), self._totals.reduce_flops(self.accelerator)
             logs |= flops
-            if "train_loss" in logs:  # of the whole run, also after a resume
-                logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+            index = self._last_stage_index
+            if "train_loss" in logs:
+                first, _ = self.stage_scheduler.span(index)
+                logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step - first)
             if "loss" in logs:
-                logs |= {"stage": self._last_stage_index} | terms
+                logs |= {"stage": index, "stage_name": self.stages[index].name} | terms
                 self._totals.start(self.state.global_step)
         super().log(logs, start_time)
+
+    def _forget_losses(self) -> None:
+        """Begin the mean of `train_loss` anew, at the first step of a stage."""
+        self._total_loss_scalar = 0.0
+        self._tr_loss.zero_()  # is so already, unless nothing is logged while training
 
     def _finite_terms(self) -> dict[str, float]:
         terms = self._totals.terms(self.accelerator, self.state.global_step)
