@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["train"] and recipes.keys() & argv[1:2]:  # all that follows is for the recipe, --help, too
-        return _train(recipes[argv[1]], argv[1:])
+        return _train(recipes[argv[1]], argv[2:])
     args, args.options = parser.parse_known_args(argv)
     if args.options and args.command is not _plan:
         parser.error(f"unrecognized arguments: {' '.join(args.options)}")
@@ -100,9 +100,9 @@ def find_recipes() -> dict[str, str]:
     return {name: os.path.join(folder, f"{name}.py") for name in names}
 
 
-def _train(path: str, argv: Sequence[str]) -> None:
-    """Run a recipe as `python recipes/NAME.py` does; `argv` is its name and its options."""
-    sys.argv = [f"hf-curriculum-distill train {argv[0]}", *argv[1:]]
+def _train(path: str, options: Sequence[str]) -> None:
+    """Run a recipe as `python recipes/NAME.py` does."""
+    sys.argv = [path, *options]
     runpy.run_path(path, run_name="__main__")
 
 

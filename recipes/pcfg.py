@@ -21,8 +21,9 @@ from datasets import Dataset
 from transformers import BertConfig, BertForMaskedLM, PrinterCallback, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
-from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill.lines import errors_in_one_line
+from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
@@ -96,8 +97,8 @@ class RecipeArguments(ComparisonOptions):
 
 
 @dataclass
-class TrainingConfig(CurriculumDistillationConfig):
-    """The library's configuration with this job's defaults."""
+class TrainingConfig(RecipeConfig):
+    """The recipes' configuration with this job's defaults."""
 
     output_dir: str | None = "runs/pcfg/run"
     max_steps: int = 4000
@@ -106,16 +107,13 @@ class TrainingConfig(CurriculumDistillationConfig):
     learning_rate: float = 5e-3
     teacher_learning_rate: float | None = 5e-3
     adam_beta2: float = 0.95
-    lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.06
-    eval_strategy: str = "steps"
-    eval_steps: float = 0.1
-    logging_steps: float = 0.1
+    bf16: bool = False
     save_strategy: str = "no"
     disable_tqdm: bool | None = True
-    report_to: str = "none"
 
 
+@errors_in_one_line()
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
     summary = compare_methods(recipe, args, find_teacher, distil, logger)

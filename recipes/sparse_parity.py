@@ -26,8 +26,9 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
-from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill.lines import errors_in_one_line
+from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.report.runs import (
     Run,
@@ -100,8 +101,8 @@ class RecipeArguments(ComparisonOptions):
 
 
 @dataclass
-class TrainingConfig(CurriculumDistillationConfig):
-    """The library's configuration with this job's defaults."""
+class TrainingConfig(RecipeConfig):
+    """The recipes' configuration with this job's defaults."""
 
     output_dir: str | None = "runs/sparse_parity/run"
     max_steps: int = 3125
@@ -111,20 +112,17 @@ class TrainingConfig(CurriculumDistillationConfig):
     teacher_learning_rate: float | None = 0.5
     optim: str = "sgd"
     max_grad_norm: float = 0.0
-    lr_scheduler_type: str = "cosine"
     restart_schedule_per_stage: bool = True
     stage_warmup_ratio: float = 0.0
     layer_stage_fraction: float = 0.25
     calibration_samples: int = 4096
-    eval_strategy: str = "steps"
-    eval_steps: float = 0.1
-    logging_steps: float = 0.1
+    bf16: bool = False
     save_strategy: str = "no"
     remove_unused_columns: bool | None = False
     disable_tqdm: bool | None = True
-    report_to: str = "none"
 
 
+@errors_in_one_line()
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
     summary = compare_methods(recipe, args, find_teacher, distil, logger, threshold=0.99)

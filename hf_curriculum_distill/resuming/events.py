@@ -31,7 +31,8 @@ class TrainingEvents(TrainerCallback):
         self._trainer._end_step(control)
 
     def on_log(self, args, state, control, **kwargs):
-        self._name_stage_in_table()
+        if args.eval_strategy == "no":  # otherwise evaluations make the lines of a notebook's table
+            self._name_stage_in_table()
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._name_stage_in_table()
