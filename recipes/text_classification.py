@@ -195,10 +195,11 @@ def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
     """Train the teacher if it is not there yet, log how good it is, and refuse one that knows nothing."""
     task = read(recipe)
     tokenizer = find_tokenizer(recipe)
-    args = replace(args, stages=LABELS_ALONE, teacher_cache=None, push_to_hub=False, report_to="none")
+    args = replace(args, stages=LABELS_ALONE, teacher_cache=None, push_to_hub=False)
     if teacher_source(recipe.teacher, recipe.teacher_from) != recipe.teacher:
         train_teacher(recipe, args, task, tokenizer)
     model = AutoModelForSequenceClassification.from_pretrained(recipe.teacher)
+    args = replace(args, report_to="none")
     accuracy = make_trainer(model, args, task, recipe, tokenizer).evaluate()["eval_accuracy"]
     share = max(Counter(task.heldout["label"]).values()) / len(task.heldout)
     logger.info(
