@@ -29,8 +29,10 @@ from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
     check_kept_teacher,
+    check_steps,
     compare_methods,
     num_examples,
+    planned_or_exit,
     teacher_arguments,
     train_student,
 )
@@ -116,6 +118,8 @@ class TrainingConfig(RecipeConfig):
 @errors_in_one_line()
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
+    for run in planned_or_exit(recipe, args):
+        check_steps(run.args, run.recipe.num_layers, run.recipe.num_layers)
     summary = compare_methods(recipe, args, find_teacher, distil, logger)
     if args.should_save:
         print(f"\n{summary}")

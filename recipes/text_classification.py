@@ -61,8 +61,8 @@ class RecipeArguments(ComparisonOptions):
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Texts with labels: a file or glob of TSV, CSV, JSON or parquet (all to train on), a folder of "
-            "them (split by their names), or a Hub data set. Splits that it lacks are held out."
+            "help": "Texts with labels: a file (to train on), a glob or a folder of TSV, CSV, JSON or parquet (split "
+            "by their names), or a Hub data set. Splits that it lacks are held out."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration on the Hub."})
@@ -146,6 +146,8 @@ def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
     for run in planned_or_exit(recipe, args):
         check_run(run)
+        if run.recipe.unlabelled_text is not None:
+            read_unlabelled(run.recipe)  # raises before a teacher is trained
     summary = compare_methods(recipe, args, find_teacher, distil, logger)
     if args.should_save:
         print(f"\n{summary}")
@@ -292,6 +294,13 @@ def num_layer_steps(args: TrainingConfig, student: PreTrainedModel, teacher: Pre
     return schedule.span(first - 1)[1] if first else 0
 
 
+def read_unlabelled(recipe: RecipeArguments) -> tuple[Dataset, str]:
+    """Documents, and the column of their text."""
+    documents = read_dataset(recipe.unlabelled_text, recipe.unlabelled_config)["train"]
+    names = recipe.unlabelled_text, documents.features, "unlabelled_column", recipe.unlabelled_column
+    return documents, find_column(*names)
+
+
 def in_order(
     recipe: RecipeArguments, args: TrainingConfig, tokenizer: PreTrainedTokenizerBase, steps: int, task: Dataset
 ) -> Dataset:
@@ -300,8 +309,7 @@ def in_order(
     The texts are cut into sentences and count no label: their row is `{"input_ids": [...], "attention_mask": [...],
     "labels": -100}`.
     """
-    documents = read_dataset(recipe.unlabelled_text, recipe.unlabelled_config)["train"]
-    column = find_column(recipe.unlabelled_text, documents.features, "unlabelled_column", recipe.unlabelled_column)
+    documents, column = read_unlabelled(recipe)
     before, after = num_examples(args, steps), num_examples(args, args.max_steps - steps)
     sentences = draw_sentences(documents, column, before, args.seed)
     if not sentences:

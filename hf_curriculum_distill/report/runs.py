@@ -193,7 +193,20 @@ def check_models(
     room = min(num_positions(model) or length[1] for model in models.values())
     if length[1] > room:
         raise ValueError(f"{length[0]} is {length[1]}, but the models have room for {room} tokens; lower it.")
-    stages = args.resolve_stages(*(len(find_block_stack(model, args.layer_stack)) for model in models.values()))
+    check_steps(args, *(len(find_block_stack(model, args.layer_stack)) for model in models.values()))
+
+
+def check_steps(args: CurriculumDistillationConfig, student_depth: int, teacher_depth: int) -> None:
+    """Check that the stages fit the models' blocks and, if their number is set, the steps.
+
+    Args:
+        args: of the run.
+        student_depth, teacher_depth: numbers of blocks.
+
+    Raises:
+        ValueError: they do not.
+    """
+    stages = args.resolve_stages(student_depth, teacher_depth)
     if args.max_steps > 0:
         args.schedule(stages, args.max_steps)
 
