@@ -36,13 +36,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     train = commands.add_parser(
         "train",
         help="Run a recipe: train students, and the teacher if there is none.",
-        usage="%(prog)s RECIPE [--config FILE.yaml] [--option value ...]",
+        usage="%(prog)s [RECIPE] [--config FILE.yaml] [--option value ...]",
         description="Run a recipe. Its options: `%(prog)s RECIPE --help`. On several devices: `accelerate launch -m "
         "hf_curriculum_distill train RECIPE ...`.",
         allow_abbrev=False,
     )
-    train.add_argument("recipe", metavar="RECIPE", choices=recipes, help=f"One of {', '.join(recipes)}.")
-    train.set_defaults(command=lambda _: train.error("name the RECIPE before its options."))
+    names = ", ".join(recipes)
+    train.add_argument("recipe", metavar="RECIPE", nargs="?", help=f"One of {names}; by default the file's `recipe`.")
+    train.add_argument("--config", metavar="FILE.yaml", help="YAML file of defaults for the recipe's options.")
+    train.set_defaults(command=_train)
 
     about = "Check a run before it starts; print its stages, operations, time and memory."
     plan = commands.add_parser("plan", help=about, add_help=False)  # its options are a recipe's: see `_plan`
@@ -75,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["train"] and recipes.keys() & argv[1:2]:  # all that follows is for the recipe, --help, too
-        return _train(recipes[argv[1]], argv[2:])
+        return _run_recipe(argv[1], argv[2:])
     args, args.options = parser.parse_known_args(argv)
-    if args.options and args.command is not _plan:
+    if args.options and args.command is _compare:
         parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     try:
         args.command(args)
@@ -100,10 +102,26 @@ def find_recipes() -> dict[str, str]:
     return {name: os.path.join(folder, f"{name}.py") for name in names}
 
 
-def _train(path: str, options: Sequence[str]) -> None:
+def _run_recipe(name: str, options: Sequence[str]) -> None:
     """Run a recipe as `python recipes/NAME.py` does."""
+    path = find_recipes()[name]
     sys.argv = [path, *options]
     runpy.run_path(path, run_name="__main__")
+
+
+def _train(args: Namespace) -> None:
+    """Run the recipe that the file of options names."""
+    name = args.recipe
+    if name is None and args.config is not None:
+        from hf_curriculum_distill.parsing import read_yaml
+
+        name, args.options = read_yaml(args.config).get("recipe"), ["--config", args.config, *args.options]
+    if name not in (recipes := find_recipes()):
+        raise ValueError(
+            f"The recipe is {name!r}; use one of {', '.join(recipes)}, as in `hf-curriculum-distill train RECIPE ...`, "
+            "or write `recipe: RECIPE` into the file of --config."
+        )
+    _run_recipe(name, args.options)
 
 
 def _plan(args: Namespace) -> None:

@@ -91,7 +91,8 @@ def parse_arguments(
     path = config_parser.parse_known_args(argv)[0].config
     try:
         if path is not None:
-            defaults = _read_yaml(path)
+            defaults = read_yaml(path)
+            defaults.pop("recipe", None)  # for `hf-curriculum-distill train`
             if unread is not None:
                 unread += sorted(RECIPE_OPTIONS & {*defaults} - _options(parser), key=list(defaults).index)
                 defaults = {key: value for key, value in defaults.items() if key not in unread}
@@ -114,7 +115,13 @@ def parse_arguments(
     return tuple(parsed)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a file of `option: value` lines.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no such file.
+    """
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file)

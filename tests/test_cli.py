@@ -233,8 +233,8 @@ def test_a_recipe_runs_as_a_command(tmp_path, capfd, monkeypatch):
     small += " --teacher_accuracy 0 --teacher_finish_samples 0 --teacher_save_samples 64 --calibration_samples 16"
     small += " --heldout_examples 16 --methods one_shot --seeds 0 --use_cpu true --per_device_train_batch_size 4"
     file = tmp_path / "small.yaml"
-    file.write_text(f"teacher: {tmp_path / 'teacher'}\noutput_dir: {tmp_path / 'students'}\n")
-    main(["train", "sparse_parity", "--config", str(file), *small.split()])
+    file.write_text(f"recipe: sparse_parity\nteacher: {tmp_path / 'teacher'}\noutput_dir: {tmp_path / 'students'}\n")
+    main(["train", "--config", str(file), *small.split()])
     assert cells(capfd.readouterr().out)["one_shot"][0] == "1"
     assert (tmp_path / "students/model.safetensors").is_file()
 
@@ -254,12 +254,16 @@ def test_the_help_of_a_recipe_begins_with_its_own_options(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train"], "the following arguments are required: RECIPE"),
-        (["train", "bert"], "invalid choice: 'bert' (choose from "),
-        (["train", "--seeds", "0", "pcfg"], "RECIPE"),
+        (["train"], "The recipe is None; use one of bert_large, causal_lm, pcfg"),
+        (["train", "bert"], "The recipe is 'bert'; use one of bert_large"),
+        (["train", "--config", "none.yaml"], "No such file"),
+        (
+            ["train", "--config", str(ROOT / "recipes/configs/pcfg/demo.yaml")],
+            "or write `recipe: RECIPE` into the file",
+        ),
     ],
 )
-def test_a_recipe_must_be_named_first(capsys, argv, message):
+def test_a_recipe_must_be_named(capsys, argv, message):
     with pytest.raises(SystemExit) as exit:
         main(argv)
     assert exit.value.code == 2 and message in capsys.readouterr().err
