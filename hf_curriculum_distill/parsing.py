@@ -120,7 +120,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is no such file.
+        ValueError: it holds something else.
     """
     with open(path, encoding="utf-8") as file:
         try:

@@ -259,7 +259,7 @@ def test_the_help_of_a_recipe_begins_with_its_own_options(capsys, monkeypatch):
         (["train", "--config", "none.yaml"], "No such file"),
         (
             ["train", "--config", str(ROOT / "recipes/configs/pcfg/demo.yaml")],
-            "or write `recipe: RECIPE` into the file",
+            "or write `recipe: RECIPE` into",
         ),
     ],
 )
