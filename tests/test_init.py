@@ -17,7 +17,7 @@ def test_the_public_names_are_there():
 def installed(monkeypatch):
     """What `pip install` copies: modules `{package.module: file}` and data files `{package: files}`."""
     monkeypatch.chdir(Path(__file__).parents[1])
-    distribution = Distribution()
+    distribution = Distribution({"script_name": "setup.py"})
     distribution.parse_config_files(["setup.cfg"])
     build = distribution.get_command_obj("build_py")
     build.ensure_finalized()

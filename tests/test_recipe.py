@@ -160,7 +160,7 @@ def test_the_defaults_are_the_real_job(bert_large, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--max_steps 2", "use fewer of them, or raise max_steps"),
+        ("--max_steps 2", "2 layer stages in 50 % of 2 steps"),
         ("--dataset recipes/none.txt", "recipes/none.txt is no such file"),
         ("--dataset no/set", "no/set is no file or folder here, and the Hub is out of reach"),
         ("--text_column body", "The column 'body' of recipes/data/wikipedia_excerpt is not there"),

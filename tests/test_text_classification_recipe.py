@@ -169,6 +169,7 @@ def test_a_teacher_that_always_says_the_same_is_refused(finished, classification
     teacher.save_pretrained(folder / "ignorant")
     AutoTokenizer.from_pretrained(folder / "teacher").save_pretrained(folder / "ignorant")
     more = ["--teacher", str(folder / "ignorant"), "--allow_untrained_teacher", "false"]
+    more += ["--output_dir", str(folder / "other students")]
     monkeypatch.setattr(sys, "argv", ["text_classification.py", *options(folder, *more)])
     with pytest.raises(SystemExit, match=r"ignorant is right on 33.3% of the test set, 33.3% of which are of one"):
         classification.main()

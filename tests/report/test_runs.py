@@ -288,7 +288,7 @@ def test_a_folder_that_cannot_be_written_is_refused_and_none_is_made(config, tmp
     [
         ({}, 51, 8, "The tokenizer has 51 tokens, but the student's vocabulary 50 entries"),
         ({}, 50, 33, "block_size is 33, but the models have room for 32 tokens; lower it"),
-        ({"max_steps": 2}, 50, 8, "use fewer of them, or raise max_steps"),
+        ({"max_steps": 2}, 50, 8, "2 layer stages in 50 % of 2 steps"),
         ({"layer_map": [[3, 4]]}, 50, 8, "has 2 blocks"),
     ],
 )
