@@ -24,7 +24,6 @@ from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedModel,
     set_seed,
 )
@@ -39,12 +38,12 @@ from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, TextOptions, teacher_source
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import SIZES, find_config, find_size
+from hf_curriculum_distill.report.checks import check_models, load_tokenizer
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
     check_finite,
     check_kept_teacher,
-    check_models,
     keep_teacher,
     log_progress,
     planned_or_exit,
@@ -117,7 +116,7 @@ def main():
     runs = planned_or_exit(recipe, args)
     for run in runs:
         check_run(run)
-    tokenizer = find_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe)
     if recipe.streaming:
         for run in runs:
             run.args.accelerator_config.dispatch_batches = False  # each process reads shards of its own
@@ -232,17 +231,13 @@ def load_model(name: str, dropout: float) -> PreTrainedModel:
     return AutoModelForMaskedLM.from_pretrained(name, config=config, dtype=torch.float32)
 
 
-def find_tokenizer(recipe: RecipeArguments):
-    return AutoTokenizer.from_pretrained(recipe.tokenizer or teacher_source(recipe.teacher, recipe.teacher_from))
-
-
 def check_run(run: Run) -> None:
     """Check models, vocabulary and steps before the data are read."""
     recipe = run.recipe
     check_student(run)
     if recipe.teacher_from is not None and student_size(recipe.teacher_from):
         raise SystemExit(f"teacher_from is {recipe.teacher_from!r}, a student of a teacher; name a size or a model.")
-    source, tokenizer = teacher_source(recipe.teacher, recipe.teacher_from), find_tokenizer(recipe)
+    source, tokenizer = teacher_source(recipe.teacher, recipe.teacher_from), load_tokenizer(recipe)
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     teacher = find_config(source, recipe.dropout, **tokens)
     if recipe.teacher_from not in (None, source):

@@ -46,11 +46,11 @@ from hf_curriculum_distill.layers.configurations import student_config
 from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, TextOptions
 from hf_curriculum_distill.parsing import parse_arguments
+from hf_curriculum_distill.report.checks import check_models
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
     check_finite,
-    check_models,
     log_progress,
     planned_or_exit,
     summarize,

@@ -30,10 +30,10 @@ from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig
 from hf_curriculum_distill.parsing import parse_arguments
+from hf_curriculum_distill.report.checks import check_steps
 from hf_curriculum_distill.report.runs import (
     Run,
     check_kept_teacher,
-    check_steps,
     compare_methods,
     num_examples,
     planned_or_exit,

@@ -39,11 +39,11 @@ from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, teacher_source
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import SIZES, find_config, find_size
+from hf_curriculum_distill.report.checks import check_models, load_tokenizer
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
     check_kept_teacher,
-    check_models,
     compare_methods,
     keep_teacher,
     num_examples,
@@ -179,7 +179,7 @@ def check_run(run: Run) -> None:
     """Check models, vocabulary and steps before the data are read."""
     recipe = run.recipe
     source = teacher_source(recipe.teacher, recipe.teacher_from)
-    teacher, tokenizer = find_config(source), find_tokenizer(recipe)
+    teacher, tokenizer = find_config(source), load_tokenizer(recipe)
     if recipe.teacher_from not in (None, source):
         wanted, sizes = find_config(recipe.teacher_from), ("hidden_size", "num_hidden_layers", "num_attention_heads")
         check_kept_teacher(source, {size: (getattr(teacher, size), getattr(wanted, size)) for size in sizes})
@@ -189,14 +189,10 @@ def check_run(run: Run) -> None:
     check_models(run.args, *models, tokenizer, ("max_length", recipe.max_length))
 
 
-def find_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(recipe.tokenizer or teacher_source(recipe.teacher, recipe.teacher_from))
-
-
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
     """Train the teacher if it is not there yet, log how good it is, and refuse one that knows nothing."""
     task = read(recipe)
-    tokenizer = find_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe)
     args = replace(args, stages=LABELS_ALONE, teacher_cache=None, push_to_hub=False)
     if teacher_source(recipe.teacher, recipe.teacher_from) != recipe.teacher:
         train_teacher(recipe, args, task, tokenizer)

@@ -220,7 +220,7 @@ def test_settings_are_chosen_on_other_blocks_than_are_reported(folder, causal_lm
     fewer, heldout = causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe))
     assert len(fewer) < len(train) and len(heldout) == 5
     recipe.eval_blocks = 1000
-    with pytest.raises(SystemExit, match="fills no block of 8 tokens for the validation set; raise --heldout"):
+    with pytest.raises(ValueError, match="fills no block of 8 tokens for the validation set; raise --heldout"):
         causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe))
 
 

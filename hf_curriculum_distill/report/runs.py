@@ -17,16 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
-from transformers import CONFIG_NAME, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_NAME
 
 from hf_curriculum_distill.config import METHODS, UNCACHED_METHODS, CurriculumDistillationConfig
-from hf_curriculum_distill.files import check_writable
-from hf_curriculum_distill.layers import find_block_stack
 from hf_curriculum_distill.lines import one_line
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.options import ComparisonOptions
-from hf_curriculum_distill.planning.models import num_positions
-from hf_curriculum_distill.report.results import RESULTS_FILE, write_results
+from hf_curriculum_distill.report.checks import check_output
+from hf_curriculum_distill.report.results import write_results
 from hf_curriculum_distill.report.tables import PLOT_FILE, format_summary, format_table, plot_comparison
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
@@ -165,87 +163,15 @@ def keep_teacher(trainer: CurriculumDistillationTrainer, folder: str) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def check_models(
-    args: CurriculumDistillationConfig,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    length: tuple[str, int],
-) -> None:
-    """Check, before data are read, that two models make a run: their vocabulary, their room, the stages and the steps.
-
-    Args:
-        args: of the run.
-        student, teacher: models without values are enough.
-        tokenizer: of both.
-        length: an option's name and its value, the tokens of an example.
-
-    Raises:
-        ValueError: they do not.
-    """
-    models = {"student": student, "teacher": teacher}
-    for who, model in models.items():
-        if len(tokenizer) > model.config.get_text_config().vocab_size:
-            raise ValueError(
-                f"The tokenizer has {len(tokenizer):,} tokens, but the {who}'s vocabulary "
-                f"{model.config.get_text_config().vocab_size:,} entries; name the models' own with --tokenizer."
-            )
-    room = min(num_positions(model) or length[1] for model in models.values())
-    if length[1] > room:
-        raise ValueError(f"{length[0]} is {length[1]}, but the models have room for {room} tokens; lower it.")
-    check_steps(args, *(len(find_block_stack(model, args.layer_stack)) for model in models.values()))
-
-
-def check_steps(args: CurriculumDistillationConfig, student_depth: int, teacher_depth: int) -> None:
-    """Check that the stages fit the models' blocks and, if their number is set, the steps.
-
-    Args:
-        args: of the run.
-        student_depth, teacher_depth: numbers of blocks.
-
-    Raises:
-        ValueError: they do not.
-    """
-    stages = args.resolve_stages(student_depth, teacher_depth)
-    if args.max_steps > 0:
-        args.schedule(stages, args.max_steps)
-
-
 def planned_or_exit(recipe: ComparisonOptions, args: CurriculumDistillationConfig) -> list[Run]:
     """[`plan_runs`] for a command line, which ends with one line if the options describe no runs, or if these would
     be written where they cannot or should not be: see [`check_output`]."""
     try:
         runs = plan_runs(recipe, args)
-        check_output(runs, args, recipe.overwrite_output_dir)
+        check_output(args, [run.args.output_dir for run in runs], recipe.overwrite_output_dir)
     except (ValueError, TypeError, OSError) as error:
         raise SystemExit(one_line(error)) from error
     return runs
-
-
-def check_output(runs: Sequence[Run], args: CurriculumDistillationConfig, overwrite: bool) -> None:
-    """Check that runs can be written, and that nothing of a finished one is written over.
-
-    Args:
-        runs: those that [`plan_runs`] returns.
-        args: what all runs share; with `resume_from_checkpoint` they go on from what is there.
-        overwrite: whether they may write over a finished run.
-
-    Raises:
-        OSError: `output_dir` cannot be written, or holds a finished run.
-    """
-    folder = os.path.abspath(args.output_dir)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    check_writable(folder, "output_dir", "students")  # makes none that later checks would leave empty
-    if overwrite or args.resume_from_checkpoint:
-        return
-    left = [os.path.join(args.output_dir, RESULTS_FILE)]
-    left += [os.path.join(run.args.output_dir, CONFIG_NAME) for run in runs]
-    if found := next(filter(os.path.exists, left), None):
-        raise FileExistsError(
-            f"{found} is what a finished run left; name another --output_dir, go on with "
-            "--resume_from_checkpoint last, or train again with --overwrite_output_dir."
-        )
 
 
 def plan_runs(recipe: ComparisonOptions, args: CurriculumDistillationConfig) -> list[Run]:
