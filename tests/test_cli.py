@@ -246,8 +246,15 @@ def test_the_help_of_a_recipe_begins_with_its_own_options(capsys, monkeypatch):
     assert exit.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: sparse_parity.py [--help] [--config FILE.yaml]")
-    names = ["\noptions:", "--config", "--methods", "--sparsity", "\ndistillation:", "--layer_order"]
-    places = [out.index(name) for name in [*names, "\ntraining, as for any Trainer:", "--learning_rate"]]
+    names = [
+        "\noptions:",
+        "\n  --config ",
+        "\n  --methods ",
+        "\n  --sparsity ",
+        "\ndistillation:",
+        "\n  --layer_order ",
+    ]
+    places = [out.index(name) for name in [*names, "\ntraining, as for any Trainer:", "\n  --learning_rate "]]
     assert places == sorted(places)
 
 
