@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ", ".join(recipes)
     train.add_argument("recipe", metavar="RECIPE", nargs="?", help=f"One of {names}; by default the file's `recipe`.")
     train.add_argument("--config", metavar="FILE.yaml", help="YAML file of defaults for the recipe's options.")
-    train.set_defaults(command=_train)
+    train.set_defaults(command=lambda _: _train([]))
 
     about = "Check a run before it starts; print its stages, operations, time and memory."
     plan = commands.add_parser("plan", help=about, add_help=False)  # its options are a recipe's: see `_plan`
@@ -76,10 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     compare.set_defaults(command=_compare)
 
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["train"] and recipes.keys() & argv[1:2]:  # all that follows is for the recipe, --help, too
-        return _run_recipe(argv[1], argv[2:])
-    args, args.options = parser.parse_known_args(argv)
-    if args.options and args.command is _compare:
+    own = argv[:1] == ["train"] and argv[1:2] not in ([], ["-h"], ["--help"])  # all that follows is for the recipe
+    args, args.options = (Namespace(command=lambda _: _train(argv[1:])), []) if own else parser.parse_known_args(argv)
+    if args.options and args.command is not _plan:
         parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     try:
         args.command(args)
@@ -102,26 +101,25 @@ def find_recipes() -> dict[str, str]:
     return {name: os.path.join(folder, f"{name}.py") for name in names}
 
 
-def _run_recipe(name: str, options: Sequence[str]) -> None:
-    """Run a recipe as `python recipes/NAME.py` does."""
-    path = find_recipes()[name]
-    sys.argv = [path, *options]
-    runpy.run_path(path, run_name="__main__")
+def _train(argv: Sequence[str]) -> None:
+    """Run a recipe as `python recipes/NAME.py` does: the one that is named first, or in the file of options."""
+    recipes, name, options = find_recipes(), None, list(argv)
+    if options and not options[0].startswith("-"):
+        name = options.pop(0)
+    else:
+        parser = CommandParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--config")
+        if (config := parser.parse_known_args(options)[0].config) is not None:
+            from hf_curriculum_distill.parsing import read_yaml
 
-
-def _train(args: Namespace) -> None:
-    """Run the recipe that the file of options names."""
-    name = args.recipe
-    if name is None and args.config is not None:
-        from hf_curriculum_distill.parsing import read_yaml
-
-        name, args.options = read_yaml(args.config).get("recipe"), ["--config", args.config, *args.options]
-    if name not in (recipes := find_recipes()):
+            name = read_yaml(config).get("recipe")
+    if name not in recipes:
         raise ValueError(
             f"The recipe is {name!r}; use one of {', '.join(recipes)}, as in `hf-curriculum-distill train RECIPE ...`, "
             "or write `recipe: RECIPE` into the file of --config."
         )
-    _run_recipe(name, args.options)
+    sys.argv = [recipes[name], *options]
+    runpy.run_path(recipes[name], run_name="__main__")
 
 
 def _plan(args: Namespace) -> None:

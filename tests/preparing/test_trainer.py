@@ -162,7 +162,7 @@ def test_a_trainer_shows_its_models_and_stages(config, student, teacher, example
         f"  projection_bank: {trainer.projection_bank}",
         "  stage 1: Stage(hidden=((1, 2),), until=1)",
         "  stage 2: Stage(hidden=((2, 4),), until=2)",
-        "  stage 3: Stage(kl_weight=1.0)",
+        "  stage 3: Stage(hidden_weight=0.0, kl_weight=1.0)",
         ")",
     ]
     assert "'kind': 'gaussian'" in repr(trainer.projection_bank) and "(1, 2): (16, 24)" in repr(trainer.projection_bank)
