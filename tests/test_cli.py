@@ -248,7 +248,6 @@ def test_the_help_of_a_recipe_begins_with_its_own_options(capsys, monkeypatch):
     assert out.startswith("usage: sparse_parity.py [--help] [--config FILE.yaml]")
     names = [
         "\noptions:",
-        "\n  --config ",
         "\n  --methods ",
         "\n  --sparsity ",
         "\ndistillation:",
