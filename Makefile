@@ -20,7 +20,7 @@ test-all: test
 	$(BIN)/python -m pytest $(QUANTISED)
 
 distill: .venv/installed
-	$(BIN)/accelerate launch --cpu --num_processes 1 recipes/bert_large.py --config $(QUICKSTART)
+	$(BIN)/accelerate launch --cpu --num_processes 1 recipes/bert_large.py --config $(QUICKSTART) --overwrite_output_dir
 	$(BIN)/python recipes/fill_mask.py recipes/data/bert_4_256 $(addprefix runs/quickstart/,curriculum/seed-42 one_shot/seed-42)
 
 lint: .venv/installed

@@ -1,10 +1,15 @@
 """Distil transformers with a `transformers.Trainer` whose loss follows the layers of a trained teacher."""
 
-from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.layers.students import project_embeddings, student_from_teacher
-from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.stages import CURRICULUM_EXTRACTION, Stage, StageScheduler
-from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_curriculum_distill.config import CurriculumDistillationConfig
+    from hf_curriculum_distill.layers.students import project_embeddings, student_from_teacher
+    from hf_curriculum_distill.projections import ProjectionBank
+    from hf_curriculum_distill.stages import CURRICULUM_EXTRACTION, Stage, StageScheduler
+    from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
 __all__ = [
     "CURRICULUM_EXTRACTION",
@@ -16,3 +21,28 @@ __all__ = [
     "project_embeddings",
     "student_from_teacher",
 ]
+
+# public name -> its module, which is imported at the first use: `hf-curriculum-distill --help` needs no torch
+_MODULES = {
+    "CURRICULUM_EXTRACTION": "stages",
+    "CurriculumDistillationConfig": "config",
+    "CurriculumDistillationTrainer": "trainer",
+    "ProjectionBank": "projections",
+    "Stage": "stages",
+    "StageScheduler": "stages",
+    "project_embeddings": "layers.students",
+    "student_from_teacher": "layers.students",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return globals()[name]
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

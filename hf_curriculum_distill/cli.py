@@ -1,29 +1,22 @@
-"""Command lines: `hf-curriculum-distill plan | compare`, and the options of the recipes.
+"""The command `hf-curriculum-distill`: train, plan, compare.
 
-In a recipe a YAML file gives defaults, the command line wins, unknown keys are errors.
+What a command needs is imported when it runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
-import reprlib
+import runpy
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
+from glob import glob
+from importlib.metadata import version
 from importlib.util import find_spec
-from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import yaml
-from transformers import HfArgumentParser
-
-from hf_curriculum_distill.files import write_files
-from hf_curriculum_distill.planning import RECIPE_OPTIONS, PlanArguments, PlannedConfig, format_plan, make_plan
-from hf_curriculum_distill.report.results import is_checkpoint, printable, read_results
-from hf_curriculum_distill.report.tables import PLOT_FILE, format_summary, plot_comparison
+from hf_curriculum_distill.lines import CommandParser, printable
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,8 +25,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the command line without the program's name; by default that of this process.
     """
-    parser = _Parser("hf-curriculum-distill", description="Tools around distillation runs.")
+    parser = CommandParser("hf-curriculum-distill", description="Distil transformers, and look at what came out.")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {version('hf_curriculum_distill')} ({versions})"
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    recipes = find_recipes()
+    train = commands.add_parser(
+        "train",
+        help="Run a recipe: train students, and the teacher if there is none.",
+        usage="%(prog)s [RECIPE] [--config FILE.yaml] [--option value ...]",
+        description="Run a recipe. Its options: `%(prog)s RECIPE --help`. On several devices: `accelerate launch -m "
+        "hf_curriculum_distill train RECIPE ...`.",
+        allow_abbrev=False,
+    )
+    names = ", ".join(recipes)
+    train.add_argument("recipe", metavar="RECIPE", nargs="?", help=f"One of {names}; by default the file's `recipe`.")
+    train.add_argument("--config", metavar="FILE.yaml", help="YAML file of defaults for the recipe's options.")
+    train.set_defaults(command=lambda _: _train([]))
 
     about = "Check a run before it starts; print its stages, operations, time and memory."
     plan = commands.add_parser("plan", help=about, add_help=False)  # its options are a recipe's: see `_plan`
@@ -64,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     compare.set_defaults(command=_compare)
 
-    args, args.options = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    own = argv[:1] == ["train"] and argv[1:2] not in ([], ["-h"], ["--help"])  # all that follows is for the recipe
+    args, args.options = (Namespace(command=lambda _: _train(argv[1:])), []) if own else parser.parse_known_args(argv)
     if args.options and args.command is not _plan:
         parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     try:
@@ -75,18 +88,45 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("What a file holds is nested too deeply to be read.")
 
 
-class _Parser(ArgumentParser):
-    """Prints an error as one line of printable characters, whatever the names of files and folders contain."""
+def find_recipes() -> dict[str, str]:
+    """Find the recipes, inside the installed package or beside it in a clone of the repository.
 
-    def error(self, message: str) -> NoReturn:
-        super().error(printable(" ".join(message.split())))
+    Returns:
+        `name -> path` of each script that has a folder of configurations.
+    """
+    package = os.path.dirname(__file__)
+    places = (os.path.join(package, "recipes"), os.path.join(os.path.dirname(package), "recipes"))
+    folder = next(filter(os.path.isdir, places), places[0])
+    names = sorted(os.path.basename(path) for path in glob(os.path.join(folder, "configs", "*")))
+    return {name: os.path.join(folder, f"{name}.py") for name in names}
 
 
-class _OptionParser(_Parser, HfArgumentParser):
-    pass
+def _train(argv: Sequence[str]) -> None:
+    """Run a recipe as `python recipes/NAME.py` does: the one that is named first, or in the file of options."""
+    recipes, name, options = find_recipes(), None, list(argv)
+    if options and not options[0].startswith("-"):
+        name = options.pop(0)
+    else:
+        parser = CommandParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--config")
+        if (config := parser.parse_known_args(options)[0].config) is not None:
+            from hf_curriculum_distill.parsing import read_yaml
+
+            name = read_yaml(config).get("recipe")
+    if name not in recipes:
+        raise ValueError(
+            f"The recipe is {name!r}; use one of {', '.join(recipes)}, as in `hf-curriculum-distill train RECIPE ...`, "
+            "or write `recipe: RECIPE` into the file of --config."
+        )
+    sys.argv = [recipes[name], *options]
+    runpy.run_path(recipes[name], run_name="__main__")
 
 
 def _plan(args: Namespace) -> None:
+    from hf_curriculum_distill.files import write_files
+    from hf_curriculum_distill.parsing import parse_arguments
+    from hf_curriculum_distill.planning import PlanArguments, PlannedConfig, format_plan, make_plan
+
     about = "Check a run before it starts; print its stages, operations, time and memory."
     unread: list[str] = []
     options, config = parse_arguments(
@@ -103,6 +143,9 @@ def _plan(args: Namespace) -> None:
 
 
 def _compare(args: Namespace) -> None:
+    from hf_curriculum_distill.report.results import is_checkpoint, read_results
+    from hf_curriculum_distill.report.tables import PLOT_FILE, format_summary, plot_comparison
+
     results = read_results(args.runs)
     methods = sorted({result["method"] for result in results})
     if args.baseline not in (None, *methods):
@@ -124,110 +167,6 @@ def _compare(args: Namespace) -> None:
     path = os.path.join(output, PLOT_FILE)
     plot_comparison(results, path, metric=args.metric, baseline=baseline)
     print(f"\nplot: {printable(path)}, and as SVG")
-
-
-def parse_arguments(
-    dataclass_types: Sequence[type],
-    argv: Sequence[str] | None = None,
-    description: str = "",
-    prog: str | None = None,
-    unread: list[str] | None = None,
-) -> tuple:
-    """Parse `[--config FILE.yaml] [--any_field value]` into dataclasses.
-
-    A wrong key or value ends the program with exit status 2 and a line that says what to do, as argparse does.
-
-    Args:
-        dataclass_types: their fields are the options. A field that a subclass declares again, for another default,
-            keeps its help.
-        argv: the command line without the program's name; by default that of this process.
-        description: what the program does.
-        prog: the program's name; by default that of this process.
-        unread: if given, the file's keys that are options of a recipe, but not of `dataclass_types`, are no errors but
-            added to this list.
-
-    Returns:
-        An instance of each of `dataclass_types`.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    usage = "%(prog)s [--help] [--config FILE.yaml] [--option value ...]"
-    parser = _OptionParser(dataclass_types, prog=prog, description=description, usage=usage, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of defaults for the options below.")
-    helps = {
-        field.name: field.metadata["help"]
-        for kind in dataclass_types
-        for base in reversed(kind.__mro__)
-        for field in getattr(base, "__dataclass_fields__", {}).values()
-        if "help" in field.metadata
-    }
-    for action in parser._actions:
-        action.help = action.help or helps.get(action.dest)
-    config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    path = config_parser.parse_known_args(argv)[0].config
-    try:
-        if path is not None:
-            defaults = _read_yaml(path)
-            if unread is not None:
-                unread += sorted(RECIPE_OPTIONS & {*defaults} - _options(parser), key=list(defaults).index)
-                defaults = {key: value for key, value in defaults.items() if key not in unread}
-            hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
-            for key, value in defaults.items():
-                _check_option(str(key), parser, f"{path} sets")
-                _check_type(key, value, hints[key], path)
-            for action in parser._actions:
-                action.required = action.required and action.dest not in defaults
-            parser.set_defaults(**defaults)
-        *parsed, _, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-        for key in unknown[:1]:
-            _check_option(key.lstrip("-"), parser, "the command line sets")
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    except (TypeError, AttributeError, LookupError, RecursionError) as error:  # TrainingArguments checks little itself
-        parser.error(f"The options make no configuration ({type(error).__name__}: {error}); see --help.")
-    return tuple(parsed)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    with open(path, encoding="utf-8") as file:
-        try:
-            values = yaml.safe_load(file)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; write `option: value` lines.")
-    return values
-
-
-def _check_option(key: str, parser: ArgumentParser, where: str) -> None:
-    if key not in (known := _options(parser)):
-        near = difflib.get_close_matches(key, known, 1)
-        raise ValueError(
-            f"{where} {key!r}, which is no option; " + (f"did you mean {near[0]}?" if near else "see --help.")
-        )
-
-
-def _options(parser: ArgumentParser) -> set[str]:
-    return {action.dest for action in parser._actions} - {"help", "config"}
-
-
-def _check_type(key: str, value: Any, hint: Any, path: str) -> None:
-    # argparse converts text to an option's type, but takes any other default as it is
-    if not (_fits(value, hint) or (isinstance(value, str) and get_origin(hint) is not list)):
-        wanted = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
-        raise ValueError(f"{path} sets {key} to {reprlib.repr(value)}, but it must be of type {wanted}; see --help.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, kind) for kind in get_args(hint))
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(element, get_args(hint)[0]) for element in value)
-    if isinstance(value, bool) and hint in (int, float):
-        return False
-    return hint is Any or isinstance(value, (int, float) if hint is float else get_origin(hint) or hint)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,44 @@
 """Options that several command lines share: those of the recipes and of `hf-curriculum-distill plan`.
 
-A subclass changes a default by declaring the field again; the help stays what it is here, see `cli.parse_arguments`.
+A subclass changes a default by declaring the field again; the help stays what it is here: see
+`parsing.parse_arguments`.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+
+import torch
+from transformers import CONFIG_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+
+
+def is_saved_model(folder: str) -> bool:
+    """Whether a folder has a configuration and weights; a save that was killed may leave the first alone."""
+    weights = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME
+    has = [os.path.isfile(os.path.join(folder, name)) for name in (CONFIG_NAME, *weights)]
+    return has[0] and any(has[1:])
+
+
+def teacher_source(teacher: str | None, teacher_from: str | None) -> str | None:
+    """The teacher or, if that is yet to be trained, what it is made from; arguments as in [`ModelOptions`]."""
+    return teacher if teacher_from is None or (teacher and is_saved_model(teacher)) else teacher_from
+
+
+@dataclass
+class RecipeConfig(CurriculumDistillationConfig):
+    """The library's configuration with the defaults that recipes share."""
+
+    lr_scheduler_type: str = "cosine"
+    bf16: bool = field(default_factory=lambda: torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    eval_strategy: str = "steps"
+    eval_steps: float = 0.1
+    save_steps: float = 0.1
+    logging_steps: float = 0.1
+    report_to: str = "none"
 
 
 @dataclass
@@ -61,6 +94,9 @@ class ComparisonOptions:
     seeds: list[int] | None = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of students and their data; --seed alone if none."}
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train again where --output_dir holds what a finished run left."}
+    )
 
 
 @dataclass
@@ -73,13 +109,20 @@ class TextOptions(ModelOptions):
 
     dataset: str = field(
         default="wikimedia/wikipedia",
-        metadata={"help": "Hub data set, or a local file or folder of parquet, JSON or text files."},
+        metadata={
+            "help": "A file, a glob or a folder of parquet, JSON, CSV, TSV or text files, or a Hub data set. Files are "
+            "split by their names, as train.txt and validation.txt."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration; 20231101.en for Wikipedia."})
     text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
     train_documents: int | None = field(default=None, metadata={"help": "Documents to train on, at most; all if none."})
-    heldout_documents: int = field(
-        default=2000, metadata={"help": "Documents held out for evaluation where the data has no validation split."}
+    heldout_documents: int | None = field(
+        default=None,
+        metadata={
+            "help": "Documents held out for evaluation where the data has no validation split; by default 2,000 or "
+            "10 %, whichever is less, and 2,000 of a stream."
+        },
     )
     eval_blocks: int = field(default=1024, metadata={"help": "Held-out blocks that are evaluated, at most."})
     evaluate_on: str = field(

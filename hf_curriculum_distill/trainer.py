@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import PreTrainedModel, ProgressCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainingArguments
 from transformers.utils import ModelOutput
 
 from hf_curriculum_distill.batches.batch import Batch
@@ -20,8 +19,10 @@ from hf_curriculum_distill.batches.randomness import preserved_random_state
 from hf_curriculum_distill.batches.seeding import seeded
 from hf_curriculum_distill.config import CurriculumDistillationConfig, extended
 from hf_curriculum_distill.cost import flop_rates, flop_units
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.preparing.trainer import PreparedTrainer
 from hf_curriculum_distill.preparing.trial import relative_error
+from hf_curriculum_distill.progress import name_stage
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.stages import Stage, matched_pairs
 from hf_curriculum_distill.teachers.cached import CachedTeacher
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
         TrainerCallback,
     )
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -221,12 +222,12 @@ class CurriculumDistillationTrainer(PreparedTrainer):
                 on_host = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in batch.inputs.items()}
                 check_batch(self.model, on_host, self._reads_labels)
         first, end = self.stage_scheduler.span(index)
-        if index and self.state.global_step == first and not self.args.carry_optimizer:
-            self.optimizer.state.clear()  # also after a resume from this step, whose checkpoint has the state of before
+        if index and self.state.global_step == first:  # also after a resume from this step, as of the stage before
+            self._forget_losses()
+            if not self.args.carry_optimizer:
+                self.optimizer.state.clear()
         logger.info("Stage %d of %d: %s (steps %d to %d)", index + 1, len(self.stages), stage.name, first + 1, end)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.set_description(stage.name)
+        name_stage(self.callback_handler.callbacks, stage.name)
         if self.args.torch_compile:
             torch.compiler.reset()  # a stage is another graph; after a number of them dynamo no longer compiles
         if index not in self._totals.rates:

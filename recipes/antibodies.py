@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.parsing import parse_arguments
 
 CODONS = ["".join(codon) for codon in product("TCAG", repeat=3)]
 AMINO_ACIDS = dict(

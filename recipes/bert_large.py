@@ -22,29 +22,29 @@ from functools import partial
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import (
-    CONFIG_NAME,
     AutoConfig,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedModel,
     set_seed,
 )
 
 from hf_curriculum_distill import (
-    CurriculumDistillationConfig,
     CurriculumDistillationTrainer,
     ProjectionBank,
     project_embeddings,
 )
-from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.layers import make_student, student_size
-from hf_curriculum_distill.options import ComparisonOptions, TextOptions
+from hf_curriculum_distill.lines import errors_in_one_line
+from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, TextOptions, teacher_source
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import SIZES, find_config, find_size
+from hf_curriculum_distill.report.checks import check_models, load_tokenizer
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
     check_finite,
     check_kept_teacher,
+    keep_teacher,
     log_progress,
     planned_or_exit,
     summarize,
@@ -87,8 +87,8 @@ class RecipeArguments(TextOptions, ComparisonOptions):
 
 
 @dataclass
-class TrainingConfig(CurriculumDistillationConfig):
-    """The library's configuration with this job's defaults."""
+class TrainingConfig(RecipeConfig):
+    """The recipes' configuration with this job's defaults."""
 
     output_dir: str | None = "runs/bert_large"
     max_steps: int = 100_000
@@ -97,11 +97,8 @@ class TrainingConfig(CurriculumDistillationConfig):
     learning_rate: float = 2e-4
     teacher_learning_rate: float | None = 1e-3
     weight_decay: float = 0.01
-    lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.05
     optim: str = "adamw_torch_fused"
-    bf16: bool = field(default_factory=lambda: torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-    eval_strategy: str = "steps"
     eval_steps: float = 2000
     save_steps: float = 2000
     save_total_limit: int | None = 2
@@ -112,15 +109,14 @@ class TrainingConfig(CurriculumDistillationConfig):
     report_to: str = "tensorboard"
 
 
+@errors_in_one_line()
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
     log_progress(logger, args)
     runs = planned_or_exit(recipe, args)
     for run in runs:
-        check_student(run)
-    if recipe.teacher_from is not None and student_size(recipe.teacher_from):
-        raise SystemExit(f"teacher_from is {recipe.teacher_from!r}, a student of a teacher; name a size or a model.")
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.teacher)
+        check_run(run)
+    tokenizer = load_tokenizer(recipe)
     if recipe.streaming:
         for run in runs:
             run.args.accelerator_config.dispatch_batches = False  # each process reads shards of its own
@@ -156,22 +152,11 @@ def distil(pipeline: dict, run: Run) -> dict:
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:
     """The teacher's own accuracy; with --teacher_from, after training it on the labels if it is not there yet."""
-    args = replace(
-        args,
-        output_dir=recipe.teacher + "-training",
-        stages=LABELS_ALONE,
-        teacher_cache=None,
-        push_to_hub=False,
-    )
-    if recipe.teacher_from is not None:
-        wanted = find_config(recipe.teacher_from, recipe.dropout)
-        if os.path.isfile(os.path.join(recipe.teacher, CONFIG_NAME)):
-            there = AutoConfig.from_pretrained(recipe.teacher)
-            sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-            check_kept_teacher(recipe.teacher, {size: (getattr(there, size), getattr(wanted, size)) for size in sizes})
-        else:
-            train_teacher(recipe, args, pipeline)
+    args = replace(args, stages=LABELS_ALONE, teacher_cache=None, push_to_hub=False)
+    if teacher_source(recipe.teacher, recipe.teacher_from) != recipe.teacher:
+        train_teacher(recipe, args, pipeline)
     model = AutoModelForMaskedLM.from_pretrained(recipe.teacher)
+    args = replace(args, report_to="none")
     accuracy = CurriculumDistillationTrainer(model=model, args=args, **pipeline).evaluate()["eval_accuracy"]
     share = share_of_most_frequent(pipeline["eval_dataset"])
     logger.info(
@@ -199,11 +184,11 @@ def train_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict)
     set_seed(args.seed)
     model = make_model(recipe.teacher_from, recipe.dropout, pipeline["processing_class"])
     peak = args.learning_rate if args.teacher_learning_rate is None else args.teacher_learning_rate
-    args = replace(args, max_steps=recipe.teacher_steps, learning_rate=peak)
+    folder = recipe.teacher + "-training"
+    args = replace(args, output_dir=folder, max_steps=recipe.teacher_steps, learning_rate=peak)
     trainer = CurriculumDistillationTrainer(model=model, args=args, **pipeline)
     trainer.train(resume_from_checkpoint=True)
-    trainer.save_model(recipe.teacher)
-    trainer.accelerator.wait_for_everyone()
+    keep_teacher(trainer, recipe.teacher)
 
 
 def start_student(run: Run, tokenizer) -> PreTrainedModel:
@@ -246,6 +231,24 @@ def load_model(name: str, dropout: float) -> PreTrainedModel:
     return AutoModelForMaskedLM.from_pretrained(name, config=config, dtype=torch.float32)
 
 
+def check_run(run: Run) -> None:
+    """Check models, vocabulary and steps before the data are read."""
+    recipe = run.recipe
+    check_student(run)
+    if recipe.teacher_from is not None and student_size(recipe.teacher_from):
+        raise SystemExit(f"teacher_from is {recipe.teacher_from!r}, a student of a teacher; name a size or a model.")
+    source, tokenizer = teacher_source(recipe.teacher, recipe.teacher_from), load_tokenizer(recipe)
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    teacher = find_config(source, recipe.dropout, **tokens)
+    if recipe.teacher_from not in (None, source):
+        wanted, sizes = find_config(recipe.teacher_from), ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        check_kept_teacher(source, {size: (getattr(teacher, size), getattr(wanted, size)) for size in sizes})
+    student = find_config(recipe.student, recipe.dropout, teacher, **tokens)
+    with torch.device("meta"):
+        models = [AutoModelForMaskedLM.from_config(config) for config in (student, teacher)]
+    check_models(run.args, *models, tokenizer, ("block_size", recipe.block_size))
+
+
 def check_student(run: Run) -> None:
     """Whether the options describe a student, as far as can be said before the teacher is there."""
     recipe, args = run.recipe, run.args
@@ -277,11 +280,7 @@ def load_data(recipe: RecipeArguments, tokenizer) -> tuple[Dataset | IterableDat
     train = pack(train, num_proc=recipe.preprocessing_workers)
     if recipe.mask_once:
         train = mask_once(train, tokenizer, recipe.mlm_probability, seed=1)
-    try:
-        evaluated = evaluated_blocks(pack(heldout), recipe)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    return train, mask_once(evaluated, tokenizer, recipe.mlm_probability, seed=0)
+    return train, mask_once(evaluated_blocks(pack(heldout), recipe), tokenizer, recipe.mlm_probability, seed=0)
 
 
 if __name__ == "__main__":

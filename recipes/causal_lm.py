@@ -39,12 +39,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_gguf_available
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, layers
-from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill import CurriculumDistillationTrainer, layers
 from hf_curriculum_distill.config import UNCACHED_METHODS
 from hf_curriculum_distill.layers import predicts_next_token, student_size
 from hf_curriculum_distill.layers.configurations import student_config
-from hf_curriculum_distill.options import ComparisonOptions, TextOptions
+from hf_curriculum_distill.lines import errors_in_one_line
+from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, TextOptions
+from hf_curriculum_distill.parsing import parse_arguments
+from hf_curriculum_distill.report.checks import check_models
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
@@ -92,8 +94,8 @@ class RecipeArguments(TextOptions, ComparisonOptions):
 
 
 @dataclass
-class TrainingConfig(CurriculumDistillationConfig):
-    """The library's configuration with this job's defaults."""
+class TrainingConfig(RecipeConfig):
+    """The recipes' configuration with this job's defaults."""
 
     output_dir: str | None = "runs/causal_lm"
     max_steps: int = 20_000
@@ -103,18 +105,13 @@ class TrainingConfig(CurriculumDistillationConfig):
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     adam_beta2: float = 0.95
-    lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.05
     optim: str = "adamw_torch_fused"
-    bf16: bool = field(default_factory=lambda: torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-    eval_strategy: str = "steps"
-    eval_steps: float = 0.1
-    save_steps: float = 0.1
     save_total_limit: int | None = 2
     logging_steps: float = 50
-    report_to: str = "none"
 
 
+@errors_in_one_line()
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
     log_progress(logger, args)
@@ -122,12 +119,9 @@ def main():
     if recipe.cache_targets and args.teacher_cache is None and args.method not in UNCACHED_METHODS:
         args = replace(args, teacher_cache=os.path.join(args.output_dir, "teacher_cache"))
     runs = planned_or_exit(recipe, args)
-    try:
-        for each in (recipe, *(run.recipe for run in runs)):
-            check_models(each)
-        teacher = find_teacher(recipe, args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(" ".join(str(error).split())) from error
+    for run in runs:
+        check_run(run)
+    teacher = find_teacher(recipe, args)
     reference = evaluate_teacher(recipe, args, teacher)
     results = train_all(runs, distil, args)
     if args.should_save:
@@ -190,18 +184,21 @@ def num_predicted(blocks: Dataset) -> int:
 # ---- models ----
 
 
-def check_models(recipe: RecipeArguments) -> None:
+def check_run(run: Run) -> None:
     """Raise a `ValueError` or `OSError` for models that can't be used, before weights and data are read."""
+    recipe = run.recipe
     config = find_config(recipe.teacher, recipe.gguf_file)
     heads = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
     classes = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
-    if not heads.intersection(classes) or not predicts_next_token(skeleton(config)):
+    teacher = skeleton(config)
+    if not heads.intersection(classes) or not predicts_next_token(teacher):
         raise ValueError(
             f"The teacher {recipe.teacher!r} is a {', '.join(classes)}, without a head that predicts the next token; "
             "use a model of AutoModelForCausalLM."
         )
-    find_student_config(recipe, config)
-    check_causal_tokenizer(find_tokenizer(recipe))
+    student, tokenizer = skeleton(find_student_config(recipe, config)), find_tokenizer(recipe)
+    check_causal_tokenizer(tokenizer)
+    check_models(run.args, student, teacher, tokenizer, ("block_size", recipe.block_size))
 
 
 def find_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
@@ -285,13 +282,10 @@ def load_data(
             for each in load_documents(recipe)
         )
         if not len(train):
-            raise SystemExit(
+            raise ValueError(
                 f"The text to train on fills no block of {recipe.block_size} tokens; raise --train_documents."
             )
-        try:
-            return train, evaluated_blocks(heldout, recipe)
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
+        return train, evaluated_blocks(heldout, recipe)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,18 @@ from datasets import Dataset
 from transformers import BertConfig, BertForMaskedLM, PrinterCallback, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
-from hf_curriculum_distill.cli import parse_arguments
-from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill.lines import errors_in_one_line
+from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig
+from hf_curriculum_distill.parsing import parse_arguments
+from hf_curriculum_distill.report.checks import check_steps
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
     check_kept_teacher,
     compare_methods,
     num_examples,
+    planned_or_exit,
     teacher_arguments,
     train_student,
 )
@@ -96,8 +99,8 @@ class RecipeArguments(ComparisonOptions):
 
 
 @dataclass
-class TrainingConfig(CurriculumDistillationConfig):
-    """The library's configuration with this job's defaults, and the paper's curriculum."""
+class TrainingConfig(RecipeConfig):
+    """The recipes' configuration with this job's defaults, and the paper's curriculum."""
 
     layer_order: str = "sequential"
     hidden_weight_in_logit_stage: float = 0.0
@@ -108,18 +111,17 @@ class TrainingConfig(CurriculumDistillationConfig):
     learning_rate: float = 5e-3
     teacher_learning_rate: float | None = 5e-3
     adam_beta2: float = 0.95
-    lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.06
-    eval_strategy: str = "steps"
-    eval_steps: float = 0.1
-    logging_steps: float = 0.1
+    bf16: bool = False
     save_strategy: str = "no"
     disable_tqdm: bool | None = True
-    report_to: str = "none"
 
 
+@errors_in_one_line()
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
+    for run in planned_or_exit(recipe, args):
+        check_steps(run.args, run.recipe.num_layers, run.recipe.num_layers)
     summary = compare_methods(recipe, args, find_teacher, distil, logger)
     if args.should_save:
         print(f"\n{summary}")

@@ -12,10 +12,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
-from datasets import load_dataset
 from transformers import AutoModel, AutoTokenizer, BertTokenizerFast
 
-from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.lines import errors_in_one_line
+from hf_curriculum_distill.parsing import parse_arguments
+from hf_curriculum_distill.tasks.reading import check_text, read_dataset
 
 
 @dataclass
@@ -23,17 +24,21 @@ class PruningArguments:
     model: str = field(metadata={"help": "A BERT with its tokenizer: a Hub model or a folder."})
     output_dir: str = field(metadata={"help": "Folder for the pruned model and its tokenizer."})
     vocab_size: int = field(default=8192, metadata={"help": "Entries that are left."})
-    dataset: str = field(default="wikimedia/wikipedia", metadata={"help": "Hub data set or local folder."})
+    dataset: str = field(
+        default="wikimedia/wikipedia", metadata={"help": "A file, a glob, a folder or a Hub data set."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
     max_documents: int = field(default=20_000, metadata={"help": "Documents in which the WordPieces are counted."})
 
 
+@errors_in_one_line()
 def main():
     [args] = parse_arguments([PruningArguments], description=__doc__.split("\n")[0])
-    documents = load_dataset(args.dataset, args.dataset_config, split="train")
-    documents = documents.select(range(min(args.max_documents, len(documents))))
     tokenizer, model = AutoTokenizer.from_pretrained(args.model), AutoModel.from_pretrained(args.model)
+    documents = read_dataset(args.dataset, args.dataset_config)["train"]
+    check_text(args.dataset, documents, args.text_column)
+    documents = documents.select(range(min(args.max_documents, len(documents))))
     counts = Counter()
     for batch in documents.iter(batch_size=1000):
         for ids in tokenizer(batch[args.text_column], add_special_tokens=False, verbose=False)["input_ids"]:

@@ -15,6 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # runs Triton's kernels, which test_liger.
 import datasets
 import pytest
 import torch
+import transformers
 from hypothesis import settings
 from transformers import BertConfig, BertForMaskedLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -27,6 +28,7 @@ if find_spec("deepspeed"):
 torch.set_num_threads(1)
 atexit.register(gc.unfreeze)  # else Triton reports all that it finds in use at the end
 datasets.disable_progress_bars()
+transformers.logging.enable_propagation()  # as in CI: caplog listens at the root
 settings.register_profile("tests", deadline=None, max_examples=40)
 settings.load_profile("tests")
 

@@ -41,7 +41,8 @@ from transformers import (
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, ProjectionBank
 from hf_curriculum_distill.batches.checks import check_batch
-from hf_curriculum_distill.cli import main, parse_arguments
+from hf_curriculum_distill.cli import main
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.projections import FILE_NAME
 from hf_curriculum_distill.projections.bank import _Projection
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["the", "a", "cat", "dog", "bat", "rat", "sat", "ran", "ate", "on", "in", "at", "mat", "hat", "day", "box"]
@@ -220,7 +220,7 @@ def test_settings_are_chosen_on_other_blocks_than_are_reported(folder, causal_lm
     fewer, heldout = causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe))
     assert len(fewer) < len(train) and len(heldout) == 5
     recipe.eval_blocks = 1000
-    with pytest.raises(SystemExit, match="fills no block of 8 tokens for the validation set; raise --heldout"):
+    with pytest.raises(ValueError, match="fills no block of 8 tokens for the validation set; raise --heldout"):
         causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe))
 
 
@@ -235,7 +235,7 @@ def test_a_teacher_is_read_from_a_gguf_file(folder, causal_lm, tmp_path):
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "teacher"), byte_tokenizer(eos_token="<eos>")
     write_gguf(gguf, tmp_path / "teacher.gguf", teacher, tokenizer)
     recipe = causal_lm.RecipeArguments(teacher=str(tmp_path), gguf_file="teacher.gguf")
-    causal_lm.check_models(recipe)
+    causal_lm.check_run(causal_lm.Run("curriculum", recipe, causal_lm.TrainingConfig(use_cpu=True)))
     text = "the cat sat on É日本"
     ids = tokenizer(text)["input_ids"]
     assert causal_lm.find_tokenizer(recipe)(text)["input_ids"] == ids

@@ -3,15 +3,13 @@ import re
 import subprocess
 import sys
 from configparser import ConfigParser
-from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 from report.test_tables import cells, finished_run, several_methods
 
-from hf_curriculum_distill.cli import main, parse_arguments
-from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.cli import main
 from hf_curriculum_distill.report.results import write_results
 from hf_curriculum_distill.report.tables import format_summary
 
@@ -226,79 +224,52 @@ def test_a_command_is_needed_and_the_installed_one_is_this(capsys):
     assert name == "hf-curriculum-distill" and EntryPoint(name, value, "console_scripts").load() is main
 
 
-# ---- options of the recipes ----
+# ---- hf-curriculum-distill train ----
 
 
-@dataclass
-class Options:
-    """Test options."""
-
-    name: str = field(metadata={"help": "A required option."})
-    rate: float = 1.0
-    sizes: list[int] = field(default_factory=list)
-    quiet: bool = False
-
-
-@dataclass
-class OtherDefaults(Options):
-    """The same options, two of which have other defaults."""
-
-    name: str = "a"
-    rate: float = 2.0
+def test_a_recipe_runs_as_a_command(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    small = "--dimension 8 --sparsity 2 --teacher_width 16 --student_width 8 --teacher_max_samples 64 --max_steps 2"
+    small += " --teacher_accuracy 0 --teacher_finish_samples 0 --teacher_save_samples 64 --calibration_samples 16"
+    small += " --heldout_examples 16 --methods one_shot --seeds 0 --use_cpu true --per_device_train_batch_size 4"
+    file = tmp_path / "small.yaml"
+    file.write_text(f"recipe: sparse_parity\nteacher: {tmp_path / 'teacher'}\noutput_dir: {tmp_path / 'students'}\n")
+    main(["train", "--config", str(file), *small.split()])
+    assert cells(capfd.readouterr().out)["one_shot"][0] == "1"
+    assert (tmp_path / "students/model.safetensors").is_file()
 
 
-def test_an_option_with_another_default_keeps_its_help(capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments([OtherDefaults], ["--help"])
-    assert "--name NAME A required option. (default: a)" in " ".join(capsys.readouterr().out.split())
-    assert parse_arguments([OtherDefaults], []) == (OtherDefaults(name="a", rate=2.0),)
-
-
-def parse(tmp_path, yaml, *argv):
-    file = tmp_path / "options.yaml"
-    file.write_text(yaml)
-    (options,) = parse_arguments([Options], ["--config", str(file), *argv])
-    return options
-
-
-def test_yaml_gives_defaults_and_the_command_line_wins(tmp_path):
-    options = parse(tmp_path, "name: a\nrate: 1e-3\nsizes: [1, 2]\nquiet: true", "--rate", "2", "--quiet", "false")
-    assert options == Options(name="a", rate=2.0, sizes=[1, 2], quiet=False)
-    assert parse(tmp_path, "name: a\nrate: 1e-3").rate == 1e-3  # YAML 1.1 reads 1e-3 as a string
-    assert parse(tmp_path, "rate: 3", "--name", "b") == Options(name="b", rate=3.0)
-
-
-def test_stages_come_from_yaml_lists_and_json_alike(tmp_path):
-    yaml = tmp_path / "stages.yaml"
-    yaml.write_text("stages:\n- hidden: [[1, 2]]\n  until: 0.5\n- kl_weight: 1.0\n")
-    common = ["--output_dir", str(tmp_path), "--use_cpu"]
-    (from_yaml,) = parse_arguments([CurriculumDistillationConfig], ["--config", str(yaml), *common])
-    json = '[{"hidden": [[1, 2]], "until": 0.5}, {"kl_weight": 1.0}]'
-    (from_json,) = parse_arguments([CurriculumDistillationConfig], ["--stages", json, *common])
-    assert from_yaml.stages == from_json.stages
-    assert from_yaml.resolve_stages(1, 2)[0].hidden == ((1, 2),)
+def test_the_help_of_a_recipe_begins_with_its_own_options(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "sparse_parity", "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: sparse_parity.py [--help] [--config FILE.yaml]")
+    names = [
+        "\noptions:",
+        "\n  --methods ",
+        "\n  --sparsity ",
+        "\ndistillation:",
+        "\n  --layer_order ",
+    ]
+    places = [out.index(name) for name in [*names, "\ntraining, as for any Trainer:", "\n  --learning_rate "]]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(
-    ("yaml", "argv", "message"),
+    ("argv", "message"),
     [
-        ("nam: a", [], "sets 'nam', which is no option; did you mean name?"),
-        ("name: a\nzzzzzz: 1", [], "sets 'zzzzzz', which is no option; see --help."),
-        ("- a", ["--name", "a"], "holds a list"),
-        ("name: [", [], "is not valid YAML"),
-        ("name: a\nrate: fast", [], "invalid float value: 'fast'"),
-        ("name: a", ["--ratee", "1"], "the command line sets 'ratee', which is no option; did you mean rate?"),
-        ("rate: 1", [], "the following arguments are required: --name"),
+        (["train"], "The recipe is None; use one of bert_large, causal_lm, pcfg"),
+        (["train", "bert"], "The recipe is 'bert'; use one of bert_large"),
+        (["train", "--config", "none.yaml"], "No such file"),
+        (
+            ["train", "--config", str(ROOT / "recipes/configs/pcfg/demo.yaml")],
+            "or write `recipe: RECIPE` into",
+        ),
     ],
 )
-def test_wrong_options_end_with_status_2_and_one_line(tmp_path, capsys, yaml, argv, message):
-    with pytest.raises(SystemExit) as error:
-        parse(tmp_path, yaml, *argv)
-    assert error.value.code == 2
-    assert re.search(message.replace("?", r"\?"), capsys.readouterr().err)
-
-
-def test_a_missing_file_ends_with_status_2(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments([Options], ["--config", str(tmp_path / "none.yaml"), "--name", "a"])
-    assert "No such file" in capsys.readouterr().err
+def test_a_recipe_must_be_named(capsys, argv, message):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2 and message in capsys.readouterr().err

@@ -9,7 +9,7 @@ def test_the_package_loads_no_metrics_plots_or_data_sets_that_transformers_does_
 import sys
 from transformers import Trainer
 before = {*sys.modules}
-import hf_curriculum_distill
+from hf_curriculum_distill import CurriculumDistillationTrainer
 print(*({"evaluate", "matplotlib", "datasets"} & {*sys.modules} - before))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

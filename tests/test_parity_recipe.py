@@ -12,8 +12,8 @@ import torch
 from conftest import assert_same_weights, weights
 from transformers import AutoModelForCausalLM
 
-from hf_curriculum_distill.cli import parse_arguments
 from hf_curriculum_distill.config import METHODS
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.report.runs import plan_runs
 from hf_curriculum_distill.tasks.parity import ParityMLPForSequenceClassification, draw_support
 

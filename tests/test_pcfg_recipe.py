@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import BertForMaskedLM
 
-from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.report.runs import plan_runs
 
 ROOT = Path(__file__).parents[1]

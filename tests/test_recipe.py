@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from datasets import IterableDataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "recipes/configs/bert_large/quickstart.yaml"
@@ -131,7 +132,7 @@ def test_the_same_seed_gives_the_same_teacher_and_student(finished, tmp_path):
         (["--method", "two_shot"], 2, "method is 'two_shot'; use one of 'curriculum', 'one_shot'"),
         (["--student", "bert-huge"], 1, "'bert-huge' is no model"),
         (["--teacher_from", "bert-3-32"], 1, "holds a teacher with num_hidden_layers=2"),
-        (["--block_size", "100000"], 1, "fills no block of 100000 tokens for the test set"),
+        (["--block_size", "600"], 1, "block_size is 600, but the models have room for 512 tokens; lower it"),
         (["--evaluate_on", "train"], 2, "evaluate_on is 'train'; use 'test' or 'validation'"),
         (["--allow_untrained_teacher", "False"], 1, "so it has next to nothing to teach"),
         (["--mask_once", "--streaming"], 1, "mask_once masks the blocks before training"),
@@ -143,6 +144,7 @@ def test_wrong_options_are_said_before_training(finished, options, status, messa
                "--teacher", str(folder / "teacher"), "--output_dir", str(folder / "wrong"), *options)  # fmt: skip
     assert done.returncode == status
     assert message in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (folder / "wrong/model.safetensors").exists()
 
 
@@ -153,6 +155,46 @@ def test_the_defaults_are_the_real_job(bert_large, tmp_path):
     assert (args.method, args.layer_order, args.optim) == ("curriculum", "together", "adamw_torch_fused")
     assert args.report_to == ["tensorboard"]
     assert args.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--max_steps 2", "2 layer stages in 50 % of 2 steps"),
+        ("--dataset recipes/none.txt", "recipes/none.txt is no such file"),
+        ("--dataset no/set", "no/set is no file or folder here, and the Hub is out of reach"),
+        ("--text_column body", "The column 'body' of recipes/data/wikipedia_excerpt is not there"),
+        ("--teacher_from no/model --teacher no/teacher", "'no/model' has no configuration within reach"),
+        ("--teacher no/teacher --teacher_from bert-2-32 --tokenizer no/words", "no/words"),
+        ("--output_dir {finished}", "results.json is what a finished run left"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line_and_nothing_is_written(
+    finished, bert_large, monkeypatch, tmp_path, options, message
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    paths = ["--config", QUICKSTART, "--teacher", str(finished[0] / "teacher"), "--output_dir", str(tmp_path / "new")]
+    options = options.format(finished=finished[0] / "student").split()
+    monkeypatch.setattr(sys, "argv", ["bert_large.py", *paths, *TINY.split(), "--use_cpu", "true", *options])
+    with pytest.raises(SystemExit, match=re.escape(message)) as exit:
+        bert_large.main()
+    assert len(exit.value.code.splitlines()) == 1
+    assert not (tmp_path / "new").exists() and not Path("no").exists()
+
+
+def test_a_teacher_that_is_there_gets_no_folder_beside_it_and_one_without_weights_is_trained(finished, tmp_path):
+    folder, _ = finished
+    (tmp_path / "teacher").mkdir()
+    shutil.copy(folder / "teacher/config.json", tmp_path / "teacher")  # a save that was killed
+    done = recipe(tmp_path, "--methods", "one_shot", "--max_steps", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, again = (load_file(place / "teacher/model.safetensors") for place in (folder, tmp_path))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    shutil.rmtree(tmp_path / "teacher-training")
+    done = recipe(tmp_path, "--methods", "one_shot", "--max_steps", "2", "--overwrite_output_dir")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
 
 @pytest.mark.parametrize(

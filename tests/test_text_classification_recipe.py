@@ -1,6 +1,5 @@
 """The text classification recipe as a subprocess, in seconds, and its parts."""
 
-import csv
 import importlib.util
 import json
 import os
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from hf_curriculum_distill.cli import parse_arguments
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.report.runs import plan_runs
 
 ROOT = Path(__file__).parents[1]
@@ -170,89 +169,10 @@ def test_a_teacher_that_always_says_the_same_is_refused(finished, classification
     teacher.save_pretrained(folder / "ignorant")
     AutoTokenizer.from_pretrained(folder / "teacher").save_pretrained(folder / "ignorant")
     more = ["--teacher", str(folder / "ignorant"), "--allow_untrained_teacher", "false"]
+    more += ["--output_dir", str(folder / "other students")]
     monkeypatch.setattr(sys, "argv", ["text_classification.py", *options(folder, *more)])
     with pytest.raises(SystemExit, match=r"ignorant is right on 33.3% of the test set, 33.3% of which are of one"):
         classification.main()
-
-
-def written(folder, train, test=None):
-    for name, rows in {"train": train, "test": test or train, "validation": train}.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return str(folder)
-
-
-TWO = [{"text": "yes", "label": "a"}, {"text": "no", "label": "b"}]
-
-
-@pytest.mark.parametrize(
-    ("train", "test", "message"),
-    [
-        ([TWO[0]] * 2, TWO, "All training texts of .* have the label 'a'; a classifier needs two or more classes"),
-        (TWO, [*TWO, {"text": "?", "label": "c"}], "The test set of .* has the label 'c', which no training text has"),
-        ([*TWO, {"text": None, "label": "a"}], TWO, "has rows without a text or a label"),
-        (
-            [{"text": "a", "sentence": "b", "label": 0}] * 2,
-            None,
-            "holds the texts is not clear; name one of text .string.",
-        ),
-        ([{"text": "a", "stars": 0.5}, {"text": "b", "stars": 1.5}], None, "holds the labels is not clear"),
-    ],
-)
-def test_data_that_are_no_task_are_refused(classification, tmp_path, train, test, message):
-    arguments = classification.RecipeArguments(dataset=written(tmp_path, train, test), teacher="some")
-    with pytest.raises(SystemExit, match=message):
-        classification.read_task(arguments)
-
-
-@pytest.mark.parametrize("column", ["label", "stars", "class"])
-def test_columns_are_found_where_there_is_one_choice(classification, tmp_path, column):
-    value = {"label": "x", "stars": 3, "class": "y"}[column]
-    rows = [{"sentence": "yes", column: value}, {"sentence": "no", column: value * 2}]
-    arguments = classification.RecipeArguments(dataset=written(tmp_path, rows), teacher="some")
-    task = classification.read_task(arguments)
-    assert task.train["text"] == ["yes", "no"] and task.names == {value: str(value), value * 2: str(value * 2)}
-
-
-def test_files_are_read_as_they_are(classification, tmp_path):
-    rows = [["text", "label"], ['said "so, and', "none"], ["null", "all"]]
-    with open(tmp_path / "one.csv", "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    (tmp_path / "two.tsv").write_text("\n".join(map("\t".join, rows)))
-    for name in ("one.csv", "two.tsv", "tw*.tsv"):
-        train = classification.read_dataset(str(tmp_path / name), None)["train"]
-        assert [train.column_names, *map(list, zip(train["text"], train["label"], strict=True))] == rows
-    with pytest.raises(SystemExit, match=r"files of several kinds, \.csv, \.tsv"):
-        classification.read_dataset(str(tmp_path), None)
-
-
-def test_labels_are_the_teachers_classes_by_name_or_else_by_number(classification):
-    arguments = classification.RecipeArguments(dataset="some", teacher="other")
-    named, numbered = (classification.Task(None, None, names) for names in ({0: "bad", 1: "good"}, {0: "0", 1: "1"}))
-    assert classification.class_numbers(named, arguments, {0: "good", 1: "bad"}) == {0: 1, 1: 0}
-    assert classification.class_numbers(numbered, arguments, {0: "good", 1: "bad"}) == {0: 0, 1: 1}
-    strings = classification.Task(None, None, {"up": "up", "down": "down"})
-    with pytest.raises(SystemExit, match="other knows the classes good, bad, but some has up, down"):
-        classification.class_numbers(strings, arguments, {0: "good", 1: "bad"})
-
-
-def test_a_hub_set_names_its_classes(classification, monkeypatch):
-    features = Features({"idx": Value("int64"), "sentence": Value("string"), "label": ClassLabel(names=["no", "yes"])})
-    rows = {"idx": [0, 1], "sentence": ["a", "b"], "label": [0, 1]}
-    hidden = rows | {"label": [-1, -1]}  # as GLUE hides those of its test sets
-    splits = {name: Dataset.from_dict(r, features) for name, r in (("train", rows), ("validation", rows))}
-    splits["test"] = Dataset.from_dict(hidden, features)
-    monkeypatch.setattr(classification, "read_dataset", lambda *_: DatasetDict(splits))
-    arguments = classification.RecipeArguments(dataset="glue", teacher="some", evaluate_on="validation")
-    assert classification.read_task(arguments).names == {0: "no", 1: "yes"}
-    with pytest.raises(SystemExit, match=r"the label -1, which no training text has; .* --evaluate_on"):
-        classification.read_task(classification.RecipeArguments(dataset="glue", teacher="some"))
-
-
-def test_every_epoch_has_each_row_once_and_seeds_differ(classification):
-    rows = classification.epochs(5, 12, seed=0).tolist()
-    assert sorted(rows[:5]) == sorted(rows[5:10]) == [*range(5)] and rows[:5] != rows[5:10]
-    assert len(rows) == 12 and rows != classification.epochs(5, 12, seed=1).tolist()
-    assert rows[:7] == classification.epochs(5, 7, seed=0).tolist() and len(classification.epochs(5, 0, seed=0)) == 0
 
 
 def test_other_text_comes_first_and_counts_no_label(folder, classification):
@@ -265,18 +185,6 @@ def test_other_text_comes_first_and_counts_no_label(folder, classification):
     rows = classification.in_order(arguments, args, tokenizer, 2, task.add_column("labels", [0, 1, 2]))
     assert len(rows) == 12 and rows["labels"][:8] == [-100] * 8 and sorted(rows["labels"][8:11]) == [0, 1, 2]
     assert {len(ids) for ids in rows["input_ids"][:8]} == {6} and rows["input_ids"][8:] == [[7]] * 4
-
-
-def test_documents_are_cut_into_sentences_in_an_order_of_the_seed(classification):
-    documents = Dataset.from_dict(
-        {"text": ["It rains. Does it? Yes!\nA heading\n\nThe end", None, "Mr. e is 2.5 m tall."]}
-    )
-    sentences = classification.draw_sentences(documents, "text", 100, seed=0)
-    assert sorted(sentences) == sorted(
-        ["It rains.", "Does it?", "Yes!", "A heading", "The end", "Mr.", "e is 2.5 m tall."]
-    )
-    assert classification.draw_sentences(documents, "text", 3, seed=0) == sentences[:3]
-    assert len({tuple(classification.draw_sentences(documents, "text", 100, seed)) for seed in range(8)}) > 1
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

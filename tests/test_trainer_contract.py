@@ -63,6 +63,7 @@ OVERRIDDEN = {
 
 # Methods of Trainer that it calls, and does not override.
 CALLED = {
+    "__repr__": "",
     "_get_output_dir": "trial",
     "_prepare_inputs": "inputs",
     "_remove_unused_columns": "dataset, description",
@@ -101,7 +102,6 @@ ATTRIBUTES = {
 
 # Private attributes of other packages' objects, and where they are.
 PRIVATE = {
-    "_actions": argparse.ArgumentParser(),
     "_attn_implementation": PreTrainedConfig(),
     "_cdata": torch.empty(1).untyped_storage(),
     "_dataloaders": Accelerator(cpu=True),
@@ -116,6 +116,8 @@ PRIVATE = {
 
 # Public by name, but in no documentation; or what a callback of the library relies on.
 UNDOCUMENTED = {
+    "_actions": argparse.ArgumentParser(),
+    "_get_formatter": argparse.ArgumentParser(),
     "end_of_dataloader": GradientState(),
     "optimizer_step_was_skipped": Accelerator(cpu=True),
     "mod_tracker": FlopCounterMode(display=False),

@@ -367,13 +367,6 @@ class CurriculumDistillationConfig(TrainingArguments):
         return self.method != "hidden"
 
     @property
-    def needs_teacher_head(self) -> bool:
-        """Whether a teacher needs a head, for a divergence from its logits or because it learns from labels itself."""
-        if self.stages is None or self.method == "online":
-            return self.method not in ("labels", "hidden")
-        return any(Stage(**stage).kl_weight for stage in self.stages)
-
-    @property
     def treats_layers_apart(self) -> bool:
         """Whether a stage freezes some layers, trains them more slowly, or cuts them off from others."""
         return self.freeze_matched_layers or self.train_prefix != "joint" or self.finished_layer_rate != 1
@@ -395,15 +388,11 @@ class CurriculumDistillationConfig(TrainingArguments):
         except ValueError as error:
             if self.stages is not None or not num_layer_stages or max_steps < 1:
                 raise
-            if self.method == "hidden":
-                raise ValueError(
-                    f"{num_layer_stages} layer stages need max_steps >= {num_layer_stages}, but it is {max_steps}; "
-                    "raise it, lower num_layer_stages, or use layer_order='last', which has one layer stage."
-                ) from error
-            fraction = self.layer_stage_fraction
-            needed = max(math.ceil(num_layer_stages / fraction), math.floor(0.5 / (1 - fraction)) + 1)
+            fraction, share, needed = self.layer_stage_fraction, f"{max_steps} steps", num_layer_stages
+            if self.method != "hidden":
+                share = f"{100 * fraction:g} % of {share}, with the rest for the logit stage,"
+                needed = max(math.ceil(num_layer_stages / fraction), math.floor(0.5 / (1 - fraction)) + 1)
             raise ValueError(
-                f"{num_layer_stages} layer stages in {100 * fraction:g} % of {max_steps} steps, with the rest for the "
-                f"logit stage, need max_steps >= {needed}; raise it, lower num_layer_stages, or use "
-                "layer_order='last', which has one layer stage."
+                f"{num_layer_stages} layer stages in {share} need max_steps >= {needed}; raise it, lower "
+                "num_layer_stages, or use layer_order='last', which has one layer stage."
             ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -65,3 +66,9 @@ def backbone_config(model: nn.Module, stack: str = "encoder") -> Any:
     if getattr(model, "main_input_name", None) == "pixel_values":  # CLIP also has a text model
         return getattr(config, "vision_config", config)
     return config.get_text_config()
+
+
+def describe_model(model: PreTrainedModel, stack: str = "encoder") -> str:
+    """A model in a few words: its class, its blocks, its width and its size."""
+    depth, width = len(find_block_stack(model, stack)), backbone_config(model, stack).hidden_size
+    return f"{type(model).__name__}, {depth} blocks, hidden size {width}, {model.num_parameters():,} parameters"

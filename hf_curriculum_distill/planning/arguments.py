@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.options import ModelOptions
+from hf_curriculum_distill.options import ModelOptions, teacher_source
 from hf_curriculum_distill.preparing.checks import check_launch
 
 TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
@@ -16,7 +15,8 @@ RECIPE_OPTIONS = {
     "allow_untrained_teacher", "cache_targets", "dataset", "dataset_config", "dimension", "earlier_teachers",
     "eval_blocks", "evaluate_on", "first_checkpoint", "gguf_file", "grammar", "head_dim", "heldout_documents",
     "heldout_examples", "heldout_sentences", "initializer_range", "label_column", "mask_once", "max_length",
-    "methods", "model", "num_layers", "packed", "preprocessing_workers", "seeds", "shuffle_features", "sparsity",
+    "methods", "model", "num_layers", "overwrite_output_dir", "packed",
+    "preprocessing_workers", "seeds", "shuffle_features", "sparsity",
     "start", "streaming", "student_embeddings", "student_heads", "student_width", "support", "support_seed",
     "teacher_accuracy", "teacher_batch_size", "teacher_finish_samples", "teacher_heads", "teacher_max_samples",
     "teacher_save_samples", "teacher_save_steps", "teacher_seed", "teacher_steps", "teacher_width", "text_column",
@@ -66,8 +66,7 @@ class PlanArguments(ModelOptions):
     @property
     def teacher_source(self) -> str | None:
         """Where the teacher's configuration comes from: `teacher`, or `teacher_from` if nothing is saved there yet."""
-        saved = self.teacher is not None and os.path.isfile(os.path.join(self.teacher, "config.json"))
-        return self.teacher if saved or self.teacher_from is None else self.teacher_from
+        return teacher_source(self.teacher, self.teacher_from)
 
 
 @dataclass

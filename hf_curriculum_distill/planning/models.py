@@ -14,6 +14,7 @@ from transformers import AutoConfig, BertConfig, PreTrainedConfig, PreTrainedMod
 from transformers.initialization import no_init_weights
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.layers.blocks import describe_model
 from hf_curriculum_distill.layers.configurations import student_config, student_size
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import head_of, predicts_next_token
@@ -144,11 +145,7 @@ def build_models(options: PlanArguments, args: CurriculumDistillationConfig, tok
             dtype = "float32" if online else None if dtype == "auto" else dtype
             teacher = (OnlineTeacher if online else Teacher)(_make_model(auto, teacher_config, args, dtype))
     models = {"student": student, "teacher": teacher.partial_forward} if teacher else {"student": student}
-    detail = "; ".join(
-        f"{who} {type(one.model).__name__}, {one.depth} blocks, hidden size {one.hidden_size}, "
-        f"{one.model.num_parameters():,} parameters"
-        for who, one in models.items()
-    )
+    detail = "; ".join(f"{who} {describe_model(one.model)}" for who, one in models.items())
     batch_size, length = args.per_device_train_batch_size, options.block_size
     ids_shape = labels_shape = batch_size, length
     num_rows = batch_size * round(options.mlm_probability * (length - predicts_next_token(student.model)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.lines import printable
 from hf_curriculum_distill.planning.arguments import PlanArguments
 from hf_curriculum_distill.planning.checks import (
     check_batch,
@@ -21,7 +22,6 @@ from hf_curriculum_distill.planning.costs import RunCosts, add_up
 from hf_curriculum_distill.planning.models import build_models, find_size, find_teachers
 from hf_curriculum_distill.planning.optimizer import OptimizerMemory
 from hf_curriculum_distill.planning.rate import find_rate
-from hf_curriculum_distill.report.results import printable
 from hf_curriculum_distill.stages import Stage, StageScheduler, matched_pairs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +12,11 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import CLASSES, Head, head_of, is_ctc, num_classes
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.losses import TOP_DIVERGENCES
 from hf_curriculum_distill.stages import Stage
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def check_launch(

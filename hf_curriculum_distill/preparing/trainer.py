@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import math
 import random
 from typing import Any
@@ -21,8 +20,10 @@ from hf_curriculum_distill.batches.positions import with_label_positions
 from hf_curriculum_distill.batches.randomness import preserved_random_state
 from hf_curriculum_distill.files import check_writable
 from hf_curriculum_distill.layers.adapted import transformers_model
+from hf_curriculum_distill.layers.blocks import describe_model
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import head_of
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, sample
 from hf_curriculum_distill.preparing.checks import (
@@ -33,6 +34,7 @@ from hf_curriculum_distill.preparing.checks import (
     warn_of_small_rate,
 )
 from hf_curriculum_distill.preparing.trial import try_out
+from hf_curriculum_distill.progress import progress_bar
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.resuming.trainer import ResumableTrainer
 from hf_curriculum_distill.schedules import (
@@ -47,7 +49,7 @@ from hf_curriculum_distill.teachers.comparison import StudentComparison
 from hf_curriculum_distill.teachers.loading import TeacherModel, check_head, check_teacher, prepare_teacher
 from hf_curriculum_distill.teachers.target_store import TargetStore
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class PreparedTrainer(ResumableTrainer):
@@ -55,6 +57,15 @@ class PreparedTrainer(ResumableTrainer):
 
     What depends on arguments is fixed anew at every [`train`]: they may have been changed since the trainer was made.
     """
+
+    def __repr__(self) -> str:
+        if not self._declared_stages:
+            return super().__repr__()
+        student = describe_model(self._student.model, self._student.stack)
+        parts = {"student": student, "teacher": self.teacher, "projection_bank": self.projection_bank}
+        lines = [f"  {name}: {part}" for name, part in parts.items() if part is not None]
+        lines += [f"  stage {number}: {stage}" for number, stage in enumerate(self.stages, start=1)]
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
 
     def _prepare(self, teacher_model: TeacherModel | None, projection_bank: ProjectionBank | None) -> None:
         """The end of the constructor: load the teacher, and check that everything fits together."""
@@ -265,6 +276,7 @@ class PreparedTrainer(ResumableTrainer):
         self.teacher.advance(None)
         with preserved_random_state(args.projection_seed):
             loader = self._load(sample(self.train_dataset, number), "calibration")
+            loader = progress_bar(loader, "calibration", self.is_world_process_zero() and not args.disable_tqdm)
             batches = checked(loader, self._read, self._prepare_inputs, needs_logits)
             self.teacher.fit(bank, batches, args.standardize_targets)
         for tensor in bank.tensors().values():

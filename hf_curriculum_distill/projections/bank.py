@@ -63,6 +63,9 @@ class ProjectionBank:
         self.metadata = dict(metadata)
         self.frozen = frozen
 
+    def __repr__(self) -> str:
+        return f"ProjectionBank({self.metadata}, frozen={self.frozen}, shapes={self.shapes})"
+
     @classmethod
     def create(
         cls,

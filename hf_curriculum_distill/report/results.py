@@ -6,7 +6,6 @@ Runs that are compared may come from anywhere, so files are read as if somebody 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import reprlib
@@ -21,9 +20,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from hf_curriculum_distill.files import write_files
+from hf_curriculum_distill.lines import printable
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.resuming.record import FILE_NAME as RECORD_FILE
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RESULTS_FILE = "results.json"
 
@@ -228,15 +229,6 @@ def _is_short(value: Any) -> bool:
 # ---- what a file holds ----
 
 _LARGEST = 1e30  # more than any run counts or measures
-
-
-def printable(value: Any) -> str:
-    r"""Text as one line for a terminal, with an escape for each character that is not printable.
-
-    >>> print(printable("a\n\x1b[2J"))
-    a\n\x1b[2J
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def _is_number(value: Any) -> bool:

@@ -17,14 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
+from transformers import CONFIG_NAME
 
 from hf_curriculum_distill.config import METHODS, UNCACHED_METHODS, CurriculumDistillationConfig
+from hf_curriculum_distill.lines import one_line
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill.report.checks import check_output
 from hf_curriculum_distill.report.results import write_results
 from hf_curriculum_distill.report.tables import PLOT_FILE, format_summary, format_table, plot_comparison
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LABELS_ALONE = [{"label_weight": 1.0}]  # the stages of a training without a teacher, of a teacher for instance
 
@@ -84,10 +88,12 @@ def compare_methods(
 
 
 def log_progress(recipe_logger: logging.Logger, args: CurriculumDistillationConfig) -> None:
-    """Have a recipe's logger and this module's say what happens, on the main process."""
-    logging.basicConfig(format="%(message)s")
+    """Have a recipe's logger and this module's say what happens, on the main process, without any prefix."""
     for each in (recipe_logger, logger):
         each.setLevel(logging.INFO if args.should_log else logging.WARNING)
+        each.propagate = False
+        if not each.handlers:
+            each.addHandler(logging.StreamHandler())
 
 
 def teacher_arguments(
@@ -139,12 +145,33 @@ def check_kept_teacher(folder: str, facts: Mapping[str, tuple[Any, Any]]) -> Non
             )
 
 
+def keep_teacher(trainer: CurriculumDistillationTrainer, folder: str) -> None:
+    """Save a trained teacher, its configuration last: a folder that has one holds a whole model.
+
+    Args:
+        trainer: that has trained the teacher; the model is written into its `output_dir` first.
+        folder: of the teacher.
+    """
+    written = os.path.join(trainer.args.output_dir, "model")
+    trainer.save_model(written)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        os.makedirs(folder, exist_ok=True)
+        for name in sorted(os.listdir(written), key=lambda name: name == CONFIG_NAME):
+            os.replace(os.path.join(written, name), os.path.join(folder, name))
+        os.rmdir(written)
+    trainer.accelerator.wait_for_everyone()
+
+
 def planned_or_exit(recipe: ComparisonOptions, args: CurriculumDistillationConfig) -> list[Run]:
-    """[`plan_runs`] for a command line, which ends with one line if the options describe no runs."""
+    """[`plan_runs`] for a command line, which ends with one line if the options describe no runs, or if these would
+    be written where they cannot or should not be: see [`check_output`]."""
     try:
-        return plan_runs(recipe, args)
-    except (ValueError, TypeError) as error:
-        raise SystemExit(str(error)) from error
+        runs = plan_runs(recipe, args)
+        check_output(args, [run.args.output_dir for run in runs], recipe.overwrite_output_dir)
+    except (ValueError, TypeError, OSError) as error:
+        raise SystemExit(one_line(error)) from error
+    return runs
 
 
 def plan_runs(recipe: ComparisonOptions, args: CurriculumDistillationConfig) -> list[Run]:
@@ -167,7 +194,8 @@ def plan_runs(recipe: ComparisonOptions, args: CurriculumDistillationConfig) -> 
             variants = json.loads(variants)
         except json.JSONDecodeError as error:
             raise ValueError(f"variants is {variants!r}, which is no valid JSON ({error}).") from error
-    options = {field.name for field in dataclasses.fields(recipe)} - {"methods", "variants", "seeds"}
+    shared = {"methods", "variants", "seeds", "overwrite_output_dir"}
+    options = {field.name for field in dataclasses.fields(recipe)} - shared
     arguments = {field.name for field in dataclasses.fields(args) if field.init} - {"seed", "output_dir"}
     for name, changes in variants.items():
         for field in changes or {}:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from contextlib import suppress
@@ -12,9 +11,10 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.resuming.record import FILE_NAME, read_record
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # The record cannot list its own size, and Trainer writes its state after the record.
 _UNLISTED = (FILE_NAME, TRAINER_STATE_NAME)

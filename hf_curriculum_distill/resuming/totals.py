@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from hf_curriculum_distill.logs import get_logger
+
+logger = get_logger(__name__)
 
 
 class RunningTotals:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from hf_curriculum_distill.batches.seeding import SeededBatches, SeededSampler
 from hf_curriculum_distill.files import check_writable
 from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.weights import load_weights, weights_fingerprint
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.resuming.checkpoints import find_last_checkpoint, list_files, read_whole, remove_unfinished
 from hf_curriculum_distill.resuming.events import TrainingEvents
@@ -31,7 +31,7 @@ from hf_curriculum_distill.resuming.totals import RunningTotals
 from hf_curriculum_distill.stages import Stage, StageScheduler
 from hf_curriculum_distill.teachers.teacher import Teacher
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class ResumableTrainer(Trainer):
@@ -185,16 +185,27 @@ class ResumableTrainer(Trainer):
     # ---- what it logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer`, with the stage, its loss terms and the operations so far next to the training loss."""
+        """As `Trainer`, with the stage, its loss terms and the operations so far next to the training loss.
+
+        `train_loss`, at the end, is the mean loss of the last stage's steps: that of a hidden loss and a divergence
+        would say nothing.
+        """
         if self._declared_stages and self.is_in_train and ("loss" in logs or "train_loss" in logs):
             terms, flops = self._finite_terms(), self._totals.reduce_flops(self.accelerator)
             logs |= flops
-            if "train_loss" in logs:  # of the whole run, also after a resume
-                logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+            index = self._last_stage_index
+            if "train_loss" in logs:
+                first, _ = self.stage_scheduler.span(index)
+                logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step - first)
             if "loss" in logs:
-                logs |= {"stage": self._last_stage_index} | terms
+                logs |= {"stage": index, "stage_name": self.stages[index].name} | terms
                 self._totals.start(self.state.global_step)
         super().log(logs, start_time)
+
+    def _forget_losses(self) -> None:
+        """Begin the mean of `train_loss` anew, at the first step of a stage."""
+        self._total_loss_scalar = 0.0
+        self._tr_loss.zero_()  # is so already, unless nothing is logged while training
 
     def _finite_terms(self) -> dict[str, float]:
         terms = self._totals.terms(self.accelerator, self.state.global_step)

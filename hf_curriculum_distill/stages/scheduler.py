@@ -68,6 +68,9 @@ class StageScheduler:
         self.boundaries = tuple(ends)
         self.stages = tuple(dataclasses.replace(s, until=e) for s, e in zip(stages, (*ends, None), strict=True))
 
+    def __repr__(self) -> str:
+        return f"StageScheduler({list(self.stages)}, max_steps={self.max_steps})"
+
     def index_at(self, step: int) -> int:
         """The number, from 0, of the stage that trains next after `step` completed optimizer steps."""
         return bisect_right(self.boundaries, step)

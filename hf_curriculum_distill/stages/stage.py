@@ -67,6 +67,12 @@ class Stage:
         if isinstance(self.until, int) and self.until < 1:
             raise ValueError(f"Stage.until is {self.until}; a stage must last at least one optimizer step.")
 
+    def __repr__(self) -> str:
+        """What differs from the defaults, as Python."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        given = {f.name: given[f.name] for f in dataclasses.fields(self) if given[f.name] != f.default}
+        return f"Stage({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
     @property
     def needs_logits(self) -> bool:
         """Whether a term needs the student's logits; else only the blocks up to the highest pair run."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from itertools import islice
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 
 from hf_curriculum_distill.options import TextOptions
+from hf_curriculum_distill.tasks.reading import MOST_HELD_OUT, check_text, num_held_out, read_dataset
 
 
 def load_documents(
     options: TextOptions, streaming: bool = False
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
-    """Load the documents of a data set of the Hub, or of a file or folder of parquet, JSON or text files.
+    """Load the documents of a data set: see [`~hf_curriculum_distill.tasks.reading.read_dataset`].
 
     Args:
         options: which data set, and how many documents.
@@ -22,19 +22,31 @@ def load_documents(
 
     Returns:
         the documents to train on; and those held out, which are the validation split if there is one.
+
+    Raises:
+        OSError: there is no such data set within reach.
+        ValueError: the data set cannot be read, its column is no text, or it has too few documents.
     """
-    config = options.dataset_config
-    if config is None and options.dataset == "wikimedia/wikipedia":
+    source, config = options.dataset, options.dataset_config
+    if config is None and source == "wikimedia/wikipedia":
         config = "20231101.en"
-    folder, file = os.path.split(options.dataset) if os.path.isfile(options.dataset) else (options.dataset, None)
-    documents = load_dataset(folder or ".", config, data_files=file, streaming=streaming)
-    train, num_heldout = documents["train"], options.heldout_documents
+    documents = read_dataset(source, config, streaming)
+    train, wanted = documents["train"], options.heldout_documents
+    check_text(source, train, options.text_column)
     if "validation" in documents:
         heldout = documents["validation"]
-    elif streaming:
-        train, heldout = train.skip(num_heldout), train.take(num_heldout)
+        check_text(f"the validation set of {source}", heldout, options.text_column)
+    elif streaming:  # of a stream the length is not known
+        number = MOST_HELD_OUT if wanted is None else wanted
+        train, heldout = train.skip(number), train.take(number)
+        if next(iter(train), None) is None:
+            raise ValueError(
+                f"{source} has no document beside the {number:,} that are held out; lower --heldout_documents, or read "
+                "it without --streaming."
+            )
     else:
-        train, heldout = train.train_test_split(test_size=num_heldout, seed=0).values()
+        number = num_held_out(source, len(train), wanted=wanted)
+        train, heldout = train.train_test_split(test_size=number, seed=0).values()
     if options.train_documents is not None:
         train = train.take(min(options.train_documents, len(train)) if not streaming else options.train_documents)
     return train.shuffle(seed=0, buffer_size=10_000).repeat(None) if streaming else train, heldout

@@ -14,11 +14,12 @@ from torch import Tensor
 from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.layers.chunks import RowLogits
 from hf_curriculum_distill.layers.heads import SPAN
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.stages import Stage, matched_pairs
 from hf_curriculum_distill.teachers.target_store import Examples, TargetStore
 from hf_curriculum_distill.teachers.teacher import Targets, Teacher
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class CachedTeacher:

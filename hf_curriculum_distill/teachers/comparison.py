@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +15,12 @@ from hf_curriculum_distill.batches.checks import label_loss_mismatch
 from hf_curriculum_distill.hidden_losses import hidden_state_mse
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import CLASSES, Head, is_ctc
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.losses import shared_classes
 from hf_curriculum_distill.stages import LayerPair, Stage
 from hf_curriculum_distill.teachers.teacher import Teacher, has_head
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class StudentComparison:

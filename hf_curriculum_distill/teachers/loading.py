@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.adapted import is_quantised, transformers_model
 from hf_curriculum_distill.layers.heads import CLASSES, head_of
 from hf_curriculum_distill.layers.weights import check_finite_weights
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.teachers.checkpoints import CheckpointTeacher, find_checkpoints
 from hf_curriculum_distill.teachers.online import OnlineTeacher
@@ -26,7 +26,7 @@ from hf_curriculum_distill.teachers.pretrained import LENIENT, forget_unused, lo
 from hf_curriculum_distill.teachers.teacher import Teacher, has_head
 from hf_curriculum_distill.teachers.vocabularies import share_vocabulary, shared_vocabulary, vocabulary_sizes
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # by auto class: the model classes of its task
 _TASKS = {
@@ -106,7 +106,7 @@ def _make_teacher(
                 student,
                 args.teacher_dtype,
                 init_kwargs=args.teacher_model_init_kwargs,
-                needs_head=args.needs_teacher_head,
+                needs_head=_needs_head(args),
             ),
             name,
         )
@@ -138,6 +138,13 @@ def _make_teacher(
         )
     folders = [os.fspath(folder) for folder in folders]
     return CheckpointTeacher(folders, load, args.teacher_schedule, args.layer_stack)
+
+
+def _needs_head(args: CurriculumDistillationConfig) -> bool:
+    """Whether a teacher needs a head, for a divergence from its logits or because it learns from labels itself."""
+    if args.stages is None or args.method == "online":
+        return args.method not in ("labels", "hidden")
+    return any(Stage(**stage).kl_weight for stage in args.stages)
 
 
 def load_teacher(

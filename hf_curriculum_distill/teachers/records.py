@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 import struct
 import zlib
 from collections.abc import Mapping
 
-logger = logging.getLogger(__name__)
+from hf_curriculum_distill.logs import get_logger
+
+logger = get_logger(__name__)
 
 _ROW = struct.Struct("<16sQQI")  # a row of an index: key, offset, size in bytes, checksum
 ROW_SIZE = _ROW.size

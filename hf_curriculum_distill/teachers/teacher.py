@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_curriculum_distill.batches.batch import Batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.layers.blocks import describe_model
 from hf_curriculum_distill.layers.chunks import RowLogits
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.weights import weights_fingerprint
@@ -68,6 +69,9 @@ class Teacher:
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.revision = getattr(model.config, "_commit_hash", None)
         self.prepare(None)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}: {describe_model(self.model, self.partial_forward.stack)})"
 
     @cached_property
     def fingerprint(self) -> str:

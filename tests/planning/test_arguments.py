@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_curriculum_distill.cli import main, parse_arguments
+from hf_curriculum_distill.cli import main
+from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import RECIPE_OPTIONS, PlanArguments, PlannedConfig
 
 ROOT = Path(__file__).parents[2]

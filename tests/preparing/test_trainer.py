@@ -150,3 +150,19 @@ def test_model_init_makes_the_student_that_is_trained(config, teacher, examples)
         named = [(name, tensor) for name, tensor in trainer.model.state_dict().items() if name.startswith(part)]
         assert any(not torch.equal(tensor, untouched[name]) for name, tensor in named)
     assert all("forward" not in model.__dict__ for model in [*made, teacher])
+
+
+def test_a_trainer_shows_its_models_and_stages(config, student, teacher, examples):
+    trainer = make(student, teacher, config(max_steps=4), examples)
+    sizes = [f"{model.num_parameters():,}" for model in (student, teacher)]
+    assert repr(trainer).splitlines() == [
+        "CurriculumDistillationTrainer(",
+        f"  student: BertForMaskedLM, 2 blocks, hidden size 16, {sizes[0]} parameters",
+        f"  teacher: Teacher(BertForMaskedLM: BertForMaskedLM, 4 blocks, hidden size 24, {sizes[1]} parameters)",
+        f"  projection_bank: {trainer.projection_bank}",
+        "  stage 1: Stage(hidden=((1, 2),), until=1)",
+        "  stage 2: Stage(hidden=((2, 4),), until=2)",
+        "  stage 3: Stage(hidden_weight=0.0, kl_weight=1.0)",
+        ")",
+    ]
+    assert "'kind': 'gaussian'" in repr(trainer.projection_bank) and "(1, 2): (16, 24)" in repr(trainer.projection_bank)

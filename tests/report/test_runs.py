@@ -7,12 +7,18 @@ import shutil
 
 import pytest
 import torch
-from conftest import assert_same_weights, weights
+from conftest import assert_same_weights, tiny_bert, weights
 from transformers import TrainerCallback, set_seed
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.options import ComparisonOptions
-from hf_curriculum_distill.report.runs import plan_runs, train_student
+from hf_curriculum_distill.report.runs import (
+    LABELS_ALONE,
+    keep_teacher,
+    plan_runs,
+    planned_or_exit,
+    train_student,
+)
 from hf_curriculum_distill.tasks.parity import ParityMLPConfig, ParityMLPForSequenceClassification, SparseParity, stack
 
 # ---- the plan ----
@@ -244,3 +250,45 @@ def test_a_subclass_of_the_configuration_stays_one(tmp_path):
     run = run.args
     assert type(run) is Own and run.extra == 5 and args.extra == 3
     assert torch.device("cpu") == run.device
+
+
+# ---- before the data are read ----
+
+
+@pytest.mark.parametrize("left", ["results.json", "one_shot/seed-0/config.json"])
+def test_a_finished_run_is_written_over_only_if_the_user_says_so(config, left):
+    args = config("all")
+    options = Options(["one_shot"], seeds=[0, 1])
+    assert len(planned_or_exit(options, args)) == 2
+    assert not os.listdir(args.output_dir) if os.path.exists(args.output_dir) else True
+    path = os.path.join(args.output_dir, left)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(path, "x").close()
+    with pytest.raises(SystemExit, match=f"{left} is what a finished run left; name another --output_dir") as exit:
+        planned_or_exit(options, args)
+    assert len(exit.value.code.splitlines()) == 1
+    for told in (
+        (dataclasses.replace(options, overwrite_output_dir=True), args),
+        (options, dataclasses.replace(args, resume_from_checkpoint="last")),
+    ):
+        assert len(planned_or_exit(*told)) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_none_is_made(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"output_dir .*file cannot be written"):
+        planned_or_exit(Options(["one_shot"]), dataclasses.replace(config(), output_dir=str(tmp_path / "file/run")))
+    planned_or_exit(Options(["one_shot"]), dataclasses.replace(config(), output_dir=str(tmp_path / "new/run")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_teacher_is_kept_whole_with_its_configuration_last(config, tmp_path, monkeypatch):
+    trainer = CurriculumDistillationTrainer(tiny_bert(1), config("training", stages=LABELS_ALONE))
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (moved.append(os.path.basename(paths[1])), replace(*paths)))
+    folder = str(tmp_path / "teacher")
+    keep_teacher(trainer, folder)
+    moved = [name for name in moved if os.path.isfile(os.path.join(folder, name))]
+    assert {*moved} == {*os.listdir(folder)} > {"model.safetensors", "config.json"} and moved[-1] == "config.json"
+    assert not os.path.exists(os.path.join(trainer.args.output_dir, "model"))
+    assert_same_weights(weights(type(trainer.model).from_pretrained(folder)), weights(trainer.model))

@@ -1,5 +1,6 @@
 """A run that is killed and resumed, however often and wherever, is the run that was never interrupted, to the bit."""
 
+import copy
 import json
 import os
 import random
@@ -447,3 +448,28 @@ def test_progress_of_the_wrong_shape_is_refused_before_the_first_step(train_fami
         path.write_text(json.dumps(record | change))
         with pytest.raises(OSError, match="checkpoint-1 cannot be resumed from: ValueError"):
             train_family("bert", checkpoint, "resumed")
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+@pytest.mark.parametrize("step", [2, 3, None])
+def test_train_loss_is_the_mean_loss_of_the_last_stage(config, student, teacher, examples, strategy, step):
+    stages = [{"hidden": [[1, 2]], "until": 2}, {"kl_weight": 1.0}]
+    args = config(
+        max_steps=5, stages=stages, logging_steps=2, logging_strategy=strategy, save_strategy="steps", save_steps=1
+    )
+    losses = []
+
+    class Watched(CurriculumDistillationTrainer):
+        def training_step(self, *inputs, **others):
+            losses.append(super().training_step(*inputs, **others))
+            return losses[-1]
+
+    def made():
+        return Watched(copy.deepcopy(student), args, train_dataset=examples, teacher_model=teacher)
+
+    output = made().train()
+    expected = float(torch.stack(losses[2:]).mean())
+    assert output.training_loss == pytest.approx(expected)
+    if step is not None:
+        checkpoint = os.path.join(args.output_dir, f"checkpoint-{step}")
+        assert made().train(resume_from_checkpoint=checkpoint).training_loss == output.training_loss

@@ -92,3 +92,9 @@ def test_a_hidden_weight_changes_linearly_within_its_stage_alone(max_steps, firs
     assert weights == pytest.approx(line, rel=1e-12, abs=1e-12) and weights[0] == begin
     assert scheduler.stage_at(max_steps).hidden_weight == pytest.approx(end)  # evaluations after the last step
     assert {dataclasses.replace(seen[step], hidden_weight=begin) for step in range(first, max_steps)} == {annealed}
+
+
+def test_a_scheduler_is_shown_as_python_that_makes_it():
+    scheduler = StageScheduler([Stage(hidden=[[1, 2]], until=0.5), Stage(kl_weight=1.0)], max_steps=10)
+    again = eval(repr(scheduler))
+    assert (again.stages, again.max_steps) == (scheduler.stages, 10) and "until=5)" in repr(scheduler)

@@ -93,3 +93,14 @@ def test_layers_are_the_students_in_order_and_the_teachers_once():
 def test_a_stage_that_cannot_be_trained_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Stage(**fields)
+
+
+@pytest.mark.parametrize(
+    ("stage", "text"),
+    [
+        (Stage(hidden=[[1, 2]], until=0.5), "Stage(hidden=((1, 2),), until=0.5)"),
+        (Stage(kl_weight=1.0, label_weight=0.5), "Stage(kl_weight=1.0, label_weight=0.5)"),
+    ],
+)
+def test_a_stage_is_shown_as_python_that_makes_it(stage, text):
+    assert repr(stage) == text and eval(text) == stage

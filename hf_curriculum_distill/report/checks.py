@@ -1,0 +1,103 @@
+"""What a recipe checks before it reads data: tokenizer, models, stages, steps and output folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import CONFIG_NAME, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.files import check_writable
+from hf_curriculum_distill.layers import find_block_stack
+from hf_curriculum_distill.options import teacher_source
+from hf_curriculum_distill.planning.models import num_positions
+from hf_curriculum_distill.report.results import RESULTS_FILE
+
+
+def load_tokenizer(recipe: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that a recipe's options name: `tokenizer`, else that of `teacher` or of `teacher_from`.
+
+    Raises:
+        OSError: there is none.
+    """
+    name = recipe.tokenizer or teacher_source(recipe.teacher, recipe.teacher_from)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"There is no tokenizer of {name!r} within reach; name one with --tokenizer. ({error})"
+        ) from error
+
+
+def check_models(
+    args: CurriculumDistillationConfig,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: tuple[str, int],
+) -> None:
+    """Check, before data are read, that two models make a run: their vocabulary, their room, the stages and the steps.
+
+    Args:
+        args: of the run.
+        student, teacher: models without values are enough.
+        tokenizer: of both.
+        length: an option's name and its value, the tokens of an example.
+
+    Raises:
+        ValueError: they do not.
+    """
+    models = {"student": student, "teacher": teacher}
+    for who, model in models.items():
+        if len(tokenizer) > model.config.get_text_config().vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer):,} tokens, but the {who}'s vocabulary "
+                f"{model.config.get_text_config().vocab_size:,} entries; name the models' own with --tokenizer."
+            )
+    room = min(num_positions(model) or length[1] for model in models.values())
+    if length[1] > room:
+        raise ValueError(f"{length[0]} is {length[1]}, but the models have room for {room} tokens; lower it.")
+    check_steps(args, *(len(find_block_stack(model, args.layer_stack)) for model in models.values()))
+
+
+def check_steps(args: CurriculumDistillationConfig, student_depth: int, teacher_depth: int) -> None:
+    """Check that the stages fit the models' blocks and, if their number is set, the steps.
+
+    Args:
+        args: of the run.
+        student_depth, teacher_depth: numbers of blocks.
+
+    Raises:
+        ValueError: they do not.
+    """
+    stages = args.resolve_stages(student_depth, teacher_depth)
+    if args.max_steps > 0:
+        args.schedule(stages, args.max_steps)
+
+
+def check_output(args: CurriculumDistillationConfig, folders: Sequence[str], overwrite: bool) -> None:
+    """Check that runs can be written, and that nothing of a finished one is written over.
+
+    Args:
+        args: what all runs share; with `resume_from_checkpoint` they go on from what is there.
+        folders: of the runs.
+        overwrite: whether they may write over a finished run.
+
+    Raises:
+        OSError: `output_dir` cannot be written, or holds a finished run.
+    """
+    folder = os.path.abspath(args.output_dir)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    check_writable(folder, "output_dir", "students")  # makes none that later checks would leave empty
+    if overwrite or args.resume_from_checkpoint:
+        return
+    left = [os.path.join(args.output_dir, RESULTS_FILE)]
+    left += [os.path.join(each, CONFIG_NAME) for each in folders]
+    if found := next(filter(os.path.exists, left), None):
+        raise FileExistsError(
+            f"{found} is what a finished run left; name another --output_dir, go on with "
+            "--resume_from_checkpoint last, or train again with --overwrite_output_dir."
+        )

@@ -1,0 +1,31 @@
+"""What is wrong with models and tokenizers is said before data are read."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_bert
+
+from hf_curriculum_distill.report.checks import check_models, load_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "length", "message"),
+    [
+        ({}, 51, 8, "The tokenizer has 51 tokens, but the student's vocabulary 50 entries"),
+        ({}, 50, 33, "block_size is 33, but the models have room for 32 tokens; lower it"),
+        ({"max_steps": 2}, 50, 8, "2 layer stages in 50 % of 2 steps"),
+        ({"layer_map": [[3, 4]]}, 50, 8, "has 2 blocks"),
+    ],
+)
+def test_models_that_make_no_run_are_refused(config, fields, tokens, length, message):
+    with torch.device("meta"):
+        models = tiny_bert(2), tiny_bert(4, width=24)
+    check_models(config(), *models, range(50), ("block_size", 32))
+    with pytest.raises(ValueError, match=message):
+        check_models(config(**fields), *models, range(tokens), ("block_size", length))
+
+
+def test_a_tokenizer_that_is_not_there_is_named():
+    with pytest.raises(OSError, match="There is no tokenizer of 'no/words' within reach; name one with --tokenizer"):
+        load_tokenizer(SimpleNamespace(tokenizer="no/words", teacher=None, teacher_from=None))

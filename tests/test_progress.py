@@ -1,0 +1,80 @@
+"""What a terminal and a notebook show of the stages."""
+
+import importlib
+import re
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from transformers import PrinterCallback, ProgressCallback
+
+from hf_curriculum_distill import CurriculumDistillationTrainer
+
+
+def trained(student, args, examples, teacher, callback=None):
+    trainer = CurriculumDistillationTrainer(
+        student, args, train_dataset=examples, eval_dataset=examples[:8], teacher_model=teacher
+    )
+    if callback is not None:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(callback)
+    trainer.train()
+    return trainer
+
+
+def test_logs_name_the_stage_and_so_does_what_is_printed_without_bars(student, teacher, examples, config, capsys):
+    trainer = trained(student, config(max_steps=4, logging_steps=2), examples, teacher)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [(log["stage"], log["stage_name"]) for log in logs] == [(0, "layer 1"), (1, "layer 2"), (2, "kl")]
+    assert re.findall("'stage_name': '(.*?)'", capsys.readouterr().out) == ["layer 1", "layer 2", "kl"]
+
+
+def test_bars_name_the_stage_and_the_calibration_has_one(student, teacher, examples, config, capsys):
+    args = config(max_steps=4, disable_tqdm=False)
+    trained(student, args, examples, teacher)
+    err = capsys.readouterr().err
+    places = [err.index(name) for name in ("calibration: ", "layer 1: ", "layer 2: ", "kl: ")]
+    assert places == sorted(places)
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """The callback of notebooks; where IPython is not installed, with a page of our own to display it on."""
+    shown = []
+    page = SimpleNamespace(update=shown.append)
+    display = ModuleType("IPython.display")
+    display.HTML, display.display = str, lambda html, **_: (shown.append(html), page)[1]
+    package = ModuleType("IPython")
+    package.display = display
+    monkeypatch.setitem(sys.modules, "IPython", package)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    module = importlib.import_module("transformers.utils.notebook")
+    yield module.NotebookProgressCallback(), shown
+    del sys.modules["transformers.utils.notebook"]
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_notebook_names_the_stage_in_its_bar_and_in_each_line_of_its_table(
+    student, teacher, examples, config, notebook, evaluates
+):
+    callback, shown = notebook
+    evaluations = {"eval_strategy": "steps", "eval_steps": 2} if evaluates else {}
+    trained(student, config(max_steps=4, logging_steps=2, **evaluations), examples, teacher, callback)
+    head, *lines = re.findall("<tr.*?</tr>", shown[-1], re.DOTALL)
+    cells = [re.findall("<td>(.*?)</td>", line) for line in lines]
+    columns = re.findall("<th>(.*?)</th>", head)
+    stages = [line[columns.index("Stage")] for line in cells]
+    steps = [int(line[columns.index("Step")]) for line in cells]
+    expected = {2: "layer 2", 4: "kl"} if evaluates else {1: "layer 1", 2: "layer 2", 4: "kl"}
+    assert dict(zip(steps, stages, strict=True)) == expected
+    assert any("layer 1\n" in html for html in shown) and "kl\n" in shown[-1]
+
+
+def test_the_callback_of_bars_is_transformers_own(student, teacher, examples, config):
+    trainer = CurriculumDistillationTrainer(
+        student, config(disable_tqdm=False), train_dataset=examples, teacher_model=teacher
+    )
+    assert [type(c) for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)] == [
+        ProgressCallback
+    ]
