@@ -184,7 +184,7 @@ def test_layer_stages_of_any_order_share_all_steps(config, order, number):
 
 
 def test_stages_that_do_not_fit_into_the_steps_are_refused(config):
-    with pytest.raises(ValueError, match=r"2 layer stages need max_steps >= 2, but it is 1; raise it"):
+    with pytest.raises(ValueError, match=r"2 layer stages in 1 steps need max_steps >= 2; raise it"):
         make("no head", config(method="hidden", max_steps=1))
 
 

@@ -26,7 +26,8 @@ TINY = "--block_size 16 --eval_blocks 8 --teacher_from bert-2-32 --teacher_steps
 TINY += (
     "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --eval_steps 4 --save_steps 4 --logging_steps 2 "
 )
-TINY += "--allow_untrained_teacher"
+TINY += "--allow_untrained_teacher --tokenizer recipes/data/bert_uncased --student_embeddings random "
+TINY += "--methods curriculum one_shot --layer_order sequential --hidden_weight_in_logit_stage 0"
 
 
 STUDENT, ONE_SHOT = "student/curriculum/seed-42", "student/one_shot/seed-42"

@@ -93,7 +93,10 @@ WRONG = {
     "layers": (lambda _: ["--layer_map", "[[1, 9]]"], r"layer map: Layer pair \(1, 9\) names teacher layer 9, but"),
     "projection": (lambda _: ["--student", "bert-2-32", "--projection", "identity"], r"layer map: .*identity"),
     "no steps": (lambda _: ["--max_steps", "-1"], r"steps: max_steps is -1; a plan has no data set"),
-    "few steps": (lambda _: ["--max_steps", "2"], r"steps: 2 layer stages in 50 % of 2 steps.* need max_steps >= 4"),
+    "few steps": (
+        lambda _: ["--max_steps", "2", "--layer_order", "sequential"],
+        r"steps: 2 layer stages in 50 % of 2 steps.* need max_steps >= 4",
+    ),
     "length": (lambda _: ["--block_size", "33"], r"batch: block_size is 33, but the student reads at most 32 tokens\."),
     "no labels": (lambda _: ["--mlm_probability", "0.001"], r"batch: mlm_probability is 0.001, with which no label"),
     "encoder-decoder": (t5, r"models: A t5 is no single stack of blocks"),
