@@ -365,6 +365,19 @@ def loader(dataset, args) -> DataLoader:
     return DataLoader(dataset, args.train_batch_size, collate_fn=default_data_collator, pin_memory=pin)
 
 
+class Library(CurriculumDistillationTrainer):
+    """As it is, but a training returns the mean loss of all stages' steps, and not that of the last stage's."""
+
+    def training_step(self, *args, **kwargs):
+        self.step_losses.append(super().training_step(*args, **kwargs))
+        return self.step_losses[-1]
+
+    def train(self, *args, **kwargs) -> float:
+        self.step_losses = []
+        super().train(*args, **kwargs)
+        return torch.stack(self.step_losses).mean().item()
+
+
 @dataclass
 class Contender:
     """One way to train, and what its steps cost: a dict of phases for each turn."""
@@ -413,7 +426,7 @@ def line_up(options: Options, args, student, teacher, dataset, clock) -> list[Co
         own_args = copy.copy(args)
         own_args.train_prefix = prefix
         own = {"args": own_args, "teacher_model": teacher, "projection_bank": copy.deepcopy(bank)}
-        enter(name, CurriculumDistillationTrainer, phases, **own)
+        enter(name, Library, phases, **own)
     same = {"teacher": teacher, "scheduler": scheduler, "bank": bank}
     enter(BY_HAND, ByHand, phases, **same)
     enter(TRAINER, AllRows, phases, **same)

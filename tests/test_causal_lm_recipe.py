@@ -40,7 +40,7 @@ def byte_tokenizer(**tokens):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(documents(50, seed=2), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
 
@@ -49,7 +49,7 @@ def byte_tokenizer(**tokens):
 def folder(tmp_path_factory):
     """A teacher with its tokenizer, and text."""
     folder = tmp_path_factory.mktemp("causal_lm")
-    tokenizer = byte_tokenizer(eos_token="<eos>")
+    tokenizer = byte_tokenizer(eos_token="<|endoftext|>")
     tokenizer.save_pretrained(folder / "teacher")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "max_position_embeddings": 32}
@@ -115,11 +115,11 @@ def test_the_teacher_runs_once_for_all_methods_and_seeds_and_the_log_says_so(fol
 
 def test_bits_a_byte_are_those_of_a_hand_computation(folder, finished):
     results, done = finished
-    tokenizer, stream = byte_tokenizer(eos_token="<eos>"), []
+    tokenizer, stream = byte_tokenizer(eos_token="<|endoftext|>"), []
     for document in documents(20, seed=1):
         stream += [*tokenizer(document)["input_ids"], 0]
     blocks = [stream[start : start + BLOCK] for start in range(0, 8 * BLOCK, BLOCK)]
-    num_bytes = sum(len(tokenizer.decode(block[1:]).replace("<eos>", "").encode()) for block in blocks)
+    num_bytes = sum(len(tokenizer.decode(block[1:]).replace("<|endoftext|>", "").encode()) for block in blocks)
     assert num_bytes > 8 * (BLOCK - 1)
     for name, bits in [("teacher", None), *((result["path"], result["eval_bits_per_byte"]) for result in results)]:
         model, nats = AutoModelForCausalLM.from_pretrained(folder / name), 0.0
@@ -232,7 +232,10 @@ def test_the_defaults_are_the_real_job(causal_lm):
 
 def test_a_teacher_is_read_from_a_gguf_file(folder, causal_lm, tmp_path):
     gguf = pytest.importorskip("gguf")
-    teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "teacher"), byte_tokenizer(eos_token="<eos>")
+    teacher, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "teacher"),
+        byte_tokenizer(eos_token="<|endoftext|>"),
+    )
     write_gguf(gguf, tmp_path / "teacher.gguf", teacher, tokenizer)
     recipe = causal_lm.RecipeArguments(teacher=str(tmp_path), gguf_file="teacher.gguf")
     causal_lm.check_run(causal_lm.Run("curriculum", recipe, causal_lm.TrainingConfig(use_cpu=True)))

@@ -15,7 +15,11 @@ TRAINS = [
     ("bart", "BartForCausalLM"),  # a causal model whose loss doesn't shift labels
     ("bart", "BartForConditionalGeneration"),
     ("bart", "BartForSequenceClassification"),  # an encoder-decoder that makes its decoder's inputs from the encoder's
+    ("bert", "BertForMultipleChoice"),
     ("bert", "BertForNextSentencePrediction"),
+    ("bert", "BertForQuestionAnswering"),
+    ("bert", "BertForSequenceClassification", "multi_label_classification"),
+    ("bert", "BertForSequenceClassification", "regression"),
     ("bert", "BertLMHeadModel"),
     ("deberta-v2", "DebertaV2ForTokenClassification"),
     ("gpt2", "GPT2LMHeadModel"),
@@ -30,11 +34,7 @@ TRAINS = [
 ]
 REFUSED = [
     ("beit", "BeitForSemanticSegmentation"),
-    ("bert", "BertForMultipleChoice"),
     ("bert", "BertForPreTraining"),
-    ("bert", "BertForQuestionAnswering"),
-    ("bert", "BertForSequenceClassification", "multi_label_classification"),
-    ("bert", "BertForSequenceClassification", "regression"),
     ("bert", "BertModel"),
     ("resnet", "ResNetForImageClassification"),
     ("vit", "ViTForMaskedImageModeling"),

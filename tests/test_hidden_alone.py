@@ -192,7 +192,6 @@ def test_stages_that_do_not_fit_into_the_steps_are_refused(config):
     "fields",
     [
         {"label_loss_weight": 0.5},
-        {"hidden_weight_in_logit_stage": 0.1},
         {"hidden_weight_at_end": 0.1},
         {"freeze_matched_layers": True},
     ],

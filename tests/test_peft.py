@@ -44,7 +44,7 @@ def adapters(model):
 TIMES = ("runtime", "per_second", "train_loss")
 
 
-def numbers(trainer, but=(*TIMES, "grad_norm", "flops", "flos")):
+def numbers(trainer, but=(*TIMES, "grad_norm", "flops", "flos", "stage_name")):
     return [{n: v for n, v in log.items() if not n.endswith(but)} for log in trainer.state.log_history]
 
 

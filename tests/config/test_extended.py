@@ -105,7 +105,7 @@ def test_the_object_that_was_passed_is_in_force(config, student, teacher, exampl
     args.margin, args.max_steps, args.layer_order = 3.0, 6, "last"
     trainer.train()
     assert trainer.state.global_step == 6
-    assert [stage.name for stage in trainer.stages] == ["layer 2", "kl"]
+    assert [stage.name for stage in trainer.stages] == ["layer 2", "kl + layer 2"]
     checkpoint = f"{args.output_dir}/checkpoint-3"
     saved = torch.load(f"{checkpoint}/training_args.bin", weights_only=False)
     assert type(saved) is type(args) and saved.margin == 3.0

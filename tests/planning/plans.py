@@ -13,6 +13,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from hf_curriculum_distill import CURRICULUM_EXTRACTION
 from hf_curriculum_distill.planning import PlanArguments, PlannedConfig, make_plan
 
 LENGTH, LABELS = 12, 3  # tokens of an example, and how many of them a masked LM predicts
@@ -60,7 +61,7 @@ def planned(tmp_path, student, teacher, options=None, **fields):
     share = {"mlm_probability": LABELS / LENGTH} if task == "MaskedLM" else {}
     models = {"student": saved(tmp_path / "student", student), "teacher": saved(tmp_path / "teacher", teacher)}
     shape = {"task": task, "block_size": LENGTH} | share
-    defaults = {"max_steps": 8, "per_device_train_batch_size": 4, "use_cpu": True}
+    defaults = CURRICULUM_EXTRACTION | {"max_steps": 8, "per_device_train_batch_size": 4, "use_cpu": True}
     return make_plan(
         PlanArguments(**models | shape | (options or {})), PlannedConfig(str(tmp_path / "out"), **defaults | fields)
     )

@@ -91,7 +91,11 @@ def test_a_variant_without_changes_is_its_method_and_a_name_twice_is_one_run(con
 @pytest.mark.parametrize(
     "methods, variants, message",
     [
-        (["two_shot"], {}, r"methods names 'two_shot'; use curriculum, one_shot, progressive, online, labels, or desc"),
+        (
+            ["two_shot"],
+            {},
+            r"methods names 'two_shot'; use curriculum, one_shot, progressive, online, labels, hidden, or desc",
+        ),
         (["lst"], {"last": {}}, r"methods names 'lst'; use last, curriculum"),
         (["a"], {"a": {"learning_rat": 1.0}}, r"variants.a sets 'learning_rat', .* did you mean learning_rate\?"),
         (["labels"], {"a": {"hiden_weight": 1.0}}, r"variants.a sets 'hiden_weight', .* did you mean hidden_weight\?"),
