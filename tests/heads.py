@@ -33,7 +33,7 @@ from transformers.models.auto import modeling_auto
 
 import hf_curriculum_distill
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
-from hf_curriculum_distill.layers.heads import CLASSES, head_of
+from hf_curriculum_distill.layers import heads as library_heads
 
 SECONDS = 20  # for one head, models and training
 MAX_PARAMETERS = 20_000_000
@@ -623,7 +623,7 @@ def _train(
         if ours and step == 0:
             return Verdict(head, "refused", sentence)
         return Verdict(head, "FAULT", f"{'an error' if ours else 'a foreign error'} after step {step}: {sentence}")
-    if training is None and head_of(student) is not CLASSES:
+    if training is None and library_heads.head_of(student) is not library_heads.CLASSES:
         return Verdict(head, "trains", "test_rows.py computes its loss by hand")
     if training is None:
         return Verdict(head, "FAULT", "it trains, but its own loss is no cross-entropy of the labels")
