@@ -104,6 +104,7 @@ class TrainingConfig(RecipeConfig):
 
     layer_order: str = "sequential"
     hidden_weight_in_logit_stage: float = 0.0
+    shared_projection: bool = False
     output_dir: str | None = "runs/pcfg/run"
     max_steps: int = 4000
     per_device_train_batch_size: int = 512

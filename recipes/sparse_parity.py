@@ -108,6 +108,7 @@ class TrainingConfig(RecipeConfig):
 
     layer_order: str = "sequential"
     hidden_weight_in_logit_stage: float = 0.0
+    shared_projection: bool = False
     output_dir: str | None = "runs/sparse_parity/run"
     max_steps: int = 3125
     per_device_train_batch_size: int = 64

@@ -166,7 +166,7 @@ class CurriculumDistillationConfig(TrainingArguments):
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of the projections and of the calibration sample."})
     shared_projection: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "Whether all layers share one matrix, so that a residual stream keeps one basis; a PCA pools the "
             "covariances of their teacher layers."

@@ -33,7 +33,7 @@ OTHER_VALUES = {
     "teacher_entropy_threshold": [0, 0.5, 1.0],
     "projection": ["rademacher", "orthogonal", "identity", "pca", "rotated_pca"],
     "projection_seed": [1, 2**40],
-    "shared_projection": [True],
+    "shared_projection": [False],
     "standardize_targets": [False],
     "calibration_samples": [1, 10_000],
     "logit_chunk_size": [0, 1, 512],
