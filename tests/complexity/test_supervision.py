@@ -120,7 +120,7 @@ def test_a_kernel_of_too_low_a_rank_shows_in_the_sensitivity():
     assert value.at_tenth_ridge / value.value == pytest.approx(10, rel=1e-3)
 
 
-def test_class_numbers_and_float32_are_taken_as_numbers():
+def test_targets_may_be_whole_numbers():
     kernel, targets = torch.eye(3), torch.tensor([1, -1, 2])
     assert supervision_complexity(kernel, targets, adjusted=False, ridge=0).value == 6
 
