@@ -17,7 +17,7 @@ from hf_curriculum_distill.layers.heads import head_of
 
 KINDS = ("block", "per_class", "trace", "pseudo")
 Outputs = Callable[[nn.Module, Mapping[str, Any]], Tensor]
-_DEFAULT_NUMBERS = 2**29  # of a chunk of the Jacobian: 2 GiB in float32
+_DEFAULT_NUMBERS = 2**30  # of a chunk of the Jacobian: 4 GiB in float32
 _PRODUCT_NUMBERS = 2**24  # of what is converted to float64 at a time: 128 MiB
 _PRODUCT_ROWS = 512
 
@@ -94,9 +94,10 @@ def empirical_ntk(
             `sqrt(d)`, which costs one gradient a row (Mohamadi et al., ICML 2023, arXiv 2206.12543).
         outputs: a function that is called as `outputs(model, inputs)` with the inputs of one example, `[1, ...]`, and
             returns `[..., d]`; see [`logit_contrasts`] and [`hidden_states`].
-        rows: numbers of the rows of the flattened outputs of all examples that are measured, `[n]`: such as the masked
-            positions of `[examples, length]`. None for all: of a classifier, each example is a row.
-        chunk_size: the number of parameters at a time; by default as many as take 2 GiB in float32.
+        rows: increasing numbers of the rows that are measured, among those of the flattened outputs of all examples,
+            `[n]`: such as the masked positions of `[examples, length]`. None for all: of a classifier, each example is
+            a row.
+        chunk_size: the number of parameters at a time; by default as many as take 4 GiB in float32.
 
     Returns:
         in float64, `[n * d, n * d]` for "block", where output a of row i is `i * d + a`; `[d, n, n]` for "per_class";
@@ -121,12 +122,8 @@ def empirical_ntk(
     _check_kind(kind)
     gram = None
     for _, jacobian in _jacobian_chunks(model, inputs, kind, outputs, rows, chunk_size):
-        features = _arrange(jacobian, kind)
-        if gram is None:
-            side = features.shape[1]
-            gram = features.new_zeros((len(features), side, side), dtype=torch.float64)
-        _add_products(gram, features)
-    return _symmetric(gram, kind)
+        gram = _add_products(gram, _arrange(jacobian, kind))
+    return _finished(gram, kind, jacobian.shape[1])
 
 
 def sketched_ntk(
@@ -172,10 +169,7 @@ def sketched_ntk(
         signs = 1 - 2 * (own % 2)
         for row, gradients in zip(sketch, jacobian, strict=True):
             row.index_add_(1, own // 2, gradients.double() * signs)
-    features = _arrange(sketch, kind)
-    gram = features.new_zeros((len(features), features.shape[1], features.shape[1]))
-    _add_products(gram, features)
-    return _symmetric(gram, kind)
+    return _finished(_add_products(None, _arrange(sketch, kind)), kind, sketch.shape[1])
 
 
 def _check_kind(kind: str) -> None:
@@ -238,34 +232,37 @@ def _jacobian_chunks(
             columns = slice(start, min(start + chunk_size, total))
             part = jacobian[..., : columns.stop - start]
             for index, example in enumerate(examples):
-                where = (rows // per_example == index).nonzero().squeeze(1)
-                if len(where):
-                    part[where] = _gradients(module, parameters, example, rows[where] % per_example, columns)
-            if not part.isfinite().all():
-                raise FloatingPointError(f"The gradients of {type(model).__name__}'s outputs are not finite.")
+                own = (rows // per_example == index).nonzero().flatten().tolist()
+                if own:
+                    some = slice(own[0], own[-1] + 1)
+                    _write_gradients(part[some], module, parameters, example, rows[some] % per_example, start)
             yield columns, part
 
 
-def _gradients(
-    module: nn.Module, parameters: Mapping[str, Tensor], example: Mapping[str, Any], rows: Tensor, columns: slice
-) -> Tensor:
-    """One example's gradients with respect to the parameters numbered `columns`: `[rows, d, columns]`."""
-    touched, first, end = {}, None, 0
+def _write_gradients(
+    jacobian: Tensor,
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    example: Mapping[str, Any],
+    rows: Tensor,
+    start: int,
+) -> None:
+    """Write one example's gradients, `[rows, d, columns]`, with respect to the parameters from number `start`."""
+    width, end, places, touched = jacobian.shape[-1], -start, {}, {}
     for name, parameter in parameters.items():
         begin, end = end, end + parameter.numel()
-        if begin < columns.stop and end > columns.start:
-            first = begin if first is None else first
-            touched[name] = parameter.detach()
+        if begin < width and end > 0:
+            places[name], touched[name] = begin, parameter.detach()
     result, backward = vjp(lambda own: functional_call(module, own, (example,))[rows], touched)
-    width, size = columns.stop - columns.start, sum(p.numel() for p in touched.values())
-    wanted = slice(columns.start - first, columns.stop - first)
-    directions = torch.eye(result.numel(), dtype=result.dtype, device=result.device).view(-1, *result.shape)
-    at_once = max(result.numel() * width // size, 1)  # no more memory than the result has, but for one gradient
-    parts = []
-    for some in directions.split(at_once):
-        (own,) = vmap(backward)(some)
-        parts.append(torch.cat([gradient.flatten(1) for gradient in own.values()], dim=1)[:, wanted].clone())
-    return torch.cat(parts).view(*result.shape, width)
+    flat = jacobian.flatten(0, 1)
+    directions = torch.eye(len(flat), dtype=result.dtype, device=result.device).view(-1, *result.shape)
+    # no more memory at a time than the result has, but for one gradient
+    at_once = max(flat.numel() // sum(p.numel() for p in touched.values()), 1)
+    for some, part in zip(directions.split(at_once), flat.split(at_once), strict=True):
+        (gradients,) = vmap(backward)(some)
+        for name, begin in places.items():
+            own = gradients[name].flatten(1)[:, max(-begin, 0) : width - begin]
+            part[:, max(begin, 0) :][:, : own.shape[1]] = own
 
 
 def _examples(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -282,8 +279,9 @@ def _examples(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _checked_rows(rows: Tensor | None, count: int) -> Tensor:
     if rows is None:
         return torch.arange(count)
-    if rows.dim() != 1 or rows.is_floating_point() or not len(rows) or rows.min() < 0 or rows.max() >= count:
-        raise ValueError(f"rows must be whole numbers [n] from 0 to {count - 1}, the outputs' rows, but are {rows}.")
+    wrong = rows.dim() != 1 or rows.is_floating_point() or not len(rows) or (rows.diff() <= 0).any()
+    if wrong or rows[0] < 0 or rows[-1] >= count:
+        raise ValueError(f"rows must be increasing whole numbers [n] from 0 to {count - 1}, but they are {rows}.")
     return rows
 
 
@@ -292,20 +290,28 @@ def _arrange(jacobian: Tensor, kind: str) -> Tensor:
     if kind == "per_class":
         return jacobian.transpose(0, 1)
     if kind == "trace":
-        return jacobian.flatten(1)[None] / math.sqrt(jacobian.shape[1])
+        return jacobian.flatten(1)[None]
     return jacobian.flatten(0, 1)[None]
 
 
-def _add_products(gram: Tensor, features: Tensor) -> None:
+def _add_products(gram: Tensor | None, features: Tensor) -> Tensor:
     """Add the products of features, `[kernels, rows, columns]`, to the kernels' lower triangles."""
     num_kernels, num_rows, _ = features.shape
+    if gram is None:
+        gram = features.new_zeros((num_kernels, num_rows, num_rows), dtype=torch.float64)
     for columns in features.split(max(_PRODUCT_NUMBERS // (num_kernels * num_rows), 1), dim=2):
         columns = columns.double()
         for start in range(0, num_rows, _PRODUCT_ROWS):
             stop = start + _PRODUCT_ROWS
             gram[:, start:stop, :stop] += columns[:, start:stop] @ columns[:, :stop].mT
+    return gram
 
 
-def _symmetric(gram: Tensor, kind: str) -> Tensor:
+def _finished(gram: Tensor, kind: str, num_outputs: int) -> Tensor:
+    """The kernel of sums of products in lower triangles."""
+    if not gram.isfinite().all():
+        raise FloatingPointError("The gradients of the model's outputs are not finite, so it has no tangent kernel.")
     gram = gram.tril() + gram.tril(-1).mT
+    if kind == "trace":
+        gram /= num_outputs
     return gram if kind == "per_class" else gram[0]
