@@ -3,12 +3,13 @@
 Harutyunyan et al. (ICLR 2023, arXiv 2301.12245) explain by this measure why some teachers suit a student better.
 
 ```python
-ntk = empirical_ntk(student, inputs, kind="trace")  # held-out examples, without labels
-labels, teacher = torch.nn.functional.one_hot(labels, 10) - 0.1, teacher_probabilities - 0.1
-supervision_complexity(ntk, labels).value >= supervision_complexity(ntk, teacher).value  # a teacher that helps
+ntk = empirical_ntk(student, inputs, "trace")  # held-out examples, without labels: [n, n]
+of_labels = supervision_complexity(ntk, class_targets(torch.nn.functional.one_hot(labels, 10))).value
+of_teacher = supervision_complexity(ntk, class_targets(teacher_logits.softmax(-1))).value  # less, if it helps
 ```
 """
 
+from hf_curriculum_distill.complexity.analysis import class_targets, measure_complexity
 from hf_curriculum_distill.complexity.kernel import (
     KINDS,
     empirical_ntk,
@@ -22,11 +23,13 @@ from hf_curriculum_distill.complexity.supervision import SupervisionComplexity, 
 __all__ = [
     "KINDS",
     "SupervisionComplexity",
+    "class_targets",
     "empirical_ntk",
     "hidden_states",
     "logit_contrasts",
     "logits",
     "margin_bound",
+    "measure_complexity",
     "sketched_ntk",
     "supervision_complexity",
 ]

@@ -121,8 +121,9 @@ def empirical_ntk(
     """
     _check_kind(kind)
     gram = None
-    for _, jacobian in _jacobian_chunks(model, inputs, kind, outputs, rows, chunk_size):
-        gram = _add_products(gram, _arrange(jacobian, kind))
+    with _measuring(model):
+        for _, jacobian in _jacobian_chunks(model, inputs, kind, outputs, rows, chunk_size):
+            gram = _add_products(gram, _arrange(jacobian, kind))
     return _finished(gram, kind, jacobian.shape[1])
 
 
@@ -162,13 +163,14 @@ def sketched_ntk(
     draws = torch.Generator().manual_seed(seed)
     places = torch.randint(2 * size, (sum(p.numel() for p in model.parameters()),), generator=draws)
     sketch = None
-    for columns, jacobian in _jacobian_chunks(model, inputs, kind, outputs, rows, None):
-        if sketch is None:
-            sketch = jacobian.new_zeros((*jacobian.shape[:2], size), dtype=torch.float64)
-        own = places[columns].to(jacobian.device)
-        signs = 1 - 2 * (own % 2)
-        for row, gradients in zip(sketch, jacobian, strict=True):
-            row.index_add_(1, own // 2, gradients.double() * signs)
+    with _measuring(model):
+        for columns, jacobian in _jacobian_chunks(model, inputs, kind, outputs, rows, None):
+            if sketch is None:
+                sketch = jacobian.new_zeros((*jacobian.shape[:2], size), dtype=torch.float64)
+            own = places[columns].to(jacobian.device)
+            signs = 1 - 2 * (own % 2)
+            for row, gradients in zip(sketch, jacobian, strict=True):
+                row.index_add_(1, own // 2, gradients.double() * signs)
     return _finished(_add_products(None, _arrange(sketch, kind)), kind, sketch.shape[1])
 
 
@@ -220,23 +222,22 @@ def _jacobian_chunks(
     if not parameters:
         raise ValueError(f"No parameter of {type(model).__name__} requires gradients, so it has no tangent kernel.")
     total = sum(p.numel() for p in parameters.values())
-    with _measuring(model):
-        per_example, num_outputs = (first := module(examples[0])).shape
-        rows = _checked_rows(rows, per_example * len(examples)).to(first.device)
-        if chunk_size is None:
-            chunk_size = max(_DEFAULT_NUMBERS // (len(rows) * num_outputs), 1)
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}; it is a number of parameters, at least 1.")
-        jacobian = first.new_empty((len(rows), num_outputs, min(chunk_size, total)))
-        for start in range(0, total, chunk_size):
-            columns = slice(start, min(start + chunk_size, total))
-            part = jacobian[..., : columns.stop - start]
-            for index, example in enumerate(examples):
-                own = (rows // per_example == index).nonzero().flatten().tolist()
-                if own:
-                    some = slice(own[0], own[-1] + 1)
-                    _write_gradients(part[some], module, parameters, example, rows[some] % per_example, start)
-            yield columns, part
+    per_example, num_outputs = (first := module(examples[0])).shape
+    rows = _checked_rows(rows, per_example * len(examples)).to(first.device)
+    if chunk_size is None:
+        chunk_size = max(_DEFAULT_NUMBERS // (len(rows) * num_outputs), 1)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it is a number of parameters, at least 1.")
+    jacobian = first.new_empty((len(rows), num_outputs, min(chunk_size, total)))
+    for start in range(0, total, chunk_size):
+        columns = slice(start, min(start + chunk_size, total))
+        part = jacobian[..., : columns.stop - start]
+        for index, example in enumerate(examples):
+            own = (rows // per_example == index).nonzero().flatten().tolist()
+            if own:
+                some = slice(own[0], own[-1] + 1)
+                _write_gradients(part[some], module, parameters, example, rows[some] % per_example, start)
+        yield columns, part
 
 
 def _write_gradients(
