@@ -142,8 +142,8 @@ def sketched_ntk(
     al., 2002), whose products are taken instead: `n d p + (n d)^2 size` operations in place of `(n d)^2 p` for p
     parameters. An entry has the standard deviation of at most `sqrt(2 / size) |g_i| |g_j|` for gradients `g`.
 
-    A sketch has rank `size`: before [`supervision_complexity`], it must be several times the kernel's number of rows,
-    else the estimate has no inverse and the ridge alone is measured.
+    The estimate has at most the rank `size` (of "trace", d times that). Before [`supervision_complexity`], make it
+    several times the number of rows of a kernel: an estimate without an inverse leaves the ridge alone to be measured.
 
     Args:
         size: the number of sums.
