@@ -280,7 +280,8 @@ def _examples(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _checked_rows(rows: Tensor | None, count: int) -> Tensor:
     if rows is None:
         return torch.arange(count)
-    wrong = rows.dim() != 1 or rows.is_floating_point() or not len(rows) or (rows.diff() <= 0).any()
+    whole = not rows.is_floating_point() and rows.dtype != torch.bool
+    wrong = not whole or rows.dim() != 1 or not len(rows) or (rows.diff() <= 0).any()
     if wrong or rows[0] < 0 or rows[-1] >= count:
         raise ValueError(f"rows must be increasing whole numbers [n] from 0 to {count - 1}, but they are {rows}.")
     return rows

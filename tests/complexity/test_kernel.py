@@ -215,6 +215,7 @@ def test_a_sketch_has_the_shape_of_the_kernel_and_depends_on_its_seed_alone(kind
         ({"rows": torch.tensor([2])}, r"rows must be increasing whole numbers \[n\] from 0 to 1"),
         ({"rows": torch.tensor([-1])}, "rows must be increasing whole numbers"),
         ({"rows": torch.tensor([1, 0])}, "rows must be increasing whole numbers"),
+        ({"rows": torch.tensor([False, True])}, "rows must be increasing whole numbers"),
         ({"rows": torch.tensor([0.0])}, "rows must be increasing whole numbers"),
         ({"rows": torch.tensor([], dtype=torch.long)}, "rows must be increasing whole numbers"),
         ({"inputs": {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(3, 3)}}, "one number of examples"),
