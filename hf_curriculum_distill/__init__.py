@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_curriculum_distill.complexity import empirical_ntk, margin_bound, sketched_ntk, supervision_complexity
     from hf_curriculum_distill.config import CurriculumDistillationConfig
     from hf_curriculum_distill.layers.students import project_embeddings, student_from_teacher
     from hf_curriculum_distill.projections import ProjectionBank
@@ -18,8 +19,12 @@ __all__ = [
     "ProjectionBank",
     "Stage",
     "StageScheduler",
+    "empirical_ntk",
+    "margin_bound",
     "project_embeddings",
+    "sketched_ntk",
     "student_from_teacher",
+    "supervision_complexity",
 ]
 
 # public name -> its module, which is imported at the first use: `hf-curriculum-distill --help` needs no torch
@@ -30,8 +35,12 @@ _MODULES = {
     "ProjectionBank": "projections",
     "Stage": "stages",
     "StageScheduler": "stages",
+    "empirical_ntk": "complexity",
+    "margin_bound": "complexity",
     "project_embeddings": "layers.students",
+    "sketched_ntk": "complexity",
     "student_from_teacher": "layers.students",
+    "supervision_complexity": "complexity",
 }
 
 
