@@ -71,6 +71,8 @@ _NO_SETTINGS = (
     "ignore_data_", "enable_jit_", "seed", "data_seed",
 )  # fmt: skip
 _NO_SETTING_EITHER = ("project", "teacher_cache")
+# Of `teacher_model_init_kwargs`: secrets, and places on the machine, for the record may be published.
+_OF_LOADING = ("token", "use_auth_token", "cache_dir", "proxies", "config", "offload_folder")
 
 # What must not change for a resumed run to equal one that was never interrupted.
 _FIXED = ("method", "max_steps", "stages", "settings", "teacher", "base_model", "projection_matrices", "cached_logits")
@@ -118,7 +120,7 @@ def make_record(
         "seed": args.seed,
         "data_seed": args.data_seed,
         "arguments": _plain_settings(args),
-        "teacher": teacher and {name: getattr(teacher, name) for name in ("name", "revision", "fingerprint")},
+        "teacher": teacher and teacher.origin,
         "projection_matrices": bank and bank.matrix_fingerprint,
         "projection_bank": bank and bank.fingerprint,
         "cached_logits": None if args.teacher_cache is None else args.teacher_cache_logits or "all",
@@ -136,6 +138,8 @@ def _plain_settings(args: CurriculumDistillationConfig) -> dict[str, Any]:
     settings = {}
     for name, value in args.to_dict().items():
         if not name.startswith(_NO_SETTINGS) and name not in _NO_SETTING_EITHER:
+            if name == "teacher_model_init_kwargs" and value:
+                value = {key: inner for key, inner in value.items() if key not in _OF_LOADING}
             with suppress(TypeError, ValueError):
                 settings[name] = json.loads(json.dumps(value))
     return settings
