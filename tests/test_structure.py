@@ -17,8 +17,11 @@ LIBRARY = Path(hf_curriculum_distill.__file__).parent
 NAME = LIBRARY.name
 MODULES = {module.name: module for module in pkgutil.walk_packages([str(LIBRARY)], f"{NAME}.")}
 SOURCES = {name: Path(importlib.import_module(name).__file__).read_text() for name in MODULES}
-# As long as the signature of Trainer that it repeats.
-SPELLED_OUT = {f"{NAME}.trainer.CurriculumDistillationTrainer.__init__"}
+# As long as the signatures of Trainer that they repeat.
+SPELLED_OUT = {
+    f"{NAME}.trainer.CurriculumDistillationTrainer.__init__",
+    f"{NAME}.report.trainer.PublishedTrainer.create_model_card",
+}
 
 
 def imports(name):

@@ -238,9 +238,8 @@ def _describe_method(facts: CardFacts) -> str:
     record = facts.record
     teacher = f"was distilled from {_name_teacher(record)}" if record["teacher"] else "has no teacher"
     data = f" on [{i}](https://huggingface.co/datasets/{i})" if (i := (facts.train_data or {}).get("id")) else ""
-    unfinished = (
-        "" if facts.step >= record["max_steps"] else f" This is step {facts.step:,} of {record['max_steps']:,}."
-    )
+    step, end = facts.step, record["max_steps"]
+    unfinished = "" if step >= end else f" This is step {step:,} of {end:,}."
     return f"This {facts.model_class} {teacher}{data}. {_METHODS[record['method']]}{unfinished}"
 
 

@@ -47,9 +47,10 @@ class PublishedTrainer(PreparedTrainer):
         data set where `dataset_tags` does not name one on the Hub.
         """
         if not self._declared_stages or not self.stage_scheduler:
-            return super().create_model_card(
+            super().create_model_card(
                 language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
             )
+            return
         given = {"language": language, "license": license, "tags": _as_list(tags), "base_model": finetuned_from}
         given |= {"pipeline_tag": (_as_list(tasks) or [None])[0], "datasets": _as_list(dataset_tags)}
         changes: dict[str, Any] = {} if given["pipeline_tag"] is None else {"task": given["pipeline_tag"]}

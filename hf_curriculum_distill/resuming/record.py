@@ -71,8 +71,6 @@ _NO_SETTINGS = (
     "ignore_data_", "enable_jit_", "seed", "data_seed",
 )  # fmt: skip
 _NO_SETTING_EITHER = ("project", "teacher_cache")
-# Of `teacher_model_init_kwargs`: secrets, and places on the machine, for the record may be published.
-_OF_LOADING = ("token", "use_auth_token", "cache_dir", "proxies", "config", "offload_folder")
 
 # What must not change for a resumed run to equal one that was never interrupted.
 _FIXED = ("method", "max_steps", "stages", "settings", "teacher", "base_model", "projection_matrices", "cached_logits")
@@ -138,8 +136,6 @@ def _plain_settings(args: CurriculumDistillationConfig) -> dict[str, Any]:
     settings = {}
     for name, value in args.to_dict().items():
         if not name.startswith(_NO_SETTINGS) and name not in _NO_SETTING_EITHER:
-            if name == "teacher_model_init_kwargs" and value:
-                value = {key: inner for key, inner in value.items() if key not in _OF_LOADING}
             with suppress(TypeError, ValueError):
                 settings[name] = json.loads(json.dumps(value))
     return settings
