@@ -22,7 +22,7 @@ def card(folder):
 def published(tmp_path_factory):
     """A run with a teacher from a local folder, resumed in its middle and saved at its end."""
     folder = tmp_path_factory.mktemp("published")
-    tiny_bert(4, width=24, seed=2, initializer_range=0.3).save_pretrained(folder / "private" / "big-teacher")
+    tiny_bert(4, width=24, seed=2, initializer_range=0.3).save_pretrained(folder / "secret-place" / "big-teacher")
     data = masked_lm_examples(16)
     fields = {"per_device_train_batch_size": 4, "report_to": "tensorboard", "disable_tqdm": True, "use_cpu": True}
     fields |= CURRICULUM_EXTRACTION | SAVED | {"max_steps": 8}
@@ -33,7 +33,7 @@ def published(tmp_path_factory):
             args,
             train_dataset=data,
             eval_dataset=data[:8],
-            teacher_model=str(folder / "private" / "big-teacher"),
+            teacher_model=str(folder / "secret-place" / "big-teacher"),
         )
         trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-4" if resume else None)
     trainer.save_model()
@@ -58,10 +58,10 @@ def test_every_saved_student_has_a_card_of_its_own_step(published):
 
 
 def test_nothing_that_is_written_names_the_teachers_folder(published):
-    assert published.teacher.name.endswith("/private/big-teacher")  # what messages say
+    assert published.teacher.name.endswith("/secret-place/big-teacher")  # what messages say
     files = [path for path in Path(published.args.output_dir).rglob("*") if path.is_file()]
     assert any("events.out" in path.name for path in files)
-    assert [path for path in files if b"private" in path.read_bytes()] == []
+    assert [path for path in files if b"secret-place" in path.read_bytes()] == []
     record = json.loads(Path(published.args.output_dir, "curriculum.json").read_text())
     assert record["teacher"]["name"] == "big-teacher" and record["teacher"]["revision"] is None
     assert "`big-teacher`, which is not on the Hub" in card(published.args.output_dir).text
