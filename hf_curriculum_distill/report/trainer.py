@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from hf_curriculum_distill.preparing.trainer import PreparedTrainer
-from hf_curriculum_distill.report.card import CardFacts, describe_dataset, write_card
+from hf_curriculum_distill.report.card import CardFacts, describe_dataset
+from hf_curriculum_distill.report.card_file import write_card
 
 
 class PublishedTrainer(PreparedTrainer):

@@ -91,7 +91,9 @@ class Teacher:
 
     @property
     def _is_on_hub(self) -> bool:
-        return self.revision is not None and not os.path.exists(getattr(self.model.config, "_name_or_path", ""))
+        # an adapter in a folder has the configuration, and so the revision, of its base
+        places = [getattr(self.model.config, "_name_or_path", ""), *self.name.split(", ")]
+        return self.revision is not None and not any(map(os.path.exists, places))
 
     @property
     def origin(self) -> dict[str, str | None]:

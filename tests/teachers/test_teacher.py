@@ -104,9 +104,9 @@ def test_a_bank_notes_a_teacher_of_the_hub_by_its_name_and_a_folder_by_its_weigh
 
 
 def test_a_record_names_a_teacher_of_the_hub_as_it_is_and_a_folder_by_its_last_part(tmp_path):
-    def origin(name, revision=None):
+    def origin(name, revision=None, base=None):
         model = tiny_bert(1)
-        model.config._name_or_path, model.config._commit_hash = name or "", revision
+        model.config._name_or_path, model.config._commit_hash = base or name or "", revision
         teacher = Teacher(model, name)
         assert teacher.origin["fingerprint"] == teacher.fingerprint
         return teacher.origin["name"], teacher.origin["revision"]
@@ -116,6 +116,7 @@ def test_a_record_names_a_teacher_of_the_hub_as_it_is_and_a_folder_by_its_last_p
     assert origin(f"{tmp_path}/") == (tmp_path.name, None)
     assert origin("runs/teacher") == ("teacher", None)  # may have been moved meanwhile
     assert origin(None) == ("BertForMaskedLM", None)
+    assert origin(str(tmp_path), "0a1b", "org/base") == (tmp_path.name, None)  # an adapter
     assert origin(f"{tmp_path}/checkpoint-1, {tmp_path}/checkpoint-2") == ("checkpoint-1, checkpoint-2", None)
 
 
