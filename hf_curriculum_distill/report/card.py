@@ -249,8 +249,8 @@ def _stage_table(record: Mapping[str, Any]) -> str:
         weights = [hidden if stage["hidden"] else "-", *(f"{stage[n]:g}" for n in ("kl_weight", "label_weight"))]
         rows.append([f"{number}: {stage['name']}", f"{first:,} to {end:,}", pairs, *weights])
     settings = record["settings"]
-    note = f"The last three columns are weights of losses: {settings['hidden_loss']} of hidden states, "
-    note += f"{settings['divergence']} divergence of logits at temperature {settings['temperature']:g}, "
+    note = f"The last three columns are weights of losses: `{settings['hidden_loss']}` of hidden states, "
+    note += f"`{settings['divergence']}` of logits at temperature {settings['temperature']:g}, "
     note += "cross-entropy on labels. Layers are numbers of blocks, from 1; 0 is the embeddings."
     return f"{_markdown_table(rows)}\n\n{note}"
 
@@ -274,14 +274,14 @@ def _describe_evaluation(facts: CardFacts) -> str:
 
 def _describe_cost(facts: CardFacts) -> str:
     record = facts.record
-    student, teacher = record["student_flops"], record["teacher_flops"]
+    student, teacher, hours = record["student_flops"], record["teacher_flops"], record["train_seconds"] / 3600
     rows = [
         ["cost", "value"],
         ["optimizer steps", f"{record['step']:,}"],
         ["training examples", f"{record['step'] * record['samples_per_step']:,}"],
         ["floating-point operations, student", f"{student:.3g}"],
         ["floating-point operations, teacher", f"{teacher:.3g}"],
-        ["hours", f"{record['train_seconds'] / 3600:.3g} on {facts.device}"],
+        ["hours", f"{f'{hours:.3g}' if hours >= 0.01 else 'less than 0.01'} on {facts.device}"],
     ]
     return _markdown_table(rows)
 
