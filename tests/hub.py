@@ -39,6 +39,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=COMMIT)
         if self.path.startswith("/api/whoami"):
             return self._reply({"name": "me", "type": "user"})
+        if re.fullmatch(r"/api/models/\w+/\w+/tree/\w+(\?.*)?", self.path):
+            sizes = {path: len(content) for path, content in files.items()}
+            return self._reply([{"type": "file", "path": p, "size": n, "oid": COMMIT} for p, n in sizes.items()])
+        if "/tree/" in self.path:
+            return self._reply(status=404, X_Error_Code="EntryNotFound")
         if self.path.startswith("/api/models/"):
             return self._reply({"id": "me/student", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
         return self._reply(status=404)
@@ -59,9 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
         if "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
-            added = {
-                v["path"]: base64.b64decode(v["content"]) for v in (x["value"] for x in lines if x["key"] == "file")
-            }
+            new = [line["value"] for line in lines if line["key"] == "file"]
+            added = {file["path"]: base64.b64decode(file["content"]) for file in new}
             server.files |= added
             server.commits.append(sorted(added))
             return self._reply({"success": True, "commitOid": COMMIT, "commitUrl": f"{url}/commit/{COMMIT}"})

@@ -129,9 +129,7 @@ def test_a_student_that_is_pushed_is_complete_at_every_push_and_can_be_loaded(tm
     files = {"README.md", "config.json", "curriculum.json", "model.safetensors", "projection_bank.safetensors"}
     students = [commit for commit in server.commits if "model.safetensors" in commit]
     assert len(students) >= 3 and all(files < {*commit} for commit in students)
-    assert files < {
-        path.removeprefix("last-checkpoint/") for path in server.files if path.startswith("last-checkpoint")
-    }
+    assert {f"last-checkpoint/{name}" for name in files} < {*server.files}
     assert any(path.startswith("runs/") for path in server.files)
     assert [path for path, content in server.files.items() if b"secret-place" in content] == []
     pushed = ModelCard(server.files["README.md"].decode())
