@@ -57,8 +57,6 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply({"error": "no token"}, status=401)
         if self.path == "/api/repos/create":
             return self._reply({"url": url, "id": "me/student"})
-        if self.path == "/api/validate-yaml":
-            return self._reply({"errors": [], "warnings": []})
         if "/preupload/" in self.path:
             paths = [file["path"] for file in json.loads(body)["files"]]
             return self._reply({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
@@ -88,7 +86,6 @@ def serving():
 def push(folder, strategy):
     import huggingface_hub.constants  # noqa: F401  reads the environment before conftest turns the network off
     from conftest import masked_lm_examples, tiny_bert
-    from huggingface_hub import ModelCard
     from transformers import AutoModelForMaskedLM
 
     from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, ProjectionBank
@@ -115,7 +112,6 @@ def push(folder, strategy):
     loaded = AutoModelForMaskedLM.from_pretrained("me/student").state_dict()
     assert all(tensor.equal(loaded[name]) for name, tensor in student.state_dict().items())
     assert ProjectionBank.from_pretrained("me/student").fingerprint == trainer.projection_bank.fingerprint
-    ModelCard.load("me/student").validate()
 
 
 if __name__ == "__main__":
