@@ -57,6 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply({"error": "no token"}, status=401)
         if self.path == "/api/repos/create":
             return self._reply({"url": url, "id": "me/student"})
+        if self.path == "/api/validate-yaml":
+            server.validated.append(json.loads(body)["content"])
+            return self._reply({"errors": [], "warnings": []})
         if "/preupload/" in self.path:
             paths = [file["path"] for file in json.loads(body)["files"]]
             return self._reply({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
@@ -72,9 +75,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving():
-    """A running server: `files` by their path, the paths of each of its `commits`, and its `url`."""
+    """A running server: `files` by their path, the paths of each of its `commits`, cards to validate, and its `url`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.files, server.commits, server.url = {}, [], f"http://127.0.0.1:{server.server_port}"
+    server.files, server.commits, server.validated = {}, [], []
+    server.url = f"http://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

@@ -133,6 +133,7 @@ def test_a_student_that_is_pushed_is_complete_at_every_push_and_can_be_loaded(tm
     assert any(path.startswith("runs/") for path in server.files)
     assert [path for path, content in server.files.items() if b"secret-place" in content] == []
     pushed = ModelCard(server.files["README.md"].decode())
+    assert str(pushed) in server.validated  # by the client, before it pushes
     assert pushed.data.license == "mit" and "eval_accuracy" not in pushed.text
     assert {"loss", "accuracy", "agreement", "kl"} == {result.metric_type for result in pushed.data.eval_results}
     assert 'BertForMaskedLM.from_pretrained("me/student")' in pushed.text
