@@ -20,10 +20,10 @@ from hf_curriculum_distill.batches.seeding import seeded
 from hf_curriculum_distill.config import CurriculumDistillationConfig, extended
 from hf_curriculum_distill.cost import flop_rates, flop_units
 from hf_curriculum_distill.logs import get_logger
-from hf_curriculum_distill.preparing.trainer import PreparedTrainer
 from hf_curriculum_distill.preparing.trial import relative_error
 from hf_curriculum_distill.progress import name_stage
 from hf_curriculum_distill.projections import ProjectionBank
+from hf_curriculum_distill.report.trainer import PublishedTrainer
 from hf_curriculum_distill.stages import Stage, matched_pairs
 from hf_curriculum_distill.teachers.cached import CachedTeacher
 from hf_curriculum_distill.teachers.loading import TeacherModel
@@ -55,7 +55,7 @@ class StageOutput(ModelOutput):
     logits: Tensor | None = None
 
 
-class CurriculumDistillationTrainer(PreparedTrainer):
+class CurriculumDistillationTrainer(PublishedTrainer):
     """Distils a teacher into `model`, stage by stage; everything else is [`~transformers.Trainer`].
 
     Args:

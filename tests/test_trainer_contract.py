@@ -43,6 +43,7 @@ OVERRIDDEN = {
     "_load_from_checkpoint": "resume_from_checkpoint, model",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_load_rng_state": "checkpoint",
+    "_push_from_checkpoint": "checkpoint_folder",
     "_save_checkpoint": "model, trial",
     "_save_rng_state": "output_dir",
     "_set_signature_columns_if_needed": "",
@@ -50,6 +51,8 @@ OVERRIDDEN = {
     "compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, "
     "preprocess_logits_for_metrics",
     "compute_loss": "model, inputs, return_outputs, num_items_in_batch",
+    "create_model_card": "language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, "
+    "dataset_args",
     "create_scheduler": "num_training_steps, optimizer",
     "evaluation_loop": "dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix",
     "floating_point_ops": "inputs",
@@ -87,6 +90,8 @@ ATTRIBUTES = {
     "callback_handler": transformers.trainer_callback.CallbackHandler,
     "compute_loss_func": type(None),
     "data_collator": object,
+    "eval_dataset": list,
+    "hub_model_id": type(None),
     "is_deepspeed_enabled": bool,
     "is_fsdp_enabled": bool,
     "is_in_train": bool,
@@ -144,6 +149,7 @@ IMPORTED = {
     "transformers.loss.loss_utils.ForCausalLMLoss": "logits, labels, vocab_size, num_items_in_batch, ignore_index, "
     "shift_labels, kwargs",
     "transformers.loss.loss_utils.LOSS_MAPPING": None,
+    "transformers.modelcard.TASK_MAPPING": None,
     "transformers.modeling_layers.GradientCheckpointingLayer": None,
     "transformers.modeling_outputs.SequenceClassifierOutput": None,
     "transformers.modeling_utils.LoadStateDictConfig": None,

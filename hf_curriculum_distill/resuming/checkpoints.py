@@ -7,6 +7,7 @@ import shutil
 from contextlib import suppress
 from typing import Any
 
+from huggingface_hub.constants import REPOCARD_NAME
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
@@ -16,8 +17,8 @@ from hf_curriculum_distill.resuming.record import FILE_NAME, read_record
 
 logger = get_logger(__name__)
 
-# The record cannot list its own size, and Trainer writes its state after the record.
-_UNLISTED = (FILE_NAME, TRAINER_STATE_NAME)
+# The record cannot list its own size, Trainer writes its state after the record, and users edit model cards.
+_UNLISTED = (FILE_NAME, TRAINER_STATE_NAME, REPOCARD_NAME)
 
 
 def list_files(checkpoint: str, *beside: str) -> dict[str, int]:

@@ -118,7 +118,7 @@ def make_record(
         "seed": args.seed,
         "data_seed": args.data_seed,
         "arguments": _plain_settings(args),
-        "teacher": teacher and {name: getattr(teacher, name) for name in ("name", "revision", "fingerprint")},
+        "teacher": teacher and teacher.origin,
         "projection_matrices": bank and bank.matrix_fingerprint,
         "projection_bank": bank and bank.fingerprint,
         "cached_logits": None if args.teacher_cache is None else args.teacher_cache_logits or "all",

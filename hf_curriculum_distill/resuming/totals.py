@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ class RunningTotals:
         total_flops: the same of all processes, as of the last log or checkpoint.
         rates: `stage -> [[student's, teacher's] operations for one of each unit]`, units as in [`add_flops`].
         unlogged: the sums of each process since the last log, as of the last checkpoint, in plain JSON values.
+        seconds: for which the run has trained, in all its parts if it was resumed.
     """
 
     def __init__(self):
@@ -32,6 +34,20 @@ class RunningTotals:
         self.total_flops = {"student_flops": 0.0, "teacher_flops": 0.0}
         self.rates: dict[int, list[list[float]]] = {}
         self.unlogged: dict[str, Any] = {}
+        self._seconds = 0.0  # until the clock was started
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    def start_clock(self) -> None:
+        """Begin to count `seconds`."""
+        self._started = time.monotonic()
+
+    def stop_clock(self) -> None:
+        """Count `seconds` no further."""
+        self._seconds, self._started = self.seconds, None
 
     def start(self, step: int) -> None:
         """Forget the terms, which were logged; the next log averages over the optimizer steps after `step`."""
@@ -111,6 +127,7 @@ class RunningTotals:
         """
         self.total_flops = {name: record[name] for name in self.total_flops}
         self.rates = {int(index): rates for index, rates in record["flop_rates"].items()}
+        self._seconds = record.get("train_seconds", 0.0)  # records of earlier versions lack it
         self.start(record["unlogged"]["first_step"])
         processes = record["unlogged"]["processes"]
         if len(processes) == accelerator.num_processes:

@@ -113,6 +113,7 @@ class ResumableTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self.remove_callback(TrainingEvents)
+            self._totals.stop_clock()
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         """As `Trainer`, which calls it again where `auto_find_batch_size` starts the training again."""
@@ -148,7 +149,8 @@ class ResumableTrainer(Trainer):
         return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
 
     def _begin_training(self) -> None:
-        """After a resume, go on with the averages that the next log will write."""
+        """Start the clock; after a resume, go on with the averages that the next log will write."""
+        self._totals.start_clock()
         if self._resumed is not None:
             with self._reading(self._checkpoint):
                 self._tr_loss += self._totals.restore(self._resumed, self.accelerator)
@@ -228,13 +230,16 @@ class ResumableTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer`, with `projection_bank.safetensors` and `curriculum.json` beside the plain student."""
+        self._save_beside(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_beside(self, folder: str) -> None:
+        """Write what is saved beside the student into a folder."""
         if self._declared_stages and self.stage_scheduler and self.args.should_save:
-            folder = output_dir or self.args.output_dir
             os.makedirs(folder, exist_ok=True)
             write_record(folder, self._record())
             if self.projection_bank is not None:
                 self.projection_bank.save_pretrained(folder)
-        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial) -> None:
         """As `Trainer`. If it fails, the checkpoint before stays, and what was written is not resumed from.
@@ -285,6 +290,7 @@ class ResumableTrainer(Trainer):
             unlogged=self._totals.unlogged | {"total_loss": self._total_loss_scalar},
             samples_per_step=self._num_examples_per_step,
             **self._totals.total_flops,
+            train_seconds=self._totals.seconds,
             flop_rates=self._totals.rates,
             base_model=self._base_fingerprint,
         )

@@ -86,9 +86,24 @@ class Teacher:
         None: a bank may be published, so it never has the name of a local folder.
         """
         origin = getattr(self.model.config, "_name_or_path", "")
-        on_hub = self.revision is not None and not os.path.exists(origin)
-        named = {"name": origin, "revision": self.revision} if on_hub else {"name": None, "revision": None}
+        named = {"name": origin, "revision": self.revision} if self._is_on_hub else {"name": None, "revision": None}
         return {"fingerprint": None if self.learns else self.fingerprint} | named
+
+    @property
+    def _is_on_hub(self) -> bool:
+        # an adapter in a folder has the configuration, and so the revision, of its base
+        places = [getattr(self.model.config, "_name_or_path", ""), *self.name.split(", ")]
+        return self.revision is not None and not any(map(os.path.exists, places))
+
+    @property
+    def origin(self) -> dict[str, str | None]:
+        """What `curriculum.json` says of the teacher.
+
+        The file may be published, so of a local folder, which has no revision, the name is its last part alone.
+        """
+        names = self.name if self._is_on_hub else ", ".join(map(_last_part, self.name.split(", ")))
+        revision = self.revision if self._is_on_hub else None
+        return {"name": names, "revision": revision, "fingerprint": self.fingerprint}
 
     def prepare(
         self,
@@ -208,6 +223,10 @@ class Teacher:
 
     def remove_old_files(self, output_dir: str) -> None:
         """Remove what [`save`] wrote for checkpoints that were removed."""
+
+
+def _last_part(path: str) -> str:
+    return os.path.basename(os.path.abspath(path))
 
 
 FrozenTeacher = Teacher  # its name before 0.2

@@ -65,6 +65,8 @@ def test_a_checkpoint_is_whole_iff_every_file_has_its_bytes(run, fields):
 
 def test_more_files_do_no_harm(output_dir):
     (output_dir / "checkpoint-4" / "notes.txt").write_text("mine")
+    with open(output_dir / "checkpoint-4" / "README.md", "a") as card:  # nothing is resumed from it
+        card.write("Mine.")
     assert find_last_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
 
 

@@ -7,6 +7,7 @@ from conftest import tiny_bert
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.cost import flop_rates, flop_units
+from hf_curriculum_distill.resuming.totals import RunningTotals
 
 STAGES = [{"hidden": [[1, 2]], "until": 4}, {"kl_weight": 1.0, "label_weight": 0.5}]
 KINDS = {
@@ -62,3 +63,15 @@ def test_operations_of_uneven_lengths_are_those_of_each_batch_counted_alone(conf
     for step, log in enumerate(log for log in trainer.state.log_history if "loss" in log):
         expected = np.sum(seen[: step + 1], axis=0)
         assert [log["student_flops"], log["teacher_flops"]] == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_the_clock_counts_while_it_runs_and_then_goes_on():
+    totals = RunningTotals()
+    assert totals.seconds == 0.0
+    totals.start_clock()
+    first = totals.seconds
+    totals.stop_clock()
+    stopped = totals.seconds
+    assert 0 <= first <= stopped == totals.seconds
+    totals.start_clock()
+    assert stopped <= totals.seconds < stopped + 60

@@ -103,6 +103,23 @@ def test_a_bank_notes_a_teacher_of_the_hub_by_its_name_and_a_folder_by_its_weigh
     assert Teacher(model).identity == unnamed | {"name": "org/teacher", "revision": "c0ffee"}
 
 
+def test_a_record_names_a_teacher_of_the_hub_as_it_is_and_a_folder_by_its_last_part(tmp_path):
+    def origin(name, revision=None, base=None):
+        model = tiny_bert(1)
+        model.config._name_or_path, model.config._commit_hash = base or name or "", revision
+        teacher = Teacher(model, name)
+        assert teacher.origin["fingerprint"] == teacher.fingerprint
+        return teacher.origin["name"], teacher.origin["revision"]
+
+    assert origin("google-bert/bert-base-uncased", "0a1b") == ("google-bert/bert-base-uncased", "0a1b")
+    assert origin(str(tmp_path), "0a1b") == (tmp_path.name, None)  # a clone
+    assert origin(f"{tmp_path}/") == (tmp_path.name, None)
+    assert origin("runs/teacher") == ("teacher", None)  # may have been moved meanwhile
+    assert origin(None) == ("BertForMaskedLM", None)
+    assert origin(str(tmp_path), "0a1b", "org/base") == (tmp_path.name, None)  # an adapter
+    assert origin(f"{tmp_path}/checkpoint-1, {tmp_path}/checkpoint-2") == ("checkpoint-1, checkpoint-2", None)
+
+
 def test_a_bank_is_measured_on_the_last_of_several_checkpoints(tmp_path):
     models = {str(tmp_path / f"checkpoint-{step}"): tiny_bert(2, seed=step) for step in (1, 2)}
     teacher = CheckpointTeacher(list(models), models.get, "step")
