@@ -39,11 +39,6 @@ def transcribing(depth):
     return hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(num_hidden_layers=depth, **SPEECH))
 
 
-def segmenting(depth):
-    config = hf.BeitConfig(num_hidden_layers=depth, out_indices=[1, 2], use_auxiliary_head=False, num_labels=3, **VIT)
-    return hf.BeitForImageClassification(config)
-
-
 def detecting(depth):
     backbone = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "out_features": ["stage4"]}
     sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_attention_heads": 2}

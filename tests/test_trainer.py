@@ -820,6 +820,18 @@ def test_both_models_have_the_given_attention_in_training_and_nothing_of_it_is_s
     assert hf.BertForMaskedLM.from_pretrained(tmp_path / "saved").config._attn_implementation == "sdpa"
 
 
+def test_without_layer_stages_hidden_states_and_logits_are_matched_from_the_first_step(
+    config, student, teacher, examples
+):
+    fields = {"layer_stage_fraction": 0.0, "hidden_weight_in_logit_stage": 0.5, "layer_order": "together"}
+    short = train(copy.deepcopy(student), teacher, config(**fields), examples)
+    stages = [{"hidden": [[1, 2], [2, 4]], "hidden_weight": 0.5, "kl_weight": 1.0}]
+    assert {log["stage_name"] for log in step_logs(short)} == {"kl + layers 1-2"}
+    assert_same_weights(
+        weights(short.model), weights(train(student, teacher, config("b", stages=stages), examples).model)
+    )
+
+
 def test_an_attention_that_is_not_there_is_refused_before_the_first_step(config, student, teacher, examples):
     with pytest.raises(ValueError, match="no_such_attention"):
         train(student, teacher, config(attn_implementation="no_such_attention"), examples)
