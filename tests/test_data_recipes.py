@@ -70,3 +70,30 @@ def test_codons_are_those_of_the_standard_genetic_code():
     assert (len(code), len(set(code.values()) - {"*"})) == (64, 20)
     assert {codon for codon, acid in code.items() if acid == "*"} == {"TAA", "TAG", "TGA"}
     assert (code["ATG"], code["TGG"], code["TGT"], code["AGA"], code["GGC"]) == ("M", "W", "C", "R", "G")
+
+
+def test_mails_become_texts_without_headers_tags_or_repetitions(tmp_path):
+    html = "<html><style>p {color: red}</style><p>Buy&nbsp;now, <b>cheap</b>!</p></html>"
+    spam = f"Subject: Offer\nX-Spam: yes\nContent-Type: text/html; charset=no-such\n\n{html}"
+    mails = {
+        "spam-1/1": spam,
+        "spam-2/1": spam,
+        "easy-ham-1/1": "Subject: Lunch\n\nAt\none?",
+        "hard-ham-1/1": "A: b\n\n",
+    }
+    mails |= {f"easy-ham-2/{n}": f"Received: from somewhere\n\nmail {n}" for n in range(3)}
+    for name, text in mails.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").write_text(json.dumps({"text": text}))
+    options = ["recipes/mails.py", "--source", tmp_path, "--output_dir", tmp_path / "data", "--num_heldout"]
+    done = run(*options, "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("5 different mails of 7, 1 of them spam\n")
+    splits = {split: (tmp_path / f"data/{split}.jsonl").read_text() for split in ("train", "validation", "test")}
+    assert [len(text.splitlines()) for text in splits.values()] == [3, 1, 1]
+    rows = {(row := json.loads(line))["text"]: row["label"] for line in "".join(splits.values()).splitlines()}
+    ham = {"Lunch At one?": "ham"} | {f"mail {n}": "ham" for n in range(3)}
+    assert rows == ham | {"Offer Buy now, cheap !": "spam"}
+
+    done = run(*options, "3")
+    assert done.returncode == 1 and "has 5 different mails; 3 for each of validation and test leave none" in done.stderr
