@@ -46,4 +46,4 @@ def test_the_forecast_says_how_long_how_much_memory_and_what_price(tmp_path):
     )
     plan.total["memory"]["total"] = 25 * 2**30
     assert "25.0 GiB at most, which is more than the 24 of each" in format_plan(plan)
-    assert "forecast" not in format_plan(planned(tmp_path, tiny_bert(1), tiny_bert(1)))
+    assert "\nforecast: " not in format_plan(planned(tmp_path, tiny_bert(1), tiny_bert(1)))
