@@ -25,7 +25,8 @@ def tables(source: str) -> Iterator[str]:
     done = 0
     for field in fields:
         for number in [number for number in headings if done < number < field.lineno]:
-            title = re.sub("^Parameters (that control |whose )", "", headings[number])
+            title = re.sub("^Parameters that control |^Parameters whose default differs", "", headings[number])
+            title = f"defaults that differ{title}" if title.startswith(" from") else title
             yield from ["", f"## {title[0].upper()}{title[1:]}", "", "| option | default | |", "|---|---|---|"]
         done = field.lineno
         given = {keyword.arg: keyword.value for keyword in field.value.keywords}
