@@ -27,7 +27,7 @@ def test_the_time_on_a_gpu_follows_from_its_peak_in_the_runs_precision(tmp_path)
         assert plan.total["seconds"] == pytest.approx(plan.total["flops"] / (0.5 * peak))
         assert plan.assumptions[0].startswith("time: at 0.5 (an assumption: --utilisation) of ")
     assert "bfloat16 peak of its data sheet, without sparsity (L4 24 GB)" in plan.assumptions[0]
-    known = planned(tmp_path, student, teacher, {"gpu": "l4", "flops_per_second": 1e6})
+    known = planned(tmp_path, student, teacher, {"gpu": "l4", "flops_per_second": 1e6}, use_cpu=False)
     assert known.total["seconds"] == pytest.approx(known.total["flops"] / 1e6)
 
 
