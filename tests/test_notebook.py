@@ -31,6 +31,7 @@ def shows_stages_progress_comparison_and_plot(notebook):
 
 def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("NOTEBOOK_STEPS", "2")
+    monkeypatch.setenv("NOTEBOOK_HELDOUT", "4")
     monkeypatch.setenv("NOTEBOOK_OUTPUT", str(tmp_path))
     for cell in notebook.cells:
         if cell.cell_type == "code":
