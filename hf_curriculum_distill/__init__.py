@@ -4,6 +4,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from hf_curriculum_distill.complexity import empirical_ntk, margin_bound, sketched_ntk, supervision_complexity
     from hf_curriculum_distill.config import CurriculumDistillationConfig

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from glob import glob
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Any
 
 from hf_curriculum_distill.lines import CommandParser, printable
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     about = "Check a run before it starts; print its stages, operations, time and memory."
     plan = commands.add_parser("plan", help=about, add_help=False)  # its options are a recipe's: see `_plan`
-    plan.set_defaults(command=_plan)
+    plan.set_defaults(command=lambda args: _plan(args.options))
 
     about = "Compare finished runs: a table with one line a method, and a plot."
     compare = commands.add_parser("compare", help=about, description=about, allow_abbrev=False)
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     own = argv[:1] == ["train"] and argv[1:2] not in ([], ["-h"], ["--help"])  # all that follows is for the recipe
     args, args.options = (Namespace(command=lambda _: _train(argv[1:])), []) if own else parser.parse_known_args(argv)
-    if args.options and args.command is not _plan:
+    if args.options and "plan" not in argv[:1]:
         parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     try:
         args.command(args)
@@ -103,16 +104,8 @@ def find_recipes() -> dict[str, str]:
 
 def _train(argv: Sequence[str]) -> None:
     """Run a recipe as `python recipes/NAME.py` does: the one that is named first, or in the file of options."""
-    recipes, name, options = find_recipes(), None, list(argv)
-    if options and not options[0].startswith("-"):
-        name = options.pop(0)
-    else:
-        parser = CommandParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--config")
-        if (config := parser.parse_known_args(options)[0].config) is not None:
-            from hf_curriculum_distill.parsing import read_yaml
-
-            name = read_yaml(config).get("recipe")
+    recipes, (name, options) = find_recipes(), _split_name(argv)
+    name = name or _read_config(options).get("recipe")
     if name not in recipes:
         raise ValueError(
             f"The recipe is {name!r}; use one of {', '.join(recipes)}, as in `hf-curriculum-distill train RECIPE ...`, "
@@ -122,18 +115,55 @@ def _train(argv: Sequence[str]) -> None:
     runpy.run_path(recipes[name], run_name="__main__")
 
 
-def _plan(args: Namespace) -> None:
+def _split_name(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The name that comes first, None if an option does; and the options."""
+    return (argv[0], list(argv[1:])) if argv and not argv[0].startswith("-") else (None, list(argv))
+
+
+def _read_config(options: Sequence[str]) -> dict[str, Any]:
+    """What is in the file of `--config`; nothing if none is named."""
+    path = _find_option("--config", options)
+    if path is None:
+        return {}
+    from hf_curriculum_distill.parsing import read_yaml
+
+    return read_yaml(path)
+
+
+def _find_option(name: str, options: Sequence[str]) -> str | None:
+    parser = CommandParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, dest="value")
+    return parser.parse_known_args(options)[0].value
+
+
+def _plan(argv: Sequence[str]) -> None:
     from hf_curriculum_distill.files import write_files
     from hf_curriculum_distill.parsing import parse_arguments
-    from hf_curriculum_distill.planning import PlanArguments, PlannedConfig, format_plan, make_plan
+    from hf_curriculum_distill.planning import (
+        PlanArguments,
+        PlannedConfig,
+        format_plan,
+        make_plan,
+        recipe_defaults,
+        unread_options,
+    )
 
+    recipes, (name, words) = find_recipes(), _split_name(argv)
+    given = _read_config(words)
+    name = name or given.get("recipe")
+    if name not in (None, *recipes):
+        raise ValueError(f"The recipe is {name!r}; use one of {', '.join(recipes)}, or none.")
+    gpu = _find_option("--gpu", words) or given.get("gpu")
+    defaults = {} if name is None else recipe_defaults(recipes[name], given, gpu)
+    unread = unread_options(recipes.values() if name is None else [recipes[name]], given)
     about = "Check a run before it starts; print its stages, operations, time and memory."
-    unread: list[str] = []
     options, config = parse_arguments(
-        [PlanArguments, PlannedConfig], args.options, about, "hf-curriculum-distill plan", unread
+        [PlanArguments, PlannedConfig], words, about, "hf-curriculum-distill plan", defaults, unread
     )
     plan = make_plan(options, config)
     print(format_plan(plan))
+    if name is not None:
+        print(f"defaults: those of the recipe {name}")
     if unread:
         print(f"not read, for these are options of a recipe: {', '.join(unread)}")
     if options.json is not None:

@@ -9,7 +9,7 @@ import difflib
 import reprlib
 import sys
 from argparse import Action, ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -18,7 +18,6 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.lines import CommandParser
-from hf_curriculum_distill.planning import RECIPE_OPTIONS
 
 
 class _OptionParser(CommandParser, HfArgumentParser):
@@ -55,7 +54,8 @@ def parse_arguments(
     argv: Sequence[str] | None = None,
     description: str = "",
     prog: str | None = None,
-    unread: list[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    unread: Collection[str] = (),
 ) -> tuple:
     """Parse `[--config FILE.yaml] [--any_field value]` into dataclasses.
 
@@ -67,8 +67,8 @@ def parse_arguments(
         argv: the command line without the program's name; by default that of this process.
         description: what the program does.
         prog: the program's name; by default that of this process.
-        unread: if given, the file's keys that are options of a recipe, but not of `dataclass_types`, are no errors but
-            added to this list.
+        defaults: of options, in place of those of `dataclass_types`; the file's come before them.
+        unread: keys of the file that are no options, and no errors.
 
     Returns:
         An instance of each of `dataclass_types`.
@@ -90,19 +90,18 @@ def parse_arguments(
     config_parser.add_argument("--config")
     path = config_parser.parse_known_args(argv)[0].config
     try:
+        defaults = dict(defaults or {})
         if path is not None:
-            defaults = read_yaml(path)
-            defaults.pop("recipe", None)  # for `hf-curriculum-distill train`
-            if unread is not None:
-                unread += sorted(RECIPE_OPTIONS & {*defaults} - _options(parser), key=list(defaults).index)
-                defaults = {key: value for key, value in defaults.items() if key not in unread}
+            # `recipe` is for the command `hf-curriculum-distill`
+            given = {key: value for key, value in read_yaml(path).items() if key not in ("recipe", *unread)}
             hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
-            for key, value in defaults.items():
+            for key, value in given.items():
                 _check_option(str(key), parser, f"{path} sets")
                 _check_type(key, value, hints[key], path)
-            for action in parser._actions:
-                action.required = action.required and action.dest not in defaults
-            parser.set_defaults(**defaults)
+            defaults |= given
+        for action in parser._actions:
+            action.required = action.required and action.dest not in defaults
+        parser.set_defaults(**defaults)
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )

@@ -55,6 +55,7 @@ from hf_curriculum_distill.tasks.documents import evaluated_blocks, load_documen
 from hf_curriculum_distill.tasks.text import MaskedBlocksCollator, mask_once, pack_blocks, tokenize_documents
 
 logger = logging.getLogger("bert_large")
+TASK = "MaskedLM"  # for `hf-curriculum-distill plan bert_large`
 
 
 @dataclass

@@ -63,6 +63,7 @@ from hf_curriculum_distill.teachers import cached
 from hf_curriculum_distill.teachers.loading import load_teacher
 
 logger = logging.getLogger("causal_lm")
+TASK = "CausalLM"  # for `hf-curriculum-distill plan causal_lm`
 
 
 @dataclass

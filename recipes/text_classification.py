@@ -54,6 +54,7 @@ from hf_curriculum_distill.tasks.classification import Task, draw_sentences, enc
 from hf_curriculum_distill.tasks.reading import find_column, read_dataset
 
 logger = logging.getLogger("text_classification")
+TASK = "SequenceClassification"  # for `hf-curriculum-distill plan text_classification`
 
 
 @dataclass

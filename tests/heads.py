@@ -709,6 +709,7 @@ def table(verdicts: list[Verdict]) -> str:
 def _general(verdict: Verdict) -> str:
     """A sentence without what differs from model to model."""
     said = re.sub(r"^(ValueError|OSError): ", "", verdict.reason).replace("|", "/")
+    said = said.replace("][", "]\\[")  # else Markdown makes a link of it
     said = re.sub(rf"\b({verdict.head.class_name}|(?!AutoModel)[A-Z]\w*(For[A-Z]|Model\b|LMHead)\w*)", "...", said)
     said = re.sub(r"(but has: ).*?(\. Models)", r"\1...\2", said)
     said = re.sub(r"(?<![\w.])-?\d+(\.\d+)?(e-\d+)?", "n", said)

@@ -1,12 +1,14 @@
 """What a run will cost, before it runs: checks, stages, operations, time and memory, found on models without values."""
 
-from hf_curriculum_distill.planning.arguments import RECIPE_OPTIONS, PlanArguments, PlannedConfig
+from hf_curriculum_distill.planning.arguments import PlanArguments, PlannedConfig
+from hf_curriculum_distill.planning.gpus import GPUS
 from hf_curriculum_distill.planning.models import SIZES, find_config, find_size
 from hf_curriculum_distill.planning.plan import Plan, make_plan
+from hf_curriculum_distill.planning.recipes import recipe_defaults, unread_options
 from hf_curriculum_distill.planning.table import format_plan
 
 __all__ = [
-    "RECIPE_OPTIONS",
+    "GPUS",
     "SIZES",
     "Plan",
     "PlanArguments",
@@ -15,4 +17,6 @@ __all__ = [
     "find_size",
     "format_plan",
     "make_plan",
+    "recipe_defaults",
+    "unread_options",
 ]

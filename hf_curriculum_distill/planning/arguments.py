@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.options import ModelOptions, teacher_source
+from hf_curriculum_distill.planning.gpus import GPUS
 from hf_curriculum_distill.preparing.checks import check_launch
 
 TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
-# Options of the recipes that change nothing in a plan. The recipes are no part of the package, so the list is
-# written out; a test compares it with them.
-RECIPE_OPTIONS = {
-    "allow_untrained_teacher", "cache_targets", "dataset", "dataset_config", "dimension", "earlier_teachers",
-    "eval_blocks", "evaluate_on", "first_checkpoint", "gguf_file", "grammar", "head_dim", "heldout_documents",
-    "heldout_examples", "heldout_sentences", "initializer_range", "label_column", "mask_once", "max_length",
-    "methods", "model", "num_layers", "overwrite_output_dir", "packed",
-    "preprocessing_workers", "seeds", "shuffle_features", "sparsity",
-    "start", "streaming", "student_embeddings", "student_heads", "student_width", "support", "support_seed",
-    "teacher_accuracy", "teacher_batch_size", "teacher_finish_samples", "teacher_heads", "teacher_max_samples",
-    "teacher_save_samples", "teacher_save_steps", "teacher_seed", "teacher_steps", "teacher_width", "text_column",
-    "train_documents", "train_sentences", "unlabelled_column", "unlabelled_config", "unlabelled_text", "variants",
-    "whole_words",
-}  # fmt: skip
 
 
 @dataclass
@@ -35,6 +24,13 @@ class PlanArguments(ModelOptions):
 
     task: str = field(default="MaskedLM", metadata={"help": f"What both models do: {', '.join(TASKS)}."})
     num_processes: int = field(default=1, metadata={"help": "Processes that share each step, one a device."})
+    gpu: str | None = field(
+        default=None,
+        metadata={
+            "help": f"The GPU that will train, one a process: {', '.join(GPUS)}. Time follows from the peak that its "
+            "data sheet names for the run's precision, times --utilisation."
+        },
+    )
     flops_per_second: float | None = field(
         default=None, metadata={"help": "Operations a second that one device reaches in such a training."}
     )
@@ -42,7 +38,12 @@ class PlanArguments(ModelOptions):
         default=None,
         metadata={"help": "Or: seconds for which matrices are multiplied here, for --utilisation of the rate reached."},
     )
-    utilisation: float = field(default=0.4, metadata={"help": "Share of that rate which training is assumed to reach."})
+    utilisation: float = field(
+        default=0.4, metadata={"help": "Share of that peak or rate which training is assumed to reach."}
+    )
+    price_per_hour: float | None = field(
+        default=None, metadata={"help": "Price of one device for an hour, in any currency."}
+    )
     json: str | None = field(default=None, metadata={"help": "File to which the plan is written as well."})
 
     def __post_init__(self):
@@ -50,13 +51,23 @@ class PlanArguments(ModelOptions):
             raise ValueError("No student is given; name its folder, config.json, Hub model or size with --student.")
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; use one of {', '.join(TASKS)}.")
-        if self.flops_per_second is not None and self.measure is not None:
-            raise ValueError("Both flops_per_second and measure are given; the time follows from one of them.")
-        for name, highest in {"mlm_probability": 1, "utilisation": 1, "flops_per_second": None, "measure": 60}.items():
+        if self.gpu not in (None, *GPUS):
+            raise ValueError(f"gpu is {self.gpu!r}; use one of {', '.join(GPUS)}, or give --flops_per_second.")
+        if self.measure is not None and (other := "flops_per_second" if self.flops_per_second else self.gpu and "gpu"):
+            raise ValueError(f"Both {other} and measure are given; the time follows from one of them.")
+        if self.price_per_hour is not None and not (self.gpu or self.flops_per_second or self.measure):
+            raise ValueError(
+                f"price_per_hour is {self.price_per_hour}, but how many hours is not known; give --gpu, "
+                "--flops_per_second or --measure."
+            )
+        limits = {"mlm_probability": 1, "utilisation": 1, "flops_per_second": None, "measure": 60}
+        for name, highest in (limits | {"price_per_hour": None}).items():
             value = getattr(self, name)
             if value is not None and not 0 < value <= (highest or value):
                 limits = "above 0" + (f" and at most {highest}" if highest else "")
                 raise ValueError(f"{name} is {value}; it must be {limits}.")
+        if re.fullmatch(r"\d+-\d+", self.student) and not os.path.exists(self.student):
+            self.student = f"teacher-{self.student}"  # of causal_lm.py: a random model of the teacher's family
         for name in ("block_size", "num_processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")

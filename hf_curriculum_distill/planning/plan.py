@@ -19,6 +19,7 @@ from hf_curriculum_distill.planning.checks import (
     load_tokenizer,
 )
 from hf_curriculum_distill.planning.costs import RunCosts, add_up
+from hf_curriculum_distill.planning.gpus import GPUS
 from hf_curriculum_distill.planning.models import build_models, find_size, find_teachers
 from hf_curriculum_distill.planning.optimizer import OptimizerMemory
 from hf_curriculum_distill.planning.rate import find_rate
@@ -35,6 +36,8 @@ class Plan:
         stages: what each costs: see [`~hf_curriculum_distill.planning.costs.RunCosts.of_stages`].
         total: the same of all stages.
         one_shot: the same of a run that matches only logits in as many steps; empty without a teacher.
+        device: the GPU that was named, how many of it, and the bytes of memory of each; empty if none was named.
+        price: of the run, for the price of a device's hour that was given.
         assumptions: lines that say what was counted and how.
     """
 
@@ -43,6 +46,8 @@ class Plan:
     stages: list[dict[str, Any]] = field(default_factory=list)
     total: dict[str, Any] = field(default_factory=dict)
     one_shot: dict[str, Any] = field(default_factory=dict)
+    device: dict[str, Any] = field(default_factory=dict)
+    price: float | None = None
     assumptions: list[str] = field(default_factory=list)
 
     @property
@@ -81,6 +86,8 @@ def make_plan(options: PlanArguments, args: CurriculumDistillationConfig) -> Pla
         The plan. Whatever is wrong with the run is in its `errors`.
     """
     plan = Plan()
+    if options.gpu is not None:
+        plan.device = plan.check("machine", _find_device, options, args) or {}
     tokenizer = plan.check("tokenizer", load_tokenizer, options)
     run = plan.check("models", build_models, options, args, tokenizer)
     if run is None:
@@ -102,8 +109,17 @@ def make_plan(options: PlanArguments, args: CurriculumDistillationConfig) -> Pla
     if run.teacher is not None:
         alone = StageScheduler([Stage(kl_weight=1.0, label_weight=args.label_loss_weight)], args.max_steps)
         plan.one_shot = add_up("one_shot", costs.of_stages(alone))
+    if options.price_per_hour is not None:
+        plan.price = plan.total["seconds"] / 3600 * options.num_processes * options.price_per_hour
     plan.assumptions = [assumption, *_state_assumptions(args, costs.optimizer.untried)]
     return plan
+
+
+def _find_device(options: PlanArguments, args: CurriculumDistillationConfig) -> tuple[str, dict[str, Any]]:
+    if args.use_cpu:
+        raise ValueError(f"gpu is {options.gpu!r}, but use_cpu is True; leave one of them out.")
+    gpu, number = GPUS[options.gpu], options.num_processes
+    return f"{number} x {gpu.name}", {"name": gpu.name, "number": number, "memory": gpu.memory}
 
 
 def _run_dry(costs: RunCosts, scheduler: StageScheduler, online: bool) -> tuple[str, list[dict[str, Any]]]:

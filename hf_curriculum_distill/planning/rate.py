@@ -8,13 +8,14 @@ import torch
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.planning.arguments import PlanArguments
+from hf_curriculum_distill.planning.gpus import GPUS
 
 
 def find_rate(options: PlanArguments, args: CurriculumDistillationConfig) -> tuple[float | None, str]:
-    """Find the rate of one device: the one given, or a share of what it reaches in matrix products.
+    """Find the rate of one device: the one given, or a share of its peak or of what it reaches in matrix products.
 
     Args:
-        options: `flops_per_second`; or `measure` and `utilisation`; or none of them.
+        options: `flops_per_second`; or `gpu` or `measure`, and `utilisation`; or none of them.
         args: with the precision and the device of the run.
 
     Returns:
@@ -22,9 +23,13 @@ def find_rate(options: PlanArguments, args: CurriculumDistillationConfig) -> tup
     """
     if options.flops_per_second is not None:
         return options.flops_per_second, f"time: at {options.flops_per_second:.3g} FLOP/s a device, as given"
-    if options.measure is None:
-        return None, "time: give --flops_per_second, or --measure SECONDS on the machine that will train"
-    ceiling, described = _measure_products(options.measure, args)
+    if options.gpu is not None:
+        gpu, dtype = GPUS[options.gpu], "bfloat16" if args.bf16 or args.fp16 else "float32"
+        ceiling, described = gpu.peak[dtype], f"the {dtype} peak of its data sheet, without sparsity ({gpu.name})"
+    elif options.measure is not None:
+        ceiling, described = _measure_products(options.measure, args)
+    else:
+        return None, "time: give --gpu or --flops_per_second, or --measure SECONDS on the machine that will train"
     return options.utilisation * ceiling, (
         f"time: at {options.utilisation:g} (an assumption: --utilisation) of {ceiling:.3g} FLOP/s a device, {described}"
     )

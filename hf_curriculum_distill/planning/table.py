@@ -31,7 +31,19 @@ def format_plan(plan: Plan) -> str:
     lines += ["", align(operations), "", align(memory)]
     if plan.one_shot:
         lines += ["", f"operations: {plan.total['flops'] / plan.one_shot['flops']:.3f} of one_shot's at the same steps"]
+    if plan.device or plan.price is not None:
+        lines += ["", _forecast(plan)]
     return "\n".join([*lines, *plan.assumptions])
+
+
+def _forecast(plan: Plan) -> str:
+    """One line that says how long the run takes, whether it fits, and what it costs."""
+    text, device = f"forecast: {_duration(plan.total['seconds'])}", plan.device
+    if device:
+        needed, there = (size / 2**30 for size in (plan.total["memory"]["total"], device["memory"]))
+        fits = " of" if needed <= there else ", which is more than the"
+        text += f" on {device['number']} x {device['name']}, {needed:,.1f} GiB at most{fits} {there:g} of each"
+    return text if plan.price is None else f"{text}; price {plan.price:,.2f}"
 
 
 def _tera(flops: int) -> str:

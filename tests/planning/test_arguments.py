@@ -1,31 +1,7 @@
-import dataclasses
-import runpy
-from pathlib import Path
-
 import pytest
 
 from hf_curriculum_distill.cli import main
-from hf_curriculum_distill.parsing import parse_arguments
-from hf_curriculum_distill.planning import RECIPE_OPTIONS, PlanArguments, PlannedConfig
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes/configs").glob("*/*.yaml")), ids=lambda path: path.stem)
-def test_options_of_the_recipes_are_no_errors(path):
-    unread = []
-    argv = ["--config", str(path), "--student", "bert-2-64", "--output_dir", "out"]
-    parse_arguments([PlanArguments, PlannedConfig], argv, unread=unread)
-    assert not {"max_steps", "learning_rate", "method", "teacher", "per_device_train_batch_size"} & set(unread)
-
-
-def test_what_is_not_read_is_an_option_of_a_recipe():
-    scripts = [runpy.run_path(str(path)) for path in (ROOT / "recipes").glob("*.py")]
-    kinds = [script["RecipeArguments"] for script in scripts if "RecipeArguments" in script]
-    of_recipes = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    assert len(kinds) > 2 and of_recipes - {f.name for f in dataclasses.fields(PlanArguments)} == {*RECIPE_OPTIONS} - {
-        f.name for f in dataclasses.fields(PlannedConfig)
-    }
+from hf_curriculum_distill.planning import PlanArguments
 
 
 def test_no_student_and_options_that_compare_lacks_are_errors(capsys):
@@ -33,3 +9,23 @@ def test_no_student_and_options_that_compare_lacks_are_errors(capsys):
         with pytest.raises(SystemExit) as error:
             main(argv)
         assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpu": "b300"}, r"gpu is 'b300'; use one of h100, a100, l4, rtx4090, or give --flops_per_second\."),
+        ({"gpu": "l4", "measure": 1.0}, r"Both gpu and measure are given; the time follows from one of them\."),
+        ({"flops_per_second": 1.0, "measure": 1.0}, r"Both flops_per_second and measure are given"),
+        ({"price_per_hour": 2.0}, r"price_per_hour is 2.0, but how many hours is not known; give --gpu"),
+        ({"price_per_hour": -2.0, "gpu": "l4"}, r"price_per_hour is -2.0; it must be above 0\."),
+        ({"utilisation": 1.1, "gpu": "l4"}, r"utilisation is 1.1; it must be above 0 and at most 1\."),
+    ],
+)
+def test_wrong_options_of_the_machine_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PlanArguments(student="bert-2-64", **options)
+
+
+def test_a_student_of_causal_lm_is_planned_as_one_of_the_teachers_family():
+    assert PlanArguments(student="4-192", task="CausalLM").student == "teacher-4-192"
