@@ -36,6 +36,7 @@ from hf_curriculum_distill import CurriculumDistillationTrainer
 OVERRIDDEN = {
     "_determine_best_metric": "metrics, trial",
     "_evaluate": "trial, ignore_keys_for_eval, skip_scheduler",
+    "_finish_current_push": "",
     "_get_collator_with_removed_columns": "data_collator, description",
     "_get_dataloader": "dataset, description, batch_size, sampler_fn, is_training, dataloader_key",
     "_init_training_state": "max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial",
@@ -57,6 +58,7 @@ OVERRIDDEN = {
     "evaluation_loop": "dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix",
     "floating_point_ops": "inputs",
     "get_batch_samples": "epoch_iterator, num_batches, device",
+    "init_hf_repo": "token, private",
     "log": "logs, start_time",
     "prediction_step": "model, inputs, prediction_loss_only, ignore_keys",
     "save_model": "output_dir, _internal_call",
