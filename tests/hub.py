@@ -63,6 +63,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             repository = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            if repository in server.unreachable:
+                self.close_connection = True
+                return None
             if not repository.startswith("me/"):
                 return self._reply({"error": "You have no rights to this namespace."}, status=403)
             server.repositories.setdefault(repository, {})
@@ -95,10 +98,11 @@ def serving():
 
     It has a `url`, the files of its `repositories` by their path, the paths of each of their `commits`, cards that it
     was asked to validate, and `failures`: for each of the next commits of a repository, the status that it fails with;
-    None: the connection ends in its middle.
+    None: the connection ends in its middle. Repositories that are `unreachable` cannot be created for the same reason.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.repositories, server.commits, server.validated, server.failures = {}, {}, [], {}
+    server.unreachable = set()
     server.url = f"http://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -168,6 +172,7 @@ def push(folder):
         "wrong token": {"hub_token": "hf_other"},
         "wrong name": {"hub_model_id": "me/my/student"},
         "someone else's": {"hub_model_id": "you/student"},
+        "no network": {"hub_model_id": "me/unreachable"},
     }.items():
         try:
             make("wrong", **fields)

@@ -65,7 +65,7 @@ class PublishedTrainer(PreparedTrainer):
             changes["name"] = model_name
         self._write_card(self.args.output_dir, {n: v for n, v in given.items() if v}, **changes)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer`, but an error says what to do.
 
         Raises:
@@ -73,11 +73,13 @@ class PublishedTrainer(PreparedTrainer):
             ValueError: its name cannot be one.
         """
         try:
-            super().init_hf_repo(token, private)
-        except OSError as error:
+            super().init_hf_repo(*args, **kwargs)
+        except ValueError:
+            raise  # of a name that no repository can have
+        except Exception as error:  # without a network it is one of the client's library, which differs by version
             raise OSError(
                 f"Nothing can be pushed to {self.args.hub_model_id or self.args.output_dir!r} on the Hub "
-                f"({one_line(error)}); log in with `hf auth login` or pass a hub_token that may write there, or name "
+                f"({one_line(error)}); log in with `hf auth login`, pass a hub_token that may write there, or name "
                 "another hub_model_id."
             ) from error
 
