@@ -1,4 +1,4 @@
-"""The command `hf-curriculum-distill`: train, plan, compare.
+"""The command `hf-curriculum-distill`: train, plan, compare, fidelity.
 
 What a command needs is imported when it runs, so that `--help` answers at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import runpy
 import sys
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = commands.add_parser("plan", help=about, add_help=False)  # its options are a recipe's: see `_plan`
     plan.set_defaults(command=lambda args: _plan(args.options))
 
-    about = "Compare finished runs: a table with one line a method, and a plot."
+    about = "Compare finished runs: a table with one line a method, a plot, and a page for a browser."
     compare = commands.add_parser("compare", help=about, description=about, allow_abbrev=False)
     compare.add_argument(
         "runs",
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "their seed alone share a line; others are named by the setting or folder that tells them apart. What is in a "
         "data set is not recorded.",
     )
-    compare.add_argument("--metric", default="eval_accuracy", help="What is compared (default: %(default)s).")
+    compare.add_argument("--metric", help="What is compared (default: eval_accuracy or, of other runs, eval_loss).")
     compare.add_argument(
         "--threshold",
         type=float,
@@ -70,11 +71,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     compare.add_argument("--baseline", help="The method that the ratios compare with (default: one_shot, if there).")
     compare.add_argument(
+        "--line",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="A value of the metric that is drawn across the plots, such as teacher=0.93; may be given several times.",
+    )
+    compare.add_argument(
         "--output",
         metavar="FOLDER",
-        help="Where the plot is written (default: the first RUN, or the run whose checkpoint that is).",
+        help="Where plot and page are written (default: the first RUN, or the run whose checkpoint that is).",
     )
+    compare.add_argument("--html", metavar="FILE", help="The page's own place (default: comparison.html in --output).")
     compare.set_defaults(command=_compare)
+
+    about = "Say how faithful a student is to its teacher: a few numbers, and a page for a browser."
+    fidelity = commands.add_parser("fidelity", help=about, description=about, allow_abbrev=False)
+    fidelity.add_argument("student", metavar="STUDENT", help="Its folder, or its name on the Hub.")
+    fidelity.add_argument("teacher", metavar="TEACHER", help="Likewise.")
+    fidelity.add_argument(
+        "--dataset",
+        required=True,
+        metavar="DATA",
+        help="Text to compare them on: a file, a glob, a folder or a Hub data set, with labels for a classifier.",
+    )
+    fidelity.add_argument("--dataset_config", metavar="NAME", help="Its configuration.")
+    fidelity.add_argument(
+        "--text_column", default="text", help="The column that holds the text (default: %(default)s)."
+    )
+    fidelity.add_argument(
+        "--evaluate_on",
+        default="test",
+        help="Which held-out examples: 'test' or 'validation', as in the recipes (default: %(default)s).",
+    )
+    fidelity.add_argument("--examples", type=int, default=256, help="How many, at most (default: %(default)s).")
+    fidelity.add_argument(
+        "--length",
+        type=int,
+        default=128,
+        help="Tokens of an example, at most of a labelled one (default: %(default)s).",
+    )
+    fidelity.add_argument("--batch_size", type=int, default=16, help="Examples of a pass (default: %(default)s).")
+    fidelity.add_argument(
+        "--html", metavar="FILE", default="fidelity.html", help="Where the page is written (default: %(default)s)."
+    )
+    fidelity.set_defaults(command=_report_fidelity)
 
     argv = sys.argv[1:] if argv is None else list(argv)
     own = argv[:1] == ["train"] and argv[1:2] not in ([], ["-h"], ["--help"])  # all that follows is for the recipe
@@ -173,30 +214,70 @@ def _plan(argv: Sequence[str]) -> None:
 
 
 def _compare(args: Namespace) -> None:
+    from hf_curriculum_distill.files import write_files
+    from hf_curriculum_distill.report.comparison import PAGE_FILE, compare_on_page
+    from hf_curriculum_distill.report.curves import shared_metrics
+    from hf_curriculum_distill.report.figures import PLOT_FILE, plot_comparison
     from hf_curriculum_distill.report.results import is_checkpoint, read_results
-    from hf_curriculum_distill.report.tables import PLOT_FILE, format_summary, plot_comparison
+    from hf_curriculum_distill.report.tables import format_summary
 
     results = read_results(args.runs)
     methods = sorted({result["method"] for result in results})
     if args.baseline not in (None, *methods):
         raise ValueError(f"--baseline is {args.baseline!r}, but the runs' methods are {', '.join(methods)}.")
-    baseline, output = args.baseline or "one_shot", args.output
+    baseline, output, metric = args.baseline or "one_shot", args.output, args.metric
+    if metric is None:
+        shared = shared_metrics(results)
+        metric = "eval_loss" if "eval_loss" in shared and "eval_accuracy" not in shared else "eval_accuracy"
+    lines = dict(map(_read_line, args.line))
     if output is None:
         output = args.runs[0]
         if is_checkpoint(output):
             output = os.path.relpath(os.path.dirname(os.path.realpath(output)))
     elif is_checkpoint(output):
         raise ValueError(f"--output is {output!r}, a checkpoint, and only the run writes there; name another folder.")
-    print(format_summary(results, args.metric, args.threshold, baseline))
+    print(format_summary(results, metric, args.threshold, baseline))
     if not any(result["finite"] for result in results):
         return
+    os.makedirs(output, exist_ok=True)
     if find_spec("matplotlib") is None:
         print('\nThe plot needs matplotlib: pip install "hf_curriculum_distill[plots]"')
-        return
-    os.makedirs(output, exist_ok=True)
-    path = os.path.join(output, PLOT_FILE)
-    plot_comparison(results, path, metric=args.metric, baseline=baseline)
-    print(f"\nplot: {printable(path)}, and as SVG")
+    else:
+        path = os.path.join(output, PLOT_FILE)
+        plot_comparison(results, path, metric=metric, baseline=baseline, lines=lines)
+        print(f"\nplot: {printable(path)}, and as SVG")
+    page = args.html or os.path.join(output, PAGE_FILE)
+    write_files({page: compare_on_page(results, metric, args.threshold, baseline, lines)})
+    print(f"page: {printable(page)}")
+
+
+def _report_fidelity(args: Namespace) -> None:
+    from hf_curriculum_distill.files import write_files
+    from hf_curriculum_distill.options import TextOptions
+    from hf_curriculum_distill.report.fidelity_page import METRICS
+    from hf_curriculum_distill.report.fidelity_run import report_fidelity
+    from hf_curriculum_distill.report.tables import align
+
+    for name in ("examples", "length", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
+    names = ("student", "teacher", "dataset", "dataset_config", "text_column", "evaluate_on")
+    given = {name: getattr(args, name) for name in names}
+    options = TextOptions(block_size=args.length, eval_blocks=args.examples, **given)
+    metrics, page = report_fidelity(options, args.batch_size)
+    print(align([["measure", "value"], *([text, f"{metrics[n]:.4f}"] for n, text in METRICS.items() if n in metrics)]))
+    write_files({args.html: page})
+    print(f"\npage: {printable(args.html)}")
+
+
+def _read_line(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition("=")
+    try:
+        if not name or not math.isfinite(number := float(value)):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--line is {text!r}; write NAME=VALUE with a finite value, as in teacher=0.93.") from None
+    return name, number
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ def command(*argv, start=("-m", "hf_curriculum_distill.cli")):
     return subprocess.run([sys.executable, *start, *map(str, argv)], capture_output=True, text=True, timeout=300)
 
 
+WRITTEN = {"comparison.html", "comparison.png", "comparison.svg"}
+
+
 @pytest.fixture
 def recipe_output(tmp_path):
     """The output folder of a recipe, with students of several methods."""
@@ -35,7 +38,8 @@ def test_compare_prints_the_summary_and_writes_the_plot(recipe_output):
     done = command("compare", recipe_output)
     assert done.returncode == 0, done.stderr
     summary = format_summary(json.loads((recipe_output / "results.json").read_text()))
-    assert done.stdout == f"{summary}\n\nplot: {recipe_output}/comparison.png, and as SVG\n"
+    written = f"plot: {recipe_output}/comparison.png, and as SVG\npage: {recipe_output}/comparison.html"
+    assert done.stdout == f"{summary}\n\n{written}\n"
     assert cells(done.stdout)["curriculum"][-1] == "1.58"
     assert (recipe_output / "comparison.png").read_bytes()[1:4] == b"PNG"
     assert "<svg" in (recipe_output / "comparison.svg").read_text()
@@ -71,7 +75,11 @@ def test_every_option_of_compare_changes_what_it_says(tmp_path, capsys):
 
     main(["compare", *runs, *metric, "--output", str(tmp_path / "new/folder")])
     assert f"plot: {tmp_path}/new/folder/comparison.png" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "new/folder").iterdir()} == {"comparison.png", "comparison.svg"}
+    assert {path.name for path in (tmp_path / "new/folder").iterdir()} == {
+        "comparison.html",
+        "comparison.png",
+        "comparison.svg",
+    }
 
 
 def test_runs_that_are_not_finite_make_a_table_and_no_plot(tmp_path, capsys):
@@ -87,9 +95,10 @@ def test_without_matplotlib_there_is_the_table_and_what_to_install(recipe_output
     code = "import sys; sys.modules['matplotlib'] = None; from hf_curriculum_distill.cli import main; main()"
     done = command("compare", recipe_output, start=("-c", code))
     assert done.returncode == 0, done.stderr
-    *table, _, last = done.stdout.splitlines()
+    *table, _, needs, page = done.stdout.splitlines()
     assert cells("\n".join(table))["one_shot"][0] == "3"
-    assert last == 'The plot needs matplotlib: pip install "hf_curriculum_distill[plots]"'
+    assert needs == 'The plot needs matplotlib: pip install "hf_curriculum_distill[plots]"'
+    assert page == f"page: {recipe_output}/comparison.html"  # without curves
     assert not (recipe_output / "comparison.png").exists()
 
 
@@ -117,7 +126,7 @@ WRONG = {
     "no folder": (lambda out: [out / "none"], r"none has neither .*; there is no such folder"),
     "neither kind": (
         lambda out: [out.parent],
-        r"neither results.json \(a recipe's output\) nor trainer_state.json and curriculum.json .*; there is out\.",
+        r"neither results.json \(a recipe's output\) nor trainer_state.json .*; there is out\.",
     ),
     "no JSON": (lambda out: _damage(out, "results.json", '[{"method"'), r"results.json is damaged: Expecting"),
     "no list": (lambda out: _damage(out, "results.json", "{}"), r"it holds a dict, not a list"),
@@ -198,8 +207,15 @@ def test_a_run_is_plotted_beside_its_checkpoints_not_into_them(tmp_path, capsys,
         monkeypatch.chdir(run / "checkpoint-4" if argument == "." else run)
         main(["compare", str(argument)])
         where = {".": "../"}.get(argument, "./")
-        assert capsys.readouterr().out.endswith(f"plot: {where}comparison.png, and as SVG\n")
-        assert {path.name for path in run.iterdir()} == {"checkpoint-4", "comparison.png", "comparison.svg"}
+        assert capsys.readouterr().out.endswith(
+            f"plot: {where}comparison.png, and as SVG\npage: {where}comparison.html\n"
+        )
+        assert {path.name for path in run.iterdir()} == {
+            "checkpoint-4",
+            "comparison.html",
+            "comparison.png",
+            "comparison.svg",
+        }
         (run / "comparison.png").unlink()
     assert {path.name for path in (run / "checkpoint-4").iterdir()} == {"trainer_state.json", "curriculum.json"}
     main(["compare", str(run)])

@@ -3,9 +3,11 @@
 import importlib
 import re
 import sys
+from glob import glob
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PrinterCallback, ProgressCallback
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
@@ -78,3 +80,18 @@ def test_the_callback_of_bars_is_transformers_own(student, teacher, examples, co
     assert [type(c) for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)] == [
         ProgressCallback
     ]
+
+
+def test_tensorboard_has_the_stage_of_every_step_and_its_name(student, teacher, examples, config):
+    args = config(max_steps=4, report_to="tensorboard", eval_strategy="steps", eval_steps=2, evaluate_layers=True)
+    trained(student, args, examples, teacher)
+    (path,) = glob(f"{args.output_dir}/runs/*/*") or glob(f"{args.logging_dir}/*")
+    events = EventAccumulator(path).Reload()
+    stages = {event.step: event.value for event in events.Scalars("train/stage")}
+    assert stages == {1: 0, 2: 1, 3: 2, 4: 2}
+    names = events.Tensors("train/stage_name/text_summary")
+    said = {event.step: event.tensor_proto.string_val[0].decode() for event in names}
+    assert said == {1: "layer 1", 2: "layer 2", 3: "kl", 4: "kl"}
+    assert {event.step for event in events.Scalars("train/hidden_mse")} == {1, 2}
+    assert {event.step for event in events.Scalars("train/kl")} == {3, 4}
+    assert {event.step for event in events.Scalars("eval/layer_1_mse")} == {2, 4}

@@ -36,6 +36,7 @@ from hf_curriculum_distill import CurriculumDistillationTrainer
 OVERRIDDEN = {
     "_determine_best_metric": "metrics, trial",
     "_evaluate": "trial, ignore_keys_for_eval, skip_scheduler",
+    "_finish_current_push": "",
     "_get_collator_with_removed_columns": "data_collator, description",
     "_get_dataloader": "dataset, description, batch_size, sampler_fn, is_training, dataloader_key",
     "_init_training_state": "max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial",
@@ -57,12 +58,16 @@ OVERRIDDEN = {
     "evaluation_loop": "dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix",
     "floating_point_ops": "inputs",
     "get_batch_samples": "epoch_iterator, num_batches, device",
+    "init_hf_repo": "token",
     "log": "logs, start_time",
     "prediction_step": "model, inputs, prediction_loss_only, ignore_keys",
     "save_model": "output_dir, _internal_call",
     "set_initial_training_values": "args, dataloader",
     "train": "resume_from_checkpoint, trial, ignore_keys_for_eval",
 }
+
+# The parameters in newer releases, where there are more, which are passed on unread.
+NEWER = {"init_hf_repo": "token, private"}
 
 # Methods of Trainer that it calls, and does not override.
 CALLED = {
@@ -196,7 +201,8 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*OVERRIDDEN, *CALLED])
 def test_methods_of_trainer_have_the_parameters_that_they_are_used_with(name):
-    assert ", ".join(parameters(getattr(Trainer, name))) == (OVERRIDDEN | CALLED)[name]
+    known = {(OVERRIDDEN | CALLED)[name], NEWER.get(name)}
+    assert ", ".join(parameters(getattr(Trainer, name))) in known
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)

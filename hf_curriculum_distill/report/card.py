@@ -13,7 +13,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from hf_curriculum_distill.report.tables import PLOT_FILE
+from hf_curriculum_distill.report.figures import PLOT_FILE
 
 _METHODS = {
     "curriculum": "It first learns hidden states of the teacher, which a fixed projection brings to its width, and "

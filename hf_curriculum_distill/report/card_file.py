@@ -16,7 +16,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from hf_curriculum_distill.files import replacing
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.report.card import CardFacts, make_metadata, make_text
-from hf_curriculum_distill.report.tables import PLOT_FILE
+from hf_curriculum_distill.report.figures import PLOT_FILE
 
 logger = get_logger(__name__)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_curriculum_distill.report.results import read_json, require
+from hf_curriculum_distill.report.results import read_json, read_record, require
 from hf_curriculum_distill.resuming.record import FILE_NAME as RECORD_FILE
 
 
@@ -21,6 +21,8 @@ class Curve:
     values: np.ndarray  # of the metric, [evaluations]
     costs: np.ndarray  # spent until then, [evaluations, 2]
     layer_stages: list[np.ndarray]  # costs [2 ends, 2] at which each begins and ends
+    # costs [2] before the first stage that trains the head; negative if that is the first stage
+    head_begins: np.ndarray = field(default_factory=lambda: np.full(2, -1.0))
 
     def cost_to_reach(self, threshold: float, lower: bool) -> np.ndarray:
         """Cost of the first evaluation at least as good as the threshold; infinite if there is none."""
@@ -43,12 +45,12 @@ def read_curves(results: Iterable[Mapping[str, Any]], metric: str) -> dict[str, 
 
 def _read_curve(result: Mapping[str, Any], metric: str) -> Curve:
     state_path, record_path = (Path(result["path"], name) for name in (TRAINER_STATE_NAME, RECORD_FILE))
-    state, record, last = read_json(state_path), read_json(record_path), result["steps"]
+    state, last = read_json(state_path), result["steps"]
     require(state_path, state, "log_history")
+    record = read_record(Path(result["path"]))
     require(record_path, record, "stages")
     evaluations = [*state["log_history"], {**result, "step": last}]
-    names = {name for entry in evaluations for name in entry if name.startswith("eval_")}
-    names = sorted(name for name in names if not name.endswith(("_runtime", "_per_second")))
+    names = sorted(_metric_names(evaluations))
     if metric not in names:
         raise ValueError(
             f"{result['path']} has no {metric!r}; it was evaluated by "
@@ -81,8 +83,33 @@ def _read_curve(result: Mapping[str, Any], metric: str) -> Curve:
         for index, stage in enumerate(record["stages"])
         if not (stage["kl_weight"] or stage["label_weight"])
     ]
+    heads = [index for index, stage in enumerate(record["stages"]) if stage["kl_weight"] or stage["label_weight"]]
+    begins = next(iter(heads), len(record["stages"]))
+    head_begins = np.array(cost(ends[begins])) if begins else np.full(2, -1.0)
     steps = sorted(values)
-    return Curve(np.array([values[s] for s in steps]), np.array([cost(s) for s in steps]), layer_stages)
+    return Curve(np.array([values[s] for s in steps]), np.array([cost(s) for s in steps]), layer_stages, head_begins)
+
+
+def shared_metrics(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The metrics by which all finite runs were evaluated, those first that say most of a student.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    names: list[set[str]] = []
+    for result in results:
+        if result["finite"]:
+            path = Path(result["path"], TRAINER_STATE_NAME)
+            require(path, state := read_json(path), "log_history")
+            names.append(_metric_names([*state["log_history"], result]))
+    shared = set.intersection(*names) if names else set()
+    first = [f"eval_{name}" for name in ("accuracy", "agreement", "kl", "loss")]
+    return [name for name in first if name in shared] + sorted(shared - {*first})
+
+
+def _metric_names(evaluations: Iterable[Mapping[str, Any]]) -> set[str]:
+    names = {name for entry in evaluations for name in entry if name.startswith("eval_")}
+    return {name for name in names if not name.endswith(("_runtime", "_per_second"))}
 
 
 def average(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:

@@ -47,7 +47,7 @@ def read_results(folders: Iterable[str]) -> list[dict[str, Any]]:
     `method` are repetitions.
 
     Args:
-        folders: each the output of a recipe, the folder of a single run, or a checkpoint of one.
+        folders: each the output of a recipe, the folder of a single run, of `Trainer`'s too, or a checkpoint of one.
 
     Raises:
         FileNotFoundError: a folder is missing or is neither of them, or a result's run is not found.
@@ -58,7 +58,7 @@ def read_results(folders: Iterable[str]) -> list[dict[str, Any]]:
     for folder in map(Path, folders):
         if (folder / RESULTS_FILE).is_file():
             found = _read_results_file(folder)
-        elif (run := _find_files(folder)) is not None:
+        elif (run := _find_files(folder) or _find_files(folder, TRAINER_STATE_NAME)) is not None:
             found = [_read_single_run(run)]
         else:
             there = "no such folder"
@@ -66,8 +66,8 @@ def read_results(folders: Iterable[str]) -> list[dict[str, Any]]:
                 names = sorted(os.listdir(folder))
                 there = f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "nothing"
             raise FileNotFoundError(
-                f"{folder} has neither {RESULTS_FILE} (a recipe's output) nor {TRAINER_STATE_NAME} and {RECORD_FILE} "
-                f"(a finished run, or a checkpoint in it); there is {there}."
+                f"{folder} has neither {RESULTS_FILE} (a recipe's output) nor {TRAINER_STATE_NAME} (a finished run, or "
+                f"a checkpoint in it); there is {there}."
             )
         for result in found:
             if results.setdefault(os.path.realpath(result["path"]), result) is result:
@@ -113,7 +113,7 @@ def is_checkpoint(folder: str) -> bool:
 
 def _read_single_run(folder: Path) -> dict[str, Any]:
     """What `results.json` would say of a run."""
-    state, record = read_json(folder / TRAINER_STATE_NAME), read_json(folder / RECORD_FILE)
+    state, record = read_json(folder / TRAINER_STATE_NAME), read_record(folder)
     require(folder / TRAINER_STATE_NAME, state, "log_history", "global_step")
     require(folder / RECORD_FILE, record, "method", "samples_per_step")
     steps, planned = state["global_step"], record.get("max_steps")
@@ -122,6 +122,43 @@ def _read_single_run(folder: Path) -> dict[str, Any]:
     samples = steps * record["samples_per_step"]
     run = {"method": record["method"], "samples": samples, "steps": steps, "finite": True, "path": str(folder)}
     return run if record.get("seed") is None else run | {"seed": record["seed"]}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run's `curriculum.json`; of a run of `Trainer`, which has none, what one would say, without arguments.
+
+    The examples of such a run are those that its last log counts or, in a checkpoint, those of one process without
+    gradient accumulation; its operations are those that `Trainer` counts.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    if (folder / RECORD_FILE).exists():
+        return read_json(folder / RECORD_FILE)
+    path = folder / TRAINER_STATE_NAME
+    state = read_json(path)
+    require(path, state, "log_history", "global_step", "max_steps", "total_flos")
+    samples = None
+    for entry in state["log_history"]:
+        if "train_runtime" in entry:
+            require(path, entry, "train_runtime", "train_samples_per_second")
+            samples = round(entry["train_runtime"] * entry["train_samples_per_second"] / state["max_steps"])
+    if not samples:
+        require(path, state, "train_batch_size")
+        samples = state["train_batch_size"]
+        logger.warning(
+            "%s does not say how many examples a step took; they are counted as those of one process without gradient "
+            "accumulation", path
+        )  # fmt: skip
+    return {
+        "method": "trainer",
+        "max_steps": state["max_steps"],
+        "samples_per_step": samples,
+        "stages": [],
+        "step": state["global_step"],
+        "student_flops": state["total_flos"],
+        "teacher_flops": 0.0,
+    }
 
 
 # ---- which runs are repetitions ----
@@ -177,7 +214,7 @@ def _tell_apart(results: Sequence[dict[str, Any]], sources: Sequence[str]) -> li
 def _read_settings(result: Mapping[str, Any], source: str) -> tuple[dict[str, Any], Any]:
     """What was trained and how, as far as it is recorded, and with which seed."""
     folder = Path(result["path"])
-    record = read_json(folder / RECORD_FILE)
+    record = read_record(folder)
     settings = {}
     if record.get("arguments") is None:
         settings["source"] = source
@@ -226,6 +263,17 @@ def _is_short(value: Any) -> bool:
     return isinstance(value, (str, int, float)) and len(str(value)) <= 20
 
 
+def settings_that_differ(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all finite runs, and the value of each run; None where it has none.
+
+    Stages, and what follows from other settings, are left out.
+    """
+    known = [_read_settings(result, result["path"])[0] for result in results if result["finite"]]
+    names = [n for n in dict.fromkeys(chain(*known)) if n not in {*_RESOLVED, "source", "arguments.stages"}]
+    values = {name.removeprefix("arguments."): [settings.get(name) for settings in known] for name in names}
+    return {n: each for n, each in values.items() if len({json.dumps(value, sort_keys=True) for value in each}) > 1}
+
+
 # ---- what a file holds ----
 
 _LARGEST = 1e30  # more than any run counts or measures
@@ -263,7 +311,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "log_history": _OBJECTS,
     "stages": _OBJECTS,
     "until": (lambda value: value is None or _is_count(value), "null or a whole number from 0"),
-    **dict.fromkeys(("samples", "steps", "global_step", "samples_per_step"), _AT_LEAST_1),
+    **dict.fromkeys(("samples", "steps", "global_step", "max_steps"), _AT_LEAST_1),
+    **dict.fromkeys(("samples_per_step", "train_batch_size"), _AT_LEAST_1),
     "step": _COUNT,
 }  # all others: a finite number
 

@@ -24,8 +24,9 @@ from hf_curriculum_distill.lines import one_line
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.report.checks import check_output
+from hf_curriculum_distill.report.figures import PLOT_FILE, plot_comparison
 from hf_curriculum_distill.report.results import write_results
-from hf_curriculum_distill.report.tables import PLOT_FILE, format_summary, format_table, plot_comparison
+from hf_curriculum_distill.report.tables import format_summary, format_table
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
 logger = get_logger(__name__)
@@ -263,7 +264,8 @@ def summarize(results: Sequence[Mapping[str, Any]], args: CurriculumDistillation
     if len(finite) < 2:
         return table
     plot = os.path.join(args.output_dir, PLOT_FILE)
-    plot_comparison(finite, plot, title)
+    lines = {"teacher": results[0]["eval_accuracy"]} if results[0]["method"] == "(teacher)" else {}
+    plot_comparison(finite, plot, title, lines=lines)
     return f"{table}\n\nplot: {plot}"
 
 

@@ -1,24 +1,16 @@
-"""Tables and plots of finished runs."""
+"""Tables of finished runs."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain, cycle, product
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
-from hf_curriculum_distill.files import write_files
-from hf_curriculum_distill.report.curves import average, read_curves
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-PLOT_FILE = "comparison.png"
+from hf_curriculum_distill.report.curves import read_curves
 
 _COLUMNS = {
     "method": ("method", str),
@@ -31,18 +23,15 @@ _COLUMNS = {
     "seconds": ("seconds", "{:.0f}".format),
 }
 _OF_TEXT = "eval_bits_per_byte"  # a column where a result has it
-_AXIS_LABELS = {
-    "eval_accuracy": "held-out accuracy",
-    "eval_agreement": "held-out agreement with the teacher",
-    "eval_kl": "held-out KL from the teacher (nats)",
-    "eval_loss": "held-out loss",
-}
-_BASELINE_LOOK = ("-", "0.25")
-_LOOKS = tuple(product(("-", "--", ":"), ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")))
 
 
 def format_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A table with a line for each trained model.
+    """[`list_results`] as lines."""
+    return align(list_results(results))
+
+
+def list_results(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A table with a row for each trained model, after a row of titles.
 
     Args:
         results: objects of `results.json`, or parts of them. Accuracy and agreement are shares of the labels that
@@ -56,7 +45,7 @@ def format_table(results: Sequence[Mapping[str, Any]]) -> str:
         if "student_flops" in values:
             values["flops"] = values["student_flops"] + values["teacher_flops"]
         rows.append([show(values[name]) if name in values else "-" for name, (_, show) in columns.items()])
-    return align(rows)
+    return rows
 
 
 def format_summary(
@@ -65,7 +54,18 @@ def format_summary(
     threshold: float | None = None,
     baseline: str = "one_shot",
 ) -> str:
-    """A table with a line for each method: where its finite runs ended, and at which cost they reached the threshold.
+    """[`summarize_methods`] as lines."""
+    heading, rows = summarize_methods(results, metric, threshold, baseline)
+    return "\n".join([*heading, "", align(rows)])
+
+
+def summarize_methods(
+    results: Sequence[Mapping[str, Any]],
+    metric: str = "eval_accuracy",
+    threshold: float | None = None,
+    baseline: str = "one_shot",
+) -> tuple[list[str], list[list[str]]]:
+    """A table with a row for each method: where its finite runs ended, and at which cost they reached the threshold.
 
     A run reaches the threshold at the first evaluation that is at least as good (for a loss or KL: at most as high).
     The cost is the median over runs; that of a run that never gets there is infinite. A run that learns nothing has an
@@ -77,6 +77,9 @@ def format_summary(
         threshold: the value to reach; by default the worst at which a run of the baseline ended (without baseline: any
             run), which each of these reaches.
         baseline: the method whose cost is divided by that of each method.
+
+    Returns:
+        two lines that say what the columns are, and the rows, the first of them titles.
 
     Raises:
         ValueError: a run was not evaluated by this metric, or its files are damaged, or the threshold is not finite.
@@ -125,7 +128,7 @@ def format_summary(
             if np.isfinite(both).all() and np.all(medians[method]):
                 row += [f"{ratio:.2f}" for ratio in medians[baseline] / medians[method]]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
-    return "\n".join([*heading, "", align(rows)])
+    return heading, rows
 
 
 def _show_cost(cost: np.ndarray) -> list[str]:
@@ -143,79 +146,3 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for first, *others in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def plot_comparison(
-    results: Sequence[Mapping[str, Any]],
-    path: str,
-    title: str | None = None,
-    metric: str = "eval_accuracy",
-    baseline: str = "one_shot",
-) -> Figure:
-    """The metric against samples and against FLOPs (student and teacher), as PNG at `path` and as SVG beside it.
-
-    A line is the mean of a method's finite runs, the band goes from their lowest to their highest value, and a strip
-    on top shows the layer stages. Needs matplotlib.
-
-    Args:
-        results: objects of `results.json`: see [`read_results`].
-        path: of the PNG.
-        title: above the plots.
-        metric: what is drawn.
-        baseline: the method that is drawn in grey.
-
-    Raises:
-        ValueError: no run is finite, one was not evaluated by this metric, or its files are damaged.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    methods = {method: curves for method, curves in read_curves(results, metric).items() if curves}
-    if not methods:
-        raise ValueError("No run is finite, so there is nothing to plot.")
-    figure = Figure(figsize=(10, 4.8), dpi=150, layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for index, axis in enumerate(axes):
-        first, last = np.transpose([curves[0].costs[[0, -1], index] for curves in methods.values()])
-        left = first.min() / 1.3 if last.max() > 10 * last.min() else 0.0
-        looks = cycle(_LOOKS)
-        strip = 1.01  # bottom of the next one, in heights of the axis
-        for method, curves in methods.items():
-            style, color = _BASELINE_LOOK if method == baseline else next(looks)
-            costs, values = average(curves)
-            x, label = costs[:, index], method if len(curves) == 1 else f"{method} ({len(curves)} runs)"
-            label = (" " if label.startswith("_") else "") + label.replace("$", r"\$")  # neither hidden nor a formula
-            dots = {"marker": "o", "markersize": 3} if len(x) <= 40 else {}
-            axis.plot(x, values.mean(0), style, color=color, label=label, **dots)
-            if len(curves) > 1:
-                axis.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
-            stages = [np.maximum(stage[:, index], left) for stage in curves[0].layer_stages]
-            for number, stage in enumerate(stages):
-                shade = {"facecolor": color, "alpha": (0.3, 0.55)[number % 2], "clip_on": False}
-                axis.axvspan(*stage, strip, strip + 0.025, **shade)
-            if stages:
-                text = {"transform": axis.get_xaxis_transform(), "va": "center", "color": color, "size": "small"}
-                axis.text(stages[-1][1], strip + 0.0125, "  layer stages", **text)
-                strip += 0.04
-        if left:
-            axis.set(xscale="log", xlim=(left, None))
-        elif index:
-            axis.ticklabel_format(axis="x", useMathText=True)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="0.9")
-    axes[0].set(xlabel="training examples", ylabel=_AXIS_LABELS.get(metric, metric))
-    axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes[1].set(xlabel="floating-point operations, student and teacher")
-    handles, labels = axes[0].get_legend_handles_labels()
-    # a line of the legend has room for about 120 letters
-    labels = [label if len(label) <= 100 else f"{label[:97]}..." for label in labels]
-    num_columns = max(1, min(4, len(labels), 120 // (max(map(len, labels)) + 10)))
-    note = "mean and range over runs" if any(len(curves) > 1 for curves in methods.values()) else None
-    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, title=note)
-    figure.suptitle(title)
-    contents = {}
-    for suffix in (".png", ".svg"):
-        figure.savefig(drawn := io.BytesIO(), format=suffix[1:])
-        contents[str(Path(path).with_suffix(suffix))] = drawn.getvalue()
-    write_files(contents)
-    return figure

@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
+from hf_curriculum_distill.lines import one_line
+from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.preparing.trainer import PreparedTrainer
 from hf_curriculum_distill.report.card import CardFacts, describe_dataset
 from hf_curriculum_distill.report.card_file import write_card
+
+logger = get_logger(__name__)
 
 
 class PublishedTrainer(PreparedTrainer):
@@ -61,10 +65,47 @@ class PublishedTrainer(PreparedTrainer):
             changes["name"] = model_name
         self._write_card(self.args.output_dir, {n: v for n, v in given.items() if v}, **changes)
 
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer`, but an error says what to do.
+
+        Raises:
+            OSError: the repository cannot be created or pushed to.
+            ValueError: its name cannot be one.
+        """
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except ValueError:
+            raise  # of a name that no repository can have
+        except Exception as error:  # without a network it is one of the client's library, which differs by version
+            raise OSError(
+                f"Nothing can be pushed to {self.args.hub_model_id or self.args.output_dir!r} on the Hub "
+                f"({one_line(error)}); log in with `hf auth login`, pass a hub_token that may write there, or name "
+                "another hub_model_id."
+            ) from error
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As `Trainer`, which copies the weights of the checkpoint to the folder that it pushes, and nothing else."""
         self._save_beside(self.args.output_dir)
+        self._report_failed_pushes()
         super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        """As `Trainer`, and says so if the push has failed."""
+        super()._finish_current_push()
+        self._report_failed_pushes()
+
+    def _report_failed_pushes(self) -> None:
+        """Warn of pushes that have failed in the background, where `Trainer` drops their errors."""
+        push = getattr(self, "push_in_progress", None)
+        if push is None or not push.is_done():
+            return
+        for error in dict.fromkeys(one_line(job.exception()) for job in push.jobs if job.exception()):
+            logger.warning(
+                "A checkpoint was not pushed to %s (%s). It is in %s; the next checkpoint pushes the student again, "
+                "and so does trainer.push_to_hub() after the training.",
+                self.hub_model_id, error, self.args.output_dir
+            )  # fmt: skip
+        push.jobs = []
 
     def _write_card(self, folder: str, given: dict[str, Any] | None = None, **changes: Any) -> None:
         if not (self.args.should_save and self.is_world_process_zero()):

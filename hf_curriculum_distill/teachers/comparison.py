@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,12 +33,15 @@ class StudentComparison:
 
     Attributes:
         num_batches: that were added since the evaluation began.
+        observe: is called with each batch whose logits are compared, its rows `[rows]`, and the student's and the
+            teacher's logits of these; None for nobody.
     """
 
     def __init__(self, teacher: Teacher | None, accelerator: Accelerator, compares_logits: bool = True):
         self._teacher, self._accelerator, self.num_batches = teacher, accelerator, 0
         self._compares_logits = compares_logits and teacher is not None and has_head(teacher.model)
         self._metric, self._layers = TeacherComparison(), LayerComparison()
+        self.observe: Callable[[Batch, Tensor, Tensor, Tensor], None] | None = None
         self._knows_rows: bool | None = None  # whether labels are those of the rows of the logits; None: not seen yet
 
     def start(self) -> None:
@@ -69,6 +72,8 @@ class StudentComparison:
         if self._compares_logits:
             self._teacher.advance(None)
             _, teacher_logits = self._teacher.forward(batch.with_rows(rows), Stage(kl_weight=1.0))
+            if self.observe is not None:
+                self.observe(batch, rows, logits[rows], teacher_logits)
         compared = self._accelerator, logits[rows], teacher_logits, batch.labels, examples, len(batch)
         self._metric.update(*compared, batch.head)
 

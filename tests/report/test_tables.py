@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from hf_curriculum_distill.report.tables import format_summary, format_table, plot_comparison
+from hf_curriculum_distill.report.tables import format_summary, format_table
 
 LAYERS = {"kl_weight": 0.0, "label_weight": 0.0}
 LOGITS = {"kl_weight": 1.0, "label_weight": 0.0}
@@ -142,98 +142,3 @@ def test_without_the_baseline_there_are_no_ratios_and_every_run_reaches(tmp_path
     assert "ratio" not in table and "to reach 0.2 (the lowest final value of all methods)" in table
     assert [cells(table)[name][4] for name in "ab"] == ["1/1", "1/1"]
     assert cells(format_summary(results, baseline="a"))["b"][4:] == ["0/1", "never", "never", "-", "-"]
-
-
-# ---- plot ----
-
-
-@pytest.mark.parametrize("layers_until", [2, None])
-def test_the_plot_draws_every_evaluation_against_samples_and_operations(tmp_path, layers_until):
-    results = [
-        finished_run(tmp_path, "curriculum", {2: 0.2, 4: 0.4}, layers_until),
-        finished_run(tmp_path, "one_shot", {2: 0.2, 4: 0.4}),
-        finished_run(tmp_path, "broken"),
-    ]
-    figure = plot_comparison(results, str(tmp_path / "plot.png"), "title")
-    samples, operations = figure.axes
-    assert [line.get_xydata().tolist() for line in samples.lines] == [[[16.0, 0.2], [32.0, 0.4]]] * 2
-    costs = [[6.0, 36.0] if layers_until else [30.0, 60.0], [30.0, 60.0]]
-    assert [line.get_xdata().tolist() for line in operations.lines] == costs
-    strips = [(strip.get_x(), strip.get_width()) for axis in figure.axes for strip in axis.patches]
-    assert strips == ([(0.0, 16.0), (0.0, 6.0)] if layers_until else [])
-    assert [line.get_color() for line in samples.lines] == ["#0072b2", "0.25"]  # the baseline is grey
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["curriculum", "one_shot"]
-    assert figure.get_suptitle() == "title" and samples.get_ylabel() == "held-out accuracy"
-    assert [axis.get_xscale() for axis in figure.axes] == ["linear", "linear"]
-    assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
-
-
-def test_a_method_is_the_mean_and_the_range_of_its_runs_where_all_were_evaluated(tmp_path):
-    accuracies = [{1: 0.0, 2: 0.2, 3: 0.6, 4: 0.8}, {2: 0.4, 4: 0.6}]  # at step 3 the second is at 0.5
-    results = [finished_run(tmp_path, "one_shot", accuracies[seed], seed=seed) for seed in (0, 1)]
-    figure = plot_comparison(results, str(tmp_path / "plot.png"))
-    for axis, unit in zip(figure.axes, (8.0, 15.0), strict=True):
-        (line,), (band,) = axis.lines, axis.collections
-        assert line.get_xdata() == pytest.approx([2 * unit, 3 * unit, 4 * unit])
-        assert line.get_ydata() == pytest.approx([0.3, 0.55, 0.7])
-        corners = {(round(x / unit), round(float(y), 6)) for x, y in band.get_paths()[0].vertices}
-        assert corners == {(2, 0.2), (2, 0.4), (3, 0.5), (3, 0.6), (4, 0.6), (4, 0.8)}
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one_shot (2 runs)"]
-    assert figure.legends[0].get_title().get_text() == "mean and range over runs"
-
-
-@pytest.mark.parametrize(("steps", "scale"), [(40, "linear"), (44, "log")])
-def test_the_axes_are_logarithmic_when_methods_spend_more_than_ten_times_as_much(tmp_path, steps, scale):
-    results = [
-        finished_run(tmp_path, "one_shot", {4: 0.4}),
-        finished_run(tmp_path, "curriculum", {4: 0.1, steps: 0.4}, layers_until=None, steps=steps),
-        finished_run(tmp_path, "last", {4: 0.1}, layers_until=2),
-    ]
-    figure = plot_comparison(results[:2], str(tmp_path / "plot.png"))
-    assert [axis.get_xscale() for axis in figure.axes] == [scale, scale]
-    samples, _ = plot_comparison(results, str(tmp_path / "plot.png")).axes
-    assert (samples.patches[0].get_x() > 0) == (scale == "log")  # a strip from 0 would have no end
-
-
-def test_dots_mark_evaluations_that_are_few(tmp_path):
-    results = [finished_run(tmp_path, str(n), dict.fromkeys(range(1, n + 1), 0.5), steps=n) for n in (40, 41)]
-    figure = plot_comparison(results, str(tmp_path / "plot.png"))
-    assert [line.get_marker() for line in figure.axes[0].lines] == ["o", "None"]
-
-
-def test_another_metric_and_baseline_are_drawn_as_such(tmp_path):
-    results = [finished_run(tmp_path, name, {4: 1.0}, metric="eval_kl") for name in ("one_shot", "curriculum")]
-    figure = plot_comparison(results, str(tmp_path / "plot.png"), metric="eval_kl", baseline="curriculum")
-    assert [line.get_color() for line in figure.axes[0].lines] == ["#0072b2", "0.25"]
-    assert figure.axes[0].get_ylabel() == "held-out KL from the teacher (nats)"
-
-
-def test_names_are_drawn_as_they_are_written(tmp_path):
-    names = ["$x^$", "_hidden", "50 % of $3"]
-    figure = plot_comparison([finished_run(tmp_path, n, {4: 0.5}) for n in names], str(tmp_path / "plot.png"))
-    assert [text.get_text().strip().replace("\\$", "$") for text in figure.legends[0].get_texts()] == names
-
-
-@pytest.mark.parametrize("length", [30, 60, 300])
-def test_the_legend_has_room_for_long_names(tmp_path, length):
-    names = [letter + length // 6 * " rate=" for letter in "abcdef"]
-    results = [finished_run(tmp_path / name[0], "one_shot", {2: 0.2, 4: 0.5}) | {"method": name} for name in names]
-    figure = plot_comparison(results, str(tmp_path / "plot.png"))
-    (left, bottom), (right, top) = figure.legends[0].get_window_extent().get_points()
-    assert 0 <= left < right <= figure.bbox.width and 0 <= bottom < top <= figure.bbox.height
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_plot_is_not_written_through_a_link(tmp_path, suffix):
-    (tmp_path / "victim").write_text("mine")
-    (tmp_path / f"plot.{suffix}").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError, match=rf"plot\.{suffix} is a symbolic link, and what it leads to is not overwritten"):
-        plot_comparison([finished_run(tmp_path, accuracy={4: 0.5})], str(tmp_path / "plot.png"))
-    assert (tmp_path / "victim").read_text() == "mine"
-    assert {path.name for path in tmp_path.iterdir()} == {"one_shot 0", "victim", f"plot.{suffix}"}
-
-
-def test_nothing_is_drawn_of_runs_that_are_not_finite(tmp_path):
-    with pytest.raises(ValueError, match="No run is finite"):
-        plot_comparison([finished_run(tmp_path)], str(tmp_path / "plot.png"))
