@@ -12,17 +12,16 @@ TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification"
 # Options of the recipes that change nothing in a plan. The recipes are no part of the package, so the list is
 # written out; a test compares it with them.
 RECIPE_OPTIONS = {
-    "allow_untrained_teacher", "cache_targets", "dataset", "dataset_config", "dimension", "dimensions",
-    "earlier_teachers",
-    "eval_blocks", "evaluate_on", "first_checkpoint", "gguf_file", "grammar", "head_dim", "heldout_documents",
-    "heldout_examples", "heldout_sentences", "initializer_range", "label_column", "mask_once", "max_length",
-    "methods", "model", "num_layers", "overwrite_output_dir", "packed",
-    "preprocessing_workers", "seeds", "shuffle_features", "smallest_budget", "sparsities", "sparsity",
-    "start", "streaming", "student_embeddings", "student_heads", "student_width", "support", "support_seed",
-    "teacher_accuracy", "teacher_batch_size", "teacher_finish_samples", "teacher_heads", "teacher_max_samples",
-    "teacher_save_samples", "teacher_save_steps", "teacher_seed", "teacher_steps", "teacher_width", "text_column",
-    "train_documents", "train_sentences", "unlabelled_column", "unlabelled_config", "unlabelled_text", "variants",
-    "whole_words",
+    "allow_untrained_teacher", "cache_targets", "complexity_images", "dataset", "dataset_config", "dimension",
+    "dimensions", "earlier_teachers", "eval_blocks", "evaluate_on", "first_checkpoint", "gguf_file", "grammar",
+    "head_dim", "heldout_documents", "heldout_examples", "heldout_images", "heldout_sentences", "image_size",
+    "initializer_range", "label_column", "mask_once", "max_length", "methods", "model", "num_layers",
+    "overwrite_output_dir", "packed", "patch_size", "preprocessing_workers", "seeds", "shuffle_features",
+    "smallest_budget", "sparsities", "sparsity", "start", "streaming", "student_embeddings", "student_heads",
+    "student_width", "support", "support_seed", "teacher_accuracy", "teacher_batch_size", "teacher_finish_samples",
+    "teacher_heads", "teacher_max_samples", "teacher_save_samples", "teacher_save_steps", "teacher_seed",
+    "teacher_share", "teacher_steps", "teacher_width", "text_column", "train_documents", "train_images",
+    "train_sentences", "unlabelled_column", "unlabelled_config", "unlabelled_text", "variants", "whole_words",
 }  # fmt: skip
 
 

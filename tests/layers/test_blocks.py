@@ -54,7 +54,7 @@ def _swin(depths):
 )
 def test_models_without_a_stack_of_equal_blocks_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        PartialForward(make())
+        find_block_stack(make())
 
 
 def test_two_lists_of_the_same_length_are_refused():
