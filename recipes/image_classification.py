@@ -8,7 +8,8 @@ CIFAR-10 of the Hub, one CPU core, an hour; on a GPU, with larger models:
     accelerate launch recipes/image_classification.py --config recipes/configs/image_classification/cifar10.yaml
 Then a table and a plot, and how complex what a student learnt from was for it:
     hf-curriculum-distill compare runs/image_classification/digits
-    hf-curriculum-distill complexity runs/image_classification/digits/one_shot/seed-0 --help
+    python recipes/image_classification.py --config recipes/configs/image_classification/digits_complexity.yaml
+    hf-curriculum-distill complexity runs/image_classification/digits_complexity/progressive
 
 The teacher is trained on the labels, with checkpoints, from which `progressive` and early-stopped teachers are taken;
 it is kept for the next launch. An `online` teacher is a new one of the same size. Layers are matched between ViTs; the
@@ -32,7 +33,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill import CurriculumDistillationTrainer, SupervisionComplexityCallback
 from hf_curriculum_distill.layers import make_student, student_size
 from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig
@@ -77,6 +78,10 @@ class RecipeArguments(ComparisonOptions):
     teacher_share: float = field(
         default=1.0,
         metadata={"help": "Share of its training after which the teacher teaches: below 1, an early-stopped teacher."},
+    )
+    complexity_images: int = field(
+        default=0,
+        metadata={"help": "Held-out images on which supervision complexity is measured at each evaluation; 0: none."},
     )
     student: str = field(
         default="vit-2-32",
@@ -154,6 +159,8 @@ def distil(run: Run, checkpoints: list[str], data: Data) -> dict:
         teacher = make_model(recipe.teacher_from, recipe, data)
     trainer = CurriculumDistillationTrainer(model=student, args=args, teacher_model=teacher, **data.datasets())
     trainer.remove_callback(PrinterCallback)
+    if recipe.complexity_images:
+        trainer.add_callback(SupervisionComplexityCallback(trainer, recipe.complexity_images))
     return train_student(trainer, run.method)
 
 
