@@ -106,8 +106,12 @@ def format_complexity(runs: Sequence[Sequence[Point]]) -> str:
     lines = [f"adjusted supervision complexity, mean over {len(runs)} runs", "", align(rows), ""]
     there = [name for name in ORDER if name in values]
     for higher, lower in pairwise(there):
-        holds = values[higher][..., 0] >= values[lower][..., 0] - 1e-9
-        lines.append(f"{higher} >= {lower}: at {holds.sum()} of {holds.size} points of a run")
+        holds = values[higher] >= values[lower] - 1e-9
+        own, tenth, tenfold = holds.sum((0, 1))
+        lines.append(
+            f"{higher} >= {lower}: at {own} of {holds[..., 0].size} points of a run (with a tenth of the ridge at "
+            f"{tenth}, with ten times at {tenfold})"
+        )
     change = max(abs(of[..., 1:] / of[..., :1] - 1).max() for of in values.values())
     seconds = [point.seconds for run in runs for point in run]
     lines.append(f"a tenth or ten times the ridge changes a value by at most {change:.1%}")
@@ -118,10 +122,12 @@ def format_complexity(runs: Sequence[Sequence[Point]]) -> str:
 def plot_complexity(runs: Sequence[Sequence[Point]], path: str) -> Figure:
     """The values against the student's steps, as PNG at `path` and as SVG beside it; needs matplotlib.
 
-    A line is the mean over runs, the band goes from the lowest to the highest. Projected hidden targets belong to other
+    A line is the mean over runs, the band goes from the lowest to the highest; the axis is logarithmic where values
+    differ by a factor of 20 and more. Projected hidden targets belong to other
     kernels, and are drawn on the right.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     steps, values = values_of(runs)
     layers = [name for name in values if name not in ORDER]
@@ -134,7 +140,13 @@ def plot_complexity(runs: Sequence[Sequence[Point]], path: str) -> Figure:
         if len(runs) > 1:
             axis.fill_between(steps, own.min(1), own.max(1), color=color, alpha=0.2, linewidth=0)
     for axis, title in zip(axes, ("labels and logits", "projected hidden states"), strict=False):
-        axis.set(title=title, xlabel="optimizer steps of the student", ylim=(0, None))
+        axis.set(title=title, xlabel="optimizer steps of the student")
+        drawn = np.concatenate([of[..., 0].ravel() for name, of in values.items() if axis is axes[int(name in layers)]])
+        if 0 < 20 * drawn.min() < drawn.max():
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+        else:
+            axis.set_ylim(0, None)
         axis.axhline(1, color="0.7", linewidth=0.8, linestyle=":")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="0.9")

@@ -44,6 +44,7 @@ def test_layers_are_drawn_beside_the_logits(runs):
     drawn = {line.get_label(): list(line.get_ydata()) for line in left.lines if not line.get_label().startswith("_")}
     assert drawn["teacher"] == [1.0, 2.0] and set(drawn) == {"labels", "random labels", "teacher", "online teacher"}
     assert [line.get_label() for line in right.lines if not line.get_label().startswith("_")] == ["layer 1"]
+    assert left.get_yscale() == right.get_yscale() == "linear"
     assert (runs / "complexity.png").is_file() and (runs / "complexity.svg").is_file()
 
 
