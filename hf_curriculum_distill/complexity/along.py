@@ -81,8 +81,8 @@ def read_points(folder: str) -> list[Point]:
 def write_points(folder: str, points: list[Point]) -> None:
     """Write `complexity.json`, a list of [`Point`]s."""
     os.makedirs(folder, exist_ok=True)
-    text = json.dumps([point._asdict() for point in points], indent=1)
-    write_files({os.path.join(folder, COMPLEXITY_FILE): text.encode()})
+    rows = [dict(zip(Point._fields, point, strict=True)) for point in points]
+    write_files({os.path.join(folder, COMPLEXITY_FILE): json.dumps(rows, indent=1).encode()})
 
 
 class SupervisionComplexityCallback(TrainerCallback):
