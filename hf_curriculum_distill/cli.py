@@ -1,4 +1,4 @@
-"""The command `hf-curriculum-distill`: train, plan, compare, fidelity.
+"""The command `hf-curriculum-distill`: train, plan, compare, fidelity, complexity.
 
 What a command needs is imported when it runs, so that `--help` answers at once.
 """
@@ -116,6 +116,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--html", metavar="FILE", default="fidelity.html", help="Where the page is written (default: %(default)s)."
     )
     fidelity.set_defaults(command=_report_fidelity)
+
+    about = "How complex what a student learns from is for it, while it trains: a table and a plot."
+    complexity = commands.add_parser("complexity", help=about, description=about, allow_abbrev=False)
+    complexity.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="A run that was trained with SupervisionComplexityCallback, or the folder of several, which are averaged.",
+    )
+    complexity.add_argument(
+        "--teacher",
+        metavar="FOLDER",
+        help="Measure the checkpoints of one RUN with this teacher: a model, or the folder of its training's "
+        "checkpoints, which teach in turn as the online teacher.",
+    )
+    complexity.add_argument(
+        "--dataset", help="Its held-out examples: images ('digits', files or a Hub data set) or texts with labels."
+    )
+    complexity.add_argument("--image_size", type=int, help="Pixels of a side, to which images are resized.")
+    complexity.add_argument("--examples", type=int, default=512, help="Held-out examples (default: %(default)s).")
+    complexity.add_argument(
+        "--temperature", type=float, default=1.0, help="Of the teacher's probabilities (default: %(default)s)."
+    )
+    complexity.add_argument("--output", metavar="FOLDER", help="Where the plot is written (default: the first RUN).")
+    complexity.set_defaults(command=_complexity)
 
     argv = sys.argv[1:] if argv is None else list(argv)
     own = argv[:1] == ["train"] and argv[1:2] not in ([], ["-h"], ["--help"])  # all that follows is for the recipe
@@ -278,6 +303,39 @@ def _read_line(text: str) -> tuple[str, float]:
     except ValueError:
         raise ValueError(f"--line is {text!r}; write NAME=VALUE with a finite value, as in teacher=0.93.") from None
     return name, number
+
+
+def _complexity(args: Namespace) -> None:
+    from hf_curriculum_distill.complexity.along import COMPLEXITY_FILE, measure_run, write_points
+    from hf_curriculum_distill.report.complexity import (
+        COMPLEXITY_PLOT,
+        format_complexity,
+        held_out_inputs,
+        plot_complexity,
+        read_runs,
+    )
+
+    if (args.teacher is None) != (args.dataset is None):
+        raise ValueError("--teacher and --dataset belong together: both to measure checkpoints, or none.")
+    if args.teacher is not None:
+        if len(args.runs) > 1 or os.path.exists(os.path.join(args.runs[0], COMPLEXITY_FILE)):
+            raise ValueError(
+                f"--teacher measures one RUN that has no {COMPLEXITY_FILE} yet; leave it out to show them."
+            )
+        inputs = held_out_inputs(args.dataset, args.runs[0], args.examples, args.image_size)
+        points = []
+        for point in measure_run(args.runs[0], args.teacher, inputs, args.temperature):
+            print(f"step {point.step}: {point.seconds:.1f} s", flush=True)
+            points.append(point)
+        write_points(args.runs[0], points)
+    runs, output = read_runs(args.runs), args.output or args.runs[0]
+    print(format_complexity(runs))
+    if find_spec("matplotlib") is None:
+        print('\nThe plot needs matplotlib: pip install "hf_curriculum_distill[plots]"')
+        return
+    os.makedirs(output, exist_ok=True)
+    plot_complexity(runs, path := os.path.join(output, COMPLEXITY_PLOT))
+    print(f"\nplot: {printable(path)}, and as SVG")
 
 
 if __name__ == "__main__":

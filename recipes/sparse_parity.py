@@ -8,11 +8,17 @@ Then a plot:
 The label is the parity of `sparsity` of `dimension` random bits. The loss of a network of finite width stays the same
 for a long time and then falls in a short transition. Every example is fresh; the teacher is trained on labels alone
 until it is right on --teacher_accuracy of held-out examples and some way beyond, and is kept for the next launch.
+
+With --dimensions or --sparsities, how many examples each method needs for 0.99 as the task grows; a launch that was
+stopped goes on where scaling.json ends:
+    python recipes/sparse_parity.py --config recipes/configs/sparse_parity/scaling_dimension.yaml
 """
 
+import itertools
+import json
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import (
     GPT2Config,
@@ -25,8 +31,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils.logging import disable_progress_bar
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill.files import write_files
 from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig
 from hf_curriculum_distill.parsing import parse_arguments
@@ -35,11 +43,14 @@ from hf_curriculum_distill.report.runs import (
     Run,
     check_kept_teacher,
     compare_methods,
+    log_progress,
     num_examples,
+    plan_runs,
     planned_or_exit,
     teacher_arguments,
     train_student,
 )
+from hf_curriculum_distill.report.scaling import RESULTS_FILE, SCALING_PLOT, budgets, format_scaling, plot_scaling
 from hf_curriculum_distill.tasks.parity import (
     ParityMLPConfig,
     ParityMLPForSequenceClassification,
@@ -51,6 +62,7 @@ from hf_curriculum_distill.tasks.parity import (
 logger = logging.getLogger("sparse_parity")
 
 HELDOUT_SEED, TEACHER_SEED = 2**40, 2**41  # no student's seed draws the same examples
+LEARNT = 0.99  # held-out accuracy
 
 
 @dataclass
@@ -86,8 +98,18 @@ class RecipeArguments(ComparisonOptions):
         default=False, metadata={"help": "Whether hidden states are matched with those of another example (a control)."}
     )
     heldout_examples: int = field(default=4096, metadata={"help": "Examples of every evaluation."})
+    dimensions: list[int] | None = field(
+        default=None, metadata={"help": "Search the examples to 0.99 for each of these, in place of --dimension."}
+    )
+    sparsities: list[int] | None = field(default=None, metadata={"help": "Likewise, in place of --sparsity."})
+    smallest_budget: int = field(
+        default=3200,
+        metadata={"help": "Examples of the first training of such a search; the last has --max_steps."},
+    )
 
     def __post_init__(self):
+        if self.dimensions is not None and self.sparsities is not None:
+            raise ValueError("Both dimensions and sparsities are given; let one of them grow.")
         if self.support is None:
             self.support = draw_support(self.dimension, self.sparsity, self.support_seed)
         if self.model not in ("mlp", "transformer"):
@@ -130,6 +152,9 @@ class TrainingConfig(RecipeConfig):
 @errors_in_one_line()
 def main():
     recipe, args = parse_arguments([RecipeArguments, TrainingConfig], description=__doc__.split("\n")[0])
+    if recipe.dimensions or recipe.sparsities:
+        print(f"\n{search_samples(recipe, args)}")
+        return
     for run in planned_or_exit(recipe, args):
         check_steps(run.args, run.recipe.num_layers, run.recipe.num_layers)
     summary = compare_methods(recipe, args, find_teacher, distil, logger, threshold=0.99)
@@ -137,7 +162,7 @@ def main():
         print(f"\n{summary}")
 
 
-def distil(run: Run, checkpoints: list[str]) -> dict:
+def distil(run: Run, checkpoints: list[str], callbacks: list[TrainerCallback] | None = None) -> dict:
     """Train one student on fresh examples."""
     recipe, args = run.recipe, run.args
     teacher = checkpoints if args.method == "progressive" else checkpoints[-1]
@@ -150,10 +175,100 @@ def distil(run: Run, checkpoints: list[str]) -> dict:
         model=make_model(recipe, recipe.student_width),
         args=args,
         teacher_model=teacher,
+        callbacks=callbacks,
         **data(recipe, num_examples(args, args.max_steps), args.seed),
     )
     trainer.remove_callback(PrinterCallback)
     return train_student(trainer, run.method)
+
+
+# ---- how many examples a method needs ----
+
+
+def search_samples(recipe: RecipeArguments, args: TrainingConfig) -> str:
+    """Train each method on more and more examples until it has learnt each task; a table of what it took.
+
+    A training at a constant rate and without layer stages is the beginning of a longer one, so that one is enough. Any
+    other is done again for each budget. All that has ended is in scaling.json, and is not done again.
+    """
+    log_progress(logger, args)
+    disable_progress_bar()
+    path = os.path.join(args.output_dir, RESULTS_FILE)
+    os.makedirs(args.output_dir, exist_ok=True)
+    records = []
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            records = json.load(file)
+    axis = 0 if recipe.dimensions else 1
+    sizes = list(itertools.product(recipe.dimensions or [recipe.dimension], recipe.sparsities or [recipe.sparsity]))
+    seeds = recipe.seeds or [args.seed]
+
+    def keep(**record) -> None:
+        records.append(record)
+        write_files({path: json.dumps(records, indent=1).encode()})
+        logger.info("%s", record)
+
+    def ended(key: dict) -> bool:
+        return any(key.items() <= record.items() and (record["reached"] or record["last"]) for record in records)
+
+    for seed, (dimension, sparsity) in itertools.product(seeds, sizes):
+        size = {"dimension": dimension, "sparsity": sparsity}
+        place = f"d{dimension}-k{sparsity}"
+        own = replace(recipe, **size, support=None, seeds=[seed], teacher=os.path.join(recipe.teacher, place))
+        of_teacher = {**size, "method": "teacher", "seed": recipe.support_seed}
+        if not ended(of_teacher):
+            keep(**of_teacher, **cost_of_teacher(own, args))
+        if not any(of_teacher.items() <= record.items() and record["reached"] for record in records):
+            continue
+        for run in plan_runs(own, replace(args, output_dir=os.path.join(args.output_dir, place))):
+            key = {**size, "method": run.method, "seed": seed}
+            if ended(key):
+                continue
+            steps = budgets(max(1, recipe.smallest_budget // num_examples(run.args, 1)), run.args.max_steps)
+            checkpoints = find_teacher(own, args)
+            callbacks = None
+            if run.args.lr_scheduler_type == "constant" and run.args.method in ("labels", "one_shot"):
+                callbacks, steps = [StopWhenLearnt(steps)], steps[-1:]
+            for budget in steps:
+                if any({**key, "budget": budget}.items() <= record.items() for record in records):
+                    continue
+                shorter = replace(run.args, max_steps=budget, eval_strategy="no")
+                result = distil(replace(run, args=shorter), checkpoints, callbacks)
+                accuracy = result.get("eval_accuracy", 0.0)
+                facts = {"samples": result.get("samples", num_examples(shorter, budget)), "accuracy": accuracy}
+                keep(**key, budget=budget, **facts, reached=accuracy >= LEARNT, last=budget == steps[-1])
+                if accuracy >= LEARNT:
+                    break
+    plot_scaling(records, os.path.join(args.output_dir, SCALING_PLOT), axis)
+    return format_scaling(records, len(seeds), axis)
+
+
+def cost_of_teacher(recipe: RecipeArguments, args: TrainingConfig) -> dict:
+    """Train the teacher unless it is there; the examples that it took until it had learnt the task."""
+    try:
+        find_teacher(recipe, args)
+    except SystemExit as error:
+        logger.info("%s", error)
+        return {"samples": recipe.teacher_max_samples, "reached": False, "last": True}
+    history = TrainerState.load_from_json(os.path.join(recipe.teacher, TRAINER_STATE_NAME)).log_history
+    step = min(log["step"] for log in history if log.get("eval_accuracy", 0.0) >= LEARNT)
+    return {"samples": step * recipe.teacher_batch_size, "reached": True, "last": False}
+
+
+class StopWhenLearnt(TrainerCallback):
+    """Evaluates at these steps, and ends training at the first evaluation that is good enough."""
+
+    def __init__(self, steps: list[int]):
+        self.steps = set(steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate |= state.global_step in self.steps
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        control.should_training_stop |= metrics["eval_accuracy"] >= LEARNT
+
+
+# ---- the teacher ----
 
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> list[str]:

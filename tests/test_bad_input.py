@@ -832,7 +832,10 @@ def recipes():
     """The dataclasses of each recipe's options."""
     sys.path.insert(0, str(ROOT / "recipes"))
     try:
-        modules = {name: importlib.import_module(name) for name in ("bert_large", "pcfg", "sparse_parity")}
+        modules = {
+            name: importlib.import_module(name)
+            for name in ("bert_large", "image_classification", "pcfg", "sparse_parity")
+        }
     finally:
         sys.path.remove(str(ROOT / "recipes"))
     return {name: [module.RecipeArguments, module.TrainingConfig] for name, module in modules.items()}

@@ -240,6 +240,42 @@ def test_shuffled_features_are_those_of_the_example_before_and_the_logits_are_ri
         torch.testing.assert_close(hidden[0][index], hidden[1][index - 1])
 
 
+def test_a_search_of_samples_goes_on_where_it_was_stopped(main, tmp_path, capsys):
+    given = ["--dimensions", "6", "8", "--methods", "curriculum", "labels", "--seeds", "0", "1", "--max_steps", "80"]
+    given += ["--variants", '{"labels": {"lr_scheduler_type": "constant"}}', "--smallest_budget", "160"]
+    main(*options(tmp_path, *given))
+    path = tmp_path / "run/scaling.json"
+    records = json.loads(path.read_text())
+    ended = [record for record in records if record["reached"] or record["last"]]
+    searches = {(record["method"], record["dimension"], record["seed"]) for record in ended}
+    assert searches == {(m, d, s) for m in ("curriculum", "labels") for d in (6, 8) for s in (0, 1)} | {
+        ("teacher", d, 0) for d in (6, 8)
+    }
+    for record in records:
+        if record["method"] != "teacher":
+            assert record["reached"] == (record["accuracy"] >= 0.99) and record["samples"] <= record["budget"] * 8
+    # the one constant training of the labels is long, and ends where a budget of the search is enough
+    assert {record["budget"] for record in records if record["method"] == "labels"} == {80}
+    grown = [r["budget"] for r in records if (r["method"], r["dimension"], r["seed"]) == ("curriculum", 8, 1)]
+    assert grown == [20, 28, 40, 57, 80][: len(grown)]
+    table = capsys.readouterr().out
+    assert "(6, 2)" in table and "samples ~ d^c" in table and (tmp_path / "run/scaling.png").is_file()
+    # without its last search, a second launch makes that one alone, and to the same end
+    path.write_text(json.dumps([record for record in records if (record["method"], record["seed"]) != ("labels", 1)]))
+    main(*options(tmp_path, *given))
+    again = json.loads(path.read_text())
+    assert sorted(map(str, again)) == sorted(map(str, records)) and again[-1]["method"] == "labels"
+    assert capsys.readouterr().out[-100:] == table[-100:]
+
+
+def test_a_task_whose_teacher_does_not_learn_has_no_students(main, tmp_path, capsys):
+    given = ["--sparsities", "3", "--teacher_learning_rate", "1e-6", "--teacher_max_samples", "640"]
+    main(*options(tmp_path, *given, "--methods", "labels", "--seeds", "0"))
+    [record] = json.loads((tmp_path / "run/scaling.json").read_text())
+    assert (record["method"], record["reached"], record["samples"]) == ("teacher", False, 640)
+    assert "not within budget" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_configuration_describes_only_what_it_compares(sparse_parity, path):
     kinds = [sparse_parity.RecipeArguments, sparse_parity.TrainingConfig]

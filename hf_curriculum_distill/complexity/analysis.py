@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from hf_curriculum_distill.complexity.supervision import SupervisionComplexity, 
 if TYPE_CHECKING:
     from hf_curriculum_distill.batches.batch import Batch
     from hf_curriculum_distill.stages import Stage
-    from hf_curriculum_distill.teachers.teacher import Teacher
+    from hf_curriculum_distill.teachers.teacher import Targets, Teacher
 
 
 def class_targets(probabilities: Tensor) -> Tensor:
@@ -74,30 +75,67 @@ def measure_complexity(
         ValueError: the student predicts numbers; see also [`empirical_ntk`] and [`supervision_complexity`].
         FloatingPointError: gradients are not finite.
     """
+    found = {"teacher": teacher.targets(batch, stage)}
+    drawn = Drawn(max_rows, num_directions, seed)
+    return measure_targets(batch, found, stage, teacher.partial_forward.stack, temperature, drawn)
+
+
+class Drawn(NamedTuple):
+    """How many rows and outputs a kernel has, which are drawn at random: see [`measure_complexity`]."""
+
+    max_rows: int = 512
+    num_directions: int = 16
+    seed: int = 0
+
+
+DRAWN = Drawn()
+
+
+def measure_targets(
+    batch: Batch,
+    teachers: Mapping[str, Targets],
+    stage: Stage,
+    stack: str = "encoder",
+    temperature: float = 1.0,
+    drawn: Drawn = DRAWN,
+) -> dict[str, SupervisionComplexity]:
+    """As [`measure_complexity`], of the targets of several teachers, with one kernel for all their logits.
+
+    Args:
+        batch, stage, temperature: as there.
+        teachers: by name, their targets on the batch; the first one's hidden states are measured.
+        stack: whose blocks are matched in an encoder-decoder.
+        drawn: what is drawn at random.
+
+    Returns:
+        as there, with the teachers' names in place of "teacher".
+    """
+    max_rows, num_directions, seed = drawn
     draw = torch.Generator().manual_seed(seed)
-    targets, model = teacher.targets(batch, stage), batch.model
+    targets, model = next(iter(teachers.values())), batch.model
     measured = {}
     if stage.needs_logits:
         if batch.head.predicts_numbers:
             raise ValueError(f"{type(model).__name__} predicts numbers; complexity is measured of class probabilities.")
-        given = targets.logits[:].double()
-        chosen = _draw_rows(torch.arange(len(given)), max_rows, draw)
+        given = {name: of_teacher.logits[:].double() for name, of_teacher in teachers.items()}
+        count, classes = next(iter(given.values())).shape
+        chosen = _draw_rows(torch.arange(count), max_rows, draw)
         rows = chosen if batch.rows is None else batch.rows.cpu()[chosen]
-        directions = _draw_directions(classes := given.shape[-1], num_directions, draw)
+        directions = _draw_directions(classes, num_directions, draw)
         kernel = empirical_ntk(model, batch.student_inputs, "trace", logit_contrasts(directions), rows)
         if batch.labels is not None:
             labels = F.one_hot(batch.labels.cpu()[chosen], classes)
             measured["labels"] = supervision_complexity(kernel, class_targets(labels))
         labels = F.one_hot(torch.randint(classes, (len(chosen),), generator=draw), classes)
         measured["random labels"] = supervision_complexity(kernel, class_targets(labels))
-        probabilities = (given[chosen.to(given.device)] / temperature).softmax(-1)
-        measured["teacher"] = supervision_complexity(kernel, class_targets(probabilities))
+        for name, logits in given.items():
+            probabilities = (logits[chosen.to(logits.device)] / temperature).softmax(-1)
+            measured[name] = supervision_complexity(kernel, class_targets(probabilities))
     for layer, hidden in targets.hidden.items():
         counted = batch.weights(hidden).flatten().nonzero().flatten().cpu()
         rows = _draw_rows(counted, max_rows, draw)
         directions = _draw_directions(hidden.shape[-1], num_directions, draw)
-        outputs = hidden_states(layer, directions, teacher.partial_forward.stack)
-        kernel = empirical_ntk(model, batch.student_inputs, "trace", outputs, rows)
+        kernel = empirical_ntk(model, batch.student_inputs, "trace", hidden_states(layer, directions, stack), rows)
         of_rows = hidden.flatten(0, 1)[rows.to(hidden.device)]
         measured[f"layer {layer}"] = supervision_complexity(kernel, of_rows)
     return measured

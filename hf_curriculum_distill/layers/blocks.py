@@ -29,7 +29,7 @@ def find_block_stack(model: nn.Module, stack: str = "encoder") -> list[nn.Module
     if getattr(config, "num_hidden_groups", None):
         groups = next(m for name, m in lists if name.endswith("albert_layer_groups"))
         return [groups[layer * len(groups) // depth] for layer in range(depth)]
-    if getattr(config, "depths", None) is not None:
+    if changes_shape(model, stack):
         raise ValueError(
             f"The hidden states of {type(model).__name__} change their shape between its stages (depths="
             f"{config.depths}), so that layers can't be matched; use a model whose blocks are all of one width."
@@ -46,6 +46,12 @@ def find_block_stack(model: nn.Module, stack: str = "encoder") -> list[nn.Module
             f"layer by layer, but has: {seen}. Models that are built otherwise are not supported."
         )
     return list(found[0][1])
+
+
+def changes_shape(model: nn.Module, stack: str = "encoder") -> bool:
+    """Whether a model's hidden states change their shape between its stages, as those of ResNet and Swin do, so that it
+    has no stack of blocks to be matched; its logits can be."""
+    return getattr(backbone_config(model, stack), "depths", None) is not None
 
 
 def _backbone(model: nn.Module, stack: str = "encoder") -> nn.Module:
@@ -70,5 +76,7 @@ def backbone_config(model: nn.Module, stack: str = "encoder") -> Any:
 
 def describe_model(model: PreTrainedModel, stack: str = "encoder") -> str:
     """A model in a few words: its class, its blocks, its width and its size."""
+    if changes_shape(model, stack):
+        return f"{type(model).__name__}, {model.num_parameters():,} parameters"
     depth, width = len(find_block_stack(model, stack)), backbone_config(model, stack).hidden_size
     return f"{type(model).__name__}, {depth} blocks, hidden size {width}, {model.num_parameters():,} parameters"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_curriculum_distill.layers.adapted import transformers_model
-from hf_curriculum_distill.layers.blocks import backbone_config, find_block_stack
+from hf_curriculum_distill.layers.blocks import backbone_config, changes_shape, find_block_stack
 from hf_curriculum_distill.layers.chunks import RowLogits
 from hf_curriculum_distill.layers.heads import head_of, predicts_next_token
 
@@ -89,13 +89,15 @@ class PartialForward:
         stack: the stack of an encoder-decoder whose blocks are counted; the decoder's run after the whole encoder.
 
     Attributes:
+        blocks: those of [`find_block_stack`]; none of a model whose hidden states change their shape, whose logits
+            alone can be matched.
         num_classes: the number of classes that logits are cut to, because the other model has no more; None for all.
     """
 
     def __init__(self, model: nn.Module, stack: str = "encoder"):
         self.model = model = transformers_model(model)
         self.stack = stack
-        self.blocks = find_block_stack(model, stack)
+        self.blocks = [] if changes_shape(model, stack) else find_block_stack(model, stack)
         self.num_classes: int | None = None
         self._inputs = frozenset(inspect.signature(model.forward).parameters)
         self._pending: _Pass | None = None
@@ -154,7 +156,7 @@ class PartialForward:
     def parameters_before(self, layer: int, frozen: int | None = None) -> Iterator[nn.Parameter]:
         """The parameters that a loss on the output of block `layer` trains, with layers up to `frozen` frozen."""
         if frozen is None:  # embeddings (and, for a decoder's blocks, the encoder) come before the first block
-            first = next(self.blocks[0].parameters(), None)
+            first = next(self.blocks[0].parameters(), None) if self.blocks else None
             yield from itertools.takewhile(lambda parameter: parameter is not first, self.model.parameters())
         for block in self.blocks[frozen or 0 : layer]:
             yield from block.parameters()
@@ -203,7 +205,8 @@ class PartialForward:
         forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
         self._original = model.__dict__.get("forward")
         model.forward = MethodType(forward, model)
-        self._handles = [self.blocks[0].register_forward_pre_hook(self._record_input, with_kwargs=True)]
+        for block in self.blocks[:1]:
+            self._handles.append(block.register_forward_pre_hook(self._record_input, with_kwargs=True))
         for block in dict.fromkeys(self.blocks):
             self._handles.append(block.register_forward_pre_hook(self._substitute_input, with_kwargs=True))
             hook = functools.partial(self._record_output, self.blocks.index(block) + 1)

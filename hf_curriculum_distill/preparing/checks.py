@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.layers.blocks import find_block_stack
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import CLASSES, Head, head_of, is_ctc, num_classes
 from hf_curriculum_distill.logs import get_logger
@@ -67,6 +68,17 @@ def check_launch(
             f"label_names is {args.label_names}, but losses are computed from "
             f"{' and '.join(map(repr, head.label_names))}; rename the column, or leave label_names out."
         )
+
+
+def check_blocks(args: CurriculumDistillationConfig, *models: PartialForward | None) -> None:
+    """Raise a `ValueError` if layers shall be matched, and a model has no stack of blocks whose layers can be."""
+    if args.stages is None:
+        matches_layers = args.method in ("curriculum", "hidden")
+    else:
+        matches_layers = any(Stage(**stage).hidden for stage in args.stages)
+    for model in models:
+        if matches_layers and model is not None and not model.blocks:
+            find_block_stack(model.model, model.stack)  # raises
 
 
 def check_stages(

@@ -27,6 +27,7 @@ from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, sample
 from hf_curriculum_distill.preparing.checks import (
+    check_blocks,
     check_cache,
     check_launch,
     check_stages,
@@ -129,6 +130,7 @@ class PreparedTrainer(ResumableTrainer):
             self._student.remove()
             self._student = PartialForward(student, args.layer_stack)
         teacher = self.teacher and self.teacher.partial_forward
+        check_blocks(args, self._student, teacher)
         self._declared_stages = args.resolve_stages(self._student.depth, teacher and teacher.depth)
         check_stages(self._declared_stages, args, self._student, self.is_deepspeed_enabled)
         if self.teacher is not None:

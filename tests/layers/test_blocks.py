@@ -3,11 +3,12 @@
 import copy
 
 import pytest
+import torch
 import transformers as hf
 from architectures import DEPTH, build
 from transformers import BertConfig, BertModel
 
-from hf_curriculum_distill.layers.blocks import backbone_config, find_block_stack
+from hf_curriculum_distill.layers.blocks import backbone_config, describe_model, find_block_stack
 from hf_curriculum_distill.layers.forward import PartialForward
 from layers.test_forward import blocks_of, every_architecture
 
@@ -54,7 +55,7 @@ def _swin(depths):
 )
 def test_models_without_a_stack_of_equal_blocks_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        PartialForward(make())
+        find_block_stack(make())
 
 
 def test_two_lists_of_the_same_length_are_refused():
@@ -89,3 +90,15 @@ def test_the_configuration_of_a_stack_has_the_width_of_its_hidden_states(name, s
     if stacks == 1:
         with pytest.raises(ValueError, match="is no encoder-decoder"):
             backbone_config(model, "decoder")
+
+
+def test_of_models_whose_hidden_states_change_their_shape_the_logits_alone_are_reached():
+    config = hf.ResNetConfig(hidden_sizes=[8, 8], depths=[1, 1], embedding_size=8, num_channels=1, num_labels=3)
+    model = hf.ResNetForImageClassification(config).eval()
+    forward, inputs = PartialForward(model), {"pixel_values": torch.randn(2, 1, 16, 16)}
+    assert (forward.blocks, forward.depth) == ([], 0)
+    assert set(forward.parameters_before(0)) == set(model.parameters())
+    plain = model(**inputs).logits
+    _, logits = forward(model, inputs, logits=True)
+    assert torch.equal(logits, plain)
+    assert describe_model(model) == f"ResNetForImageClassification, {model.num_parameters():,} parameters"

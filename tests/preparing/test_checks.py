@@ -1,13 +1,20 @@
 """What cannot work is found before it is tried: launches, stages, caches and data sets."""
 
 import pytest
+import transformers as hf
 from conftest import STUDENT_DEPTH, TEACHER_DEPTH, VOCAB_SIZE
 from transformers import BertModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.preparing.checks import check_cache, check_launch, check_stages, check_training_data
+from hf_curriculum_distill.preparing.checks import (
+    check_blocks,
+    check_cache,
+    check_launch,
+    check_stages,
+    check_training_data,
+)
 
 
 def make(student, teacher, args, data):
@@ -90,6 +97,19 @@ def test_a_student_without_a_head_trains_in_layer_stages_alone(config, student):
     check(config(stages=[{"hidden": [[1, 2]]}]), headless)
     with pytest.raises(ValueError, match="BertModel has no head, but stage 'kl' needs logits"):
         check(config(method="one_shot"), headless)
+
+
+def test_layers_are_matched_of_models_with_a_stack_of_blocks_alone(config, student):
+    sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8}
+    resnet = PartialForward(hf.ResNetForImageClassification(hf.ResNetConfig(**sizes)))
+    bert, matched = PartialForward(student), {"stages": [{"hidden": [[1, 1]], "kl_weight": 1.0}]}
+    for fields in ({"method": "curriculum"}, {"method": "hidden"}, matched):
+        for pair in ((resnet, None), (bert, resnet)):
+            with pytest.raises(ValueError, match=r"The hidden states of ResNet.* \(depths=\[1, 1\]\), so that layers"):
+                check_blocks(config(**fields), *pair)
+        check_blocks(config(**fields), bert, None)
+    for fields in ({"method": "one_shot"}, {"method": "online"}, {"stages": [{"label_weight": 1.0}]}):
+        check_blocks(config(**fields), resnet, resnet)
 
 
 def test_an_online_teachers_states_cannot_be_standardised(config, student):
