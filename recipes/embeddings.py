@@ -85,7 +85,7 @@ class TrainingConfig(RecipeConfig):
     max_steps: int = 1000
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 128
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup_steps: float = 0.1
     save_total_limit: int | None = 1
