@@ -83,6 +83,7 @@ class TrainingConfig(RecipeConfig):
     projection: str = "identity"
     standardize_targets: bool = False
     max_steps: int = 1000
+    train_sampling_strategy: str = "group_by_length"
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 128
     learning_rate: float = 1e-3
@@ -132,7 +133,8 @@ def distil(run: Run) -> dict[str, Any]:
         encode(Dataset.from_dict({"text": sentences}), "text", tokenizer, recipe.max_length)
         for sentences in read_sentences(recipe, num_examples(args, args.max_steps), args.seed)
     )
-    collator = DataCollatorWithPadding(tokenizer)
+    shortest_first = sorted(range(len(heldout)), key=lambda index: len(heldout[index]["input_ids"]))
+    heldout, collator = heldout.select(shortest_first), DataCollatorWithPadding(tokenizer)
     trainer = CurriculumDistillationTrainer(
         model=student,
         args=args,
@@ -147,10 +149,14 @@ def distil(run: Run) -> dict[str, Any]:
     of_teacher = embed(teacher, loader, args.pooling)
 
     def compare() -> dict[str, float]:
-        return {"neighbours": overlap(embed(student, loader, args.pooling), of_teacher)}
+        bank, ours = trainer.projection_bank, embed(student, loader, args.pooling)
+        target = of_teacher if bank is None else bank.project_output(of_teacher)
+        return {
+            "cosine": torch.cosine_similarity(ours, target).mean().item(),
+            "neighbours": overlap(ours, of_teacher),
+        }
 
     before = {f"{name} before": value for name, value in compare().items()}
-    before["cosine before"] = trainer.evaluate()["eval_cosine"]
     result = train_student(trainer, run.method) | before | {"student": recipe.student}
     return result | compare() if result["finite"] else result
 
@@ -203,8 +209,7 @@ def as_table(results: Sequence[dict[str, Any]]) -> str:
     """A line for each student, as Markdown."""
     lines = [COLUMNS, ["---"] * len(COLUMNS)]
     for result in results:
-        shown = result | {"cosine": result.get("eval_cosine")}
-        lines.append([f"{v:.4g}" if isinstance(v := shown.get(name), float) else str(v) for name in COLUMNS])
+        lines.append([f"{v:.4g}" if isinstance(v := result.get(name), float) else str(v) for name in COLUMNS])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
