@@ -150,11 +150,11 @@ def distil(run: Run) -> dict[str, Any]:
 
     def compare() -> dict[str, float]:
         bank, ours = trainer.projection_bank, embed(student, loader, args.pooling)
-        target = of_teacher if bank is None else bank.project_output(of_teacher)
-        return {
-            "cosine": torch.cosine_similarity(ours, target).mean().item(),
-            "neighbours": overlap(ours, of_teacher),
-        }
+        found = {"neighbours": overlap(ours, of_teacher)}
+        if bank is None or not bank.lacks_matrices:  # those of a PCA are measured when training begins
+            target = of_teacher if bank is None else bank.project_output(of_teacher)
+            found["cosine"] = torch.cosine_similarity(ours, target).mean().item()
+        return found
 
     before = {f"{name} before": value for name, value in compare().items()}
     result = train_student(trainer, run.method) | before | {"student": recipe.student}
