@@ -23,7 +23,7 @@ from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.hidden_losses import HIDDEN_LOSSES
 from hf_curriculum_distill.layers.chunks import RowLogits, sum_over_chunks
 from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.layers.heads import Head, auxiliary_loss, balances_experts
+from hf_curriculum_distill.layers.heads import EMBEDDING, Head, auxiliary_loss, balances_experts
 from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.teachers.teacher import Targets
 
@@ -159,6 +159,7 @@ class Objective:
             truncate=self._args.truncate,
             chunk_size=batch.chunk_size if stage.needs_logits else None,
             reduce=reduce,
+            pool=batch.pool,
             substitutes=substitutes or {},
         )
 
@@ -193,7 +194,11 @@ def logit_losses(
         certain = losses.entropy(targets, args.temperature) <= highest
         terms["certain"] = certain.sum()
         of_teacher, targets, of_labels, labels = logits[certain], targets[certain], logits[~certain], labels[~certain]
-    if stage.kl_weight and head.predicts_numbers:
+    if stage.kl_weight and head is EMBEDDING:
+        name = f"output_{args.hidden_loss}"
+        terms[name] = HIDDEN_LOSSES[args.hidden_loss](of_teacher[None], targets[None])
+        parts.append(_weighted(terms[name], stage.kl_weight))
+    elif stage.kl_weight and head.predicts_numbers:
         terms["output_mse"] = losses.squared_error(of_teacher, targets)
         parts.append(_weighted(terms["output_mse"], stage.kl_weight))
     elif stage.kl_weight:

@@ -201,6 +201,12 @@ class CurriculumDistillationTrainer(PublishedTrainer):
             with torch.no_grad():
                 self._comparison.update_layers(batch, self._student, model, matched_pairs(self.stages))
 
+    def _compare_embeddings(self, batch: Batch, model: nn.Module) -> None:
+        bank = self.projection_bank
+        if batch.pool is not None and self.teacher is not None and (bank is None or not bank.lacks_matrices):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self._comparison.update_embeddings(batch, self._student, model)
+
     @property
     def _target_source(self) -> Teacher | CachedTeacher | None:
         return self._cached_teacher or self.teacher
@@ -307,7 +313,9 @@ class CurriculumDistillationTrainer(PublishedTrainer):
         before = self._comparison.num_batches
         output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
         if output[0] is None:  # the model has no loss, and compute_loss was not called
-            self._compare_layers(self._read(self._prepare_inputs(inputs)), model)
+            batch = self._read(self._prepare_inputs(inputs))
+            self._compare_layers(batch, model)
+            self._compare_embeddings(batch, model)
         elif self._comparison.num_batches == before:
             with torch.no_grad(), self.compute_loss_context_manager():
                 self._evaluate_batch(model, self._prepare_inputs(inputs))

@@ -24,7 +24,6 @@ import os
 from dataclasses import dataclass, field, replace
 
 import torch
-import transformers
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -223,17 +222,8 @@ def gguf(file: str | None) -> dict:
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> PreTrainedModel:
     """The teacher with its weights."""
-    if recipe.gguf_file is None:
-        return load_teacher(recipe.teacher, skeleton(find_config(recipe.teacher)), args.teacher_dtype)
-    kwargs = {} if args.teacher_dtype is None else {"dtype": getattr(torch, args.teacher_dtype)}
-    if hasattr(transformers, "GgufConfig"):  # earlier releases always unpack the weights
-        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        recipe.teacher, gguf_file=recipe.gguf_file, output_loading_info=True, **kwargs
-    )
-    if info["missing_keys"]:
-        raise ValueError(f"{recipe.gguf_file} has no weights for {min(info['missing_keys'])}, which would be random.")
-    return model
+    student = skeleton(find_config(recipe.teacher, recipe.gguf_file))
+    return load_teacher(recipe.teacher, student, args.teacher_dtype, init_kwargs=gguf(recipe.gguf_file))
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,15 @@ from hf_curriculum_distill.batches.positions import (
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.chunks import chunk_size
 from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.layers.heads import Head, balances_experts, decodes_labels, head_of, num_classes
+from hf_curriculum_distill.layers.heads import (
+    EMBEDDING,
+    Head,
+    balances_experts,
+    decodes_labels,
+    head_of,
+    num_classes,
+)
+from hf_curriculum_distill.layers.pooling import pooled
 
 
 class BatchReader:
@@ -47,7 +55,7 @@ class BatchReader:
         whole_logits: bool = False,
     ):
         self.student, self.teacher, self.args = student, teacher, args
-        self.head, self.reads_labels = head_of(student.model), reads_labels
+        self.head, self.reads_labels = EMBEDDING if args.pooling else head_of(student.model), reads_labels
         self.label_names = {*label_names, LABEL_POSITIONS}
         self.whole_logits = whole_logits or balances_experts(student.model)
         self.num_patches = num_masked_patches(student.model)
@@ -127,7 +135,7 @@ class Batch:
 
     @cached_property
     def _counted(self) -> tuple[Tensor | None, Tensor | None]:
-        return counted_rows(self.model, self.inputs)
+        return (None, None) if self.head is EMBEDDING else counted_rows(self.model, self.inputs)
 
     @property
     def rows(self) -> Tensor | None:
@@ -158,15 +166,33 @@ class Batch:
         inputs = self.inputs
         if not self._reader.reads_labels:
             inputs = {name: value for name, value in inputs.items() if name not in self.head.label_names}
-        return count(self.model, inputs, self._reader.args.layer_stack)
+        counts = count(self.model, inputs, self._reader.args.layer_stack)
+        return torch.stack([counts[0], torch.full_like(counts[0], len(self))]) if self.head is EMBEDDING else counts
 
     @cached_property
     def row_per_token(self) -> bool:
-        return has_rows_per_token(self.model, self.inputs)
+        return self.head is not EMBEDDING and has_rows_per_token(self.model, self.inputs)
 
     @cached_property
     def rows_per_example(self) -> int:
-        return num_rows_per_example(self.model, self.inputs)
+        return 1 if self.head is EMBEDDING else num_rows_per_example(self.model, self.inputs)
+
+    @property
+    def pool(self) -> Callable[[Any], Tensor] | None:
+        """Makes one vector of each example, `[batch, hidden]`, of a model's outputs; None for models with a head."""
+        return self._pooled if self.head is EMBEDDING else None
+
+    def _pooled(self, outputs: Any) -> Tensor:
+        kind = self._reader.args.pooling
+        name = "pooler_output" if kind == "pooler" else "last_hidden_state"
+        if not isinstance(outputs, Mapping) or outputs.get(name) is None:
+            raise ValueError(
+                f"pooling={kind!r} needs the {name} of both models, but one returns only "
+                f"{', '.join(outputs) if isinstance(outputs, Mapping) else f'a {type(outputs).__name__}'}; load them "
+                "without a head, as AutoModel does, or use another pooling."
+            )
+        states = outputs[name]
+        return states.float() if kind == "pooler" else pooled(kind, states, self.weights(states))
 
     @cached_property
     def chunk_size(self) -> int | None:
@@ -185,8 +211,9 @@ class Batch:
         """
         if (shape := hidden.shape[:2]) not in self._weights:
             args = self._reader.args
-            if args.hidden_positions == "labels":
-                self._weights[shape] = label_weights(self.model, self.inputs, hidden)
-            else:
-                self._weights[shape] = position_weights(self.model, self.inputs, hidden, args.layer_stack)
+            with torch.inference_mode(False):  # the teacher may ask first, and the student's loss keeps them
+                if args.hidden_positions == "labels":
+                    self._weights[shape] = label_weights(self.model, self.inputs, hidden)
+                else:
+                    self._weights[shape] = position_weights(self.model, self.inputs, hidden, args.layer_stack)
         return self._weights[shape]

@@ -17,6 +17,7 @@ from hf_curriculum_distill.stages import LAYER_ORDERS, parse_layer_pairs
 
 METHODS = ("curriculum", "one_shot", "progressive", "online", "labels", "hidden")
 UNCACHED_METHODS = ("progressive", "online", "labels")  # no teacher whose targets stay the same
+POOLINGS = ("mean", "cls", "last", "pooler")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 # their learning rates depend on more than the step, so they can't be restarted in each stage
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -68,6 +69,7 @@ def check_values(config: TrainingArguments) -> None:
     _check_choice(config, "layer_stack", ("encoder", "decoder"))
     _check_choice(config, "train_prefix", ("joint", "block", "independent"))
     _check_choice(config, "teacher_dtype", (None, *TEACHER_DTYPES))
+    _check_choice(config, "pooling", (None, *POOLINGS))
     attention = config.attn_implementation
     if attention is not None and not (isinstance(attention, str) and attention):
         raise ValueError(
@@ -122,6 +124,7 @@ def check_values(config: TrainingArguments) -> None:
     _check_teacher_loading(config)
     _check_labels(config)
     _check_hidden(config)
+    _check_pooling(config)
     if config.logit_chunk_size is not None:
         _check_range(config, "logit_chunk_size", 0, math.inf, "whole", lambda x: isinstance(x, int) and x >= 0)
         for name in ("torch_compile", "fp16", "deepspeed", "fsdp"):
@@ -254,6 +257,29 @@ def _check_hidden(config: TrainingArguments) -> None:
                 f"{name} is {getattr(config, name)!r}, but method='hidden' has no logit stage that it could change; "
                 "leave it out, or use method='curriculum'."
             )
+
+
+def _check_pooling(config: TrainingArguments) -> None:
+    if config.pooling is None:
+        return
+    if config.method in ("labels", "online"):
+        raise ValueError(
+            f"pooling is {config.pooling!r}, but method={config.method!r} learns from labels, which embeddings have "
+            "none of; use method='curriculum' or 'one_shot', or leave pooling out."
+        )
+    defaults = {"divergence": "forward_kl", "temperature": 1.0, "label_smoothing_factor": 0.0, "label_loss_weight": 0.0}
+    defaults |= {"class_weights": None, "teacher_entropy_threshold": None, "hidden_positions": "tokens"}
+    for name, value in (defaults | {"layer_stack": "encoder"}).items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}, but pooling={config.pooling!r} compares embeddings, by "
+                f"hidden_loss and of all tokens; leave {name} out."
+            )
+    if config.teacher_cache is not None and config.teacher_cache_logits is not None:
+        raise ValueError(
+            f"teacher_cache_logits is {config.teacher_cache_logits}, but of embeddings (pooling={config.pooling!r}) "
+            "teacher_cache has to keep every number; set teacher_cache_logits=None (null in YAML)."
+        )
 
 
 def _check_cache(config: TrainingArguments) -> None:

@@ -12,7 +12,7 @@ from hf_curriculum_distill.config.checks import check_values, parse_json
 from hf_curriculum_distill.stages import (
     Stage,
     StageScheduler,
-    check_layer_range,
+    check_stage_depths,
     curriculum_stages,
     frozen_layer,
     parse_stages,
@@ -137,7 +137,6 @@ class CurriculumDistillationConfig(TrainingArguments):
     label_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy on the labels in the logit stage."}
     )
-
     class_weights: list | str | None = field(
         default=None,
         metadata={
@@ -151,6 +150,15 @@ class CurriculumDistillationConfig(TrainingArguments):
             "help": "Up to which entropy of the teacher, as a share of the highest (the logarithm of the number of "
             "classes), a row of logits learns from the teacher alone; above it, from its label alone. By default each "
             "row learns from both."
+        },
+    )
+
+    pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "For embeddings, of models without a head: what the logit stage compares of a text by hidden_loss: "
+            "the 'mean' of its tokens' last states, that of the first ('cls') or of the 'last' token, or the model's "
+            "'pooler' output. Those of a teacher of another width are projected."
         },
     )
 
@@ -346,25 +354,18 @@ class CurriculumDistillationConfig(TrainingArguments):
             logit_stage["hidden_weight"] = self.hidden_weight_in_logit_stage
             logit_stage["hidden_weight_at_end"] = self.hidden_weight_at_end
             pairs = resolve_layer_map(self.layer_map, self.num_layer_stages, student_depth, teacher_depth)
-            fraction = self.layer_stage_fraction
-            if self.method == "hidden":
-                fraction, logit_stage = 1.0, None
-            stages = tuple(curriculum_stages(pairs, self.layer_order, fraction, self.hidden_weight, logit_stage))
-        for index, stage in enumerate(stages):
-            if stage.needs_teacher and teacher_depth is None:
-                raise ValueError(
-                    f"stages[{index}] ({stage.name}) matches a teacher, but no teacher_model was given; pass one, or "
-                    "use only label_weight."
-                )
-            check_layer_range(stage.hidden, student_depth, teacher_depth or 0)
+            alone = self.method == "hidden"
+            fraction, last = (1.0, None) if alone else (self.layer_stage_fraction, logit_stage)
+            stages = tuple(curriculum_stages(pairs, self.layer_order, fraction, self.hidden_weight, last))
+        check_stage_depths(stages, student_depth, teacher_depth)
         return stages
 
     @property
     def matches_logits(self) -> bool:
         """Whether anything is learnt from logits or labels; if not, any head will do, or none."""
-        if self.stages is not None:
-            return self.method == "online" or any(Stage(**stage).needs_logits for stage in self.stages)
-        return self.method != "hidden"
+        if self.pooling or self.stages is None:
+            return self.pooling is None and self.method != "hidden"
+        return self.method == "online" or any(Stage(**stage).needs_logits for stage in self.stages)
 
     @property
     def treats_layers_apart(self) -> bool:

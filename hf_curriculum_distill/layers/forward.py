@@ -35,6 +35,8 @@ class Wanted:
             a [`RowLogits`]. They are still a tensor if rows are not gathered before the head, and for classifiers.
         reduce: a function of the logits and the model's outputs (None if the head runs in chunks) that is called inside
             the model's forward, where wrappers see its gradients; its result is returned in place of the logits.
+        pool: a function of the model's outputs that is called inside the model's forward; what it returns, an embedding
+            of each example, takes the place of the logits.
         substitutes: states by layer, `{layer: [batch, length, hidden]}`, that the next block reads in place of that
             layer's output. No gradient goes from a block above the lowest of them to what runs before it.
     """
@@ -47,6 +49,7 @@ class Wanted:
     truncate: bool = True
     chunk_size: int | None = None
     reduce: Callable[[Tensor | RowLogits, Any], Any] | None = None
+    pool: Callable[[Any], Tensor] | None = None
     substitutes: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -265,6 +268,8 @@ class PartialForward:
         return active.hidden, logits if wanted.reduce is None else wanted.reduce(logits, outputs)
 
     def _read_logits(self, outputs: Any, active: _Pass) -> Tensor:
+        if active.wanted.pool is not None:
+            return active.wanted.pool(outputs)
         logits, rows = self.logits_in(outputs), active.wanted.rows
         if active.gathered and logits.shape[:-1] == (1, len(rows)):
             return logits.squeeze(0)

@@ -57,7 +57,8 @@ _LABELS_IN_PLACE = {
 class Head:
     """What the rows of logits of a task are. Losses, counts, metrics, plans and caches are all of such rows.
 
-    A row is one choice among classes, `[classes]`, of which a softmax makes a distribution; or it is one number.
+    A row is one choice among classes, `[classes]`, of which a softmax makes a distribution; or it is one number, or
+    several that belong together.
 
     Args:
         name: what a row is, for messages.
@@ -67,8 +68,8 @@ class Head:
         label_names: the inputs that are labels.
         output_names: the outputs that the logits are made of.
         has_float_labels: whether the model's own loss takes labels as floats.
-        predicts_numbers: whether a row is a number, `[1]`, for which a squared error takes the place of divergence and
-            cross-entropy.
+        predicts_numbers: whether a row is a number, `[1]`, or an embedding, for which errors take the place of
+            divergence and cross-entropy.
         to_logits: makes logits `[..., classes]` of these outputs. Their rows are all dimensions but the last.
         to_labels: makes the rows' labels, `[batch]` or `[batch, rows of an example]` and -100 where none counts, of the
             inputs, which hold all of `label_names`.
@@ -146,6 +147,10 @@ SPAN = Head(
 )
 # one of the texts of an example
 CHOICE = Head("a choice", rows_per_example=1)
+# what a model without a head makes of an example, by the config's `pooling`; no class of models stands for it
+EMBEDDING = Head(
+    "an embedding", rows_per_example=1, label_names=(), predicts_numbers=True, to_labels=lambda inputs: None
+)
 
 
 @functools.cache

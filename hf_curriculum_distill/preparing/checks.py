@@ -90,7 +90,10 @@ def check_stages(
         deepspeed: whether the launch uses DeepSpeed.
     """
     _check_trained(stages, args, student)
-    _check_logit_stages(stages, student.model)
+    if args.pooling is None:
+        _check_logit_stages(stages, student.model)
+    else:
+        _check_pooled(stages, args, student.model)
     _check_labels(stages, args, student.model)
     if args.matches_logits and head_of(student.model).predicts_numbers:
         _check_of_numbers(args)
@@ -153,6 +156,40 @@ def _check_logit_stages(stages: Sequence[Stage], model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} doesn't say how many frames it makes of a recording, so that those of padding "
             "can't be left out of the divergence; match hidden states only, with method='hidden'."
+        )
+
+
+def _check_pooled(stages: Sequence[Stage], args: CurriculumDistillationConfig, model: nn.Module) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"pooling is {args.pooling!r}, but {type(model).__name__} returns the states of its decoder; load the "
+            "encoder alone, such as T5EncoderModel."
+        )
+    if labelled := [stage.name for stage in stages if stage.label_weight]:
+        raise ValueError(
+            f"Stage {labelled[0]!r} learns from labels, which the embeddings of pooling={args.pooling!r} have none of; "
+            "leave out label weights."
+        )
+
+
+def check_embedding_basis(
+    stages: Sequence[Stage], args: CurriculumDistillationConfig, student_dim: int, teacher_dim: int
+) -> None:
+    """Raise a `ValueError` if a stage matches embeddings and hidden states that no student can have both.
+
+    Args:
+        student_dim, teacher_dim: the models' hidden sizes.
+    """
+    if args.pooling is None or not (both := [stage.name for stage in stages if stage.kl_weight and stage.hidden]):
+        return
+    wrong = {"standardize_targets": (True, False)} if args.standardize_targets else {}
+    if student_dim == teacher_dim and args.projection != "identity":
+        wrong["projection"] = (args.projection, "identity")
+    for name, (given, instead) in wrong.items():
+        raise ValueError(
+            f"{name} is {given!r}, but stage {both[0]!r} matches hidden states beside embeddings (pooling="
+            f"{args.pooling!r}), which are the teacher's{'' if student_dim == teacher_dim else ', projected'}: targets "
+            f"of both can't be met. Set {name}={instead!r}, or hidden_weight_in_logit_stage=0."
         )
 
 

@@ -29,6 +29,7 @@ from hf_curriculum_distill.preparing.calibration import bank_settings, checked, 
 from hf_curriculum_distill.preparing.checks import (
     check_blocks,
     check_cache,
+    check_embedding_basis,
     check_launch,
     check_stages,
     check_training_data,
@@ -134,13 +135,15 @@ class PreparedTrainer(ResumableTrainer):
         self._declared_stages = args.resolve_stages(self._student.depth, teacher and teacher.depth)
         check_stages(self._declared_stages, args, self._student, self.is_deepspeed_enabled)
         if self.teacher is not None:
-            check_head(self.teacher.model, self._declared_stages)
+            check_head(self.teacher.model, self._declared_stages if args.pooling is None else ())
         check_cache(self._declared_stages, args, student)
         if args.teacher_cache is not None:
             check_writable(args.teacher_cache, "teacher_cache", "the teacher's targets")
         self.projection_bank = self._make_bank()
         # whether any loss needs labels, for instance to know which rows count
-        self._reads_labels = any(stage.needs_logits for stage in self._declared_stages) or args.method == "online"
+        self._reads_labels = args.method == "online" or (
+            args.pooling is None and any(stage.needs_logits for stage in self._declared_stages)
+        )
         self._reads_labels |= args.hidden_positions == "labels" or args.layer_stack == "decoder"
         self._use_student(self._student)
         self._prepare_teacher()
@@ -157,6 +160,12 @@ class PreparedTrainer(ResumableTrainer):
     def _make_bank(self) -> ProjectionBank | None:
         """The given bank, that of an earlier `train()` if nothing it depends on has changed, or a new one."""
         given, pairs = self._given_bank, parse_layer_pairs(matched_pairs(self._declared_stages))
+        if self.teacher is not None:
+            teacher = self.teacher.partial_forward
+            dims = self._student.hidden_size, teacher.hidden_size
+            check_embedding_basis(self._declared_stages, self.args, *dims)
+            if self.args.pooling is not None and not pairs and dims[0] != dims[1]:
+                pairs = ((self._student.depth, teacher.depth),)
         if not pairs:
             if given is not None:
                 raise ValueError("projection_bank was given, but no stage matches hidden states; leave it out.")
@@ -168,7 +177,6 @@ class PreparedTrainer(ResumableTrainer):
                 "ProjectionBank.from_pretrained reads from a folder."
             )
         self._student.check_training(self.args.treats_layers_apart)
-        dims = self._student.hidden_size, self.teacher.partial_forward.hidden_size
         before, self._bank_made_of = self._bank_made_of, (pairs, dims, bank_settings(self.args))
         if given is None and before == self._bank_made_of:
             return self.projection_bank

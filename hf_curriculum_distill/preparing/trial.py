@@ -46,7 +46,7 @@ def try_out(
     try:
         tolerance = relative_error(args, student)
         whole = None
-        if every.needs_logits and not packed:
+        if every.needs_logits and not packed and args.pooling is None:
             has_labels = all(objective.student.accepts(name) for name in batch.head.label_names)
             own = {n: v for n, v in batch.inputs.items() if n != LABEL_POSITIONS} if has_labels else batch.model_inputs
             outputs = student(**batch.for_student(own))

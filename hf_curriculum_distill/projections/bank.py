@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch import Tensor
 from hf_curriculum_distill.files import replacing
 from hf_curriculum_distill.projections.files import FILE_NAME, find_file, upload_file
 from hf_curriculum_distill.projections.matrices import MEASURED, PROJECTIONS, STORED, make_matrix, principal_matrices
-from hf_curriculum_distill.projections.moments import measure
+from hf_curriculum_distill.projections.moments import apply_matrix, measure
 from hf_curriculum_distill.stages import LayerPair, parse_layer_pairs
 
 FORMAT_VERSION = "2"
@@ -241,7 +240,7 @@ class ProjectionBank:
                 teacher,
                 dataloader,
                 {pair: pair[1] for pair in weights},
-                lambda pair, states: _linear(states, weights[pair]),
+                lambda pair, states: apply_matrix(states, weights[pair]),
             )
         for pair, own in outputs.items():
             projection = self._projections[pair]
@@ -284,7 +283,14 @@ class ProjectionBank:
         self._check_has_matrices()
         projection = self._by_student_layer[student_layer]
         weight = projection.weight / projection.std[:, None]
-        return _linear(hidden, weight, -projection.mean / projection.std)
+        return apply_matrix(hidden, weight, -projection.mean / projection.std)
+
+    def project_output(self, output: Tensor) -> Tensor:
+        """The teacher's embeddings, `[batch, teacher_dim]`, in the student's width: by the highest student layer's
+        matrix, but not standardised; where both widths are equal, as they are."""
+        self._check_has_matrices()
+        weight = self._by_student_layer[max(self._by_student_layer)].weight
+        return output.float() if weight.shape[0] == weight.shape[1] else apply_matrix(output, weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by their names in the file: `layer_{s}_{t}.weight`, `.mean` and `.std` of each pair."""
@@ -391,10 +397,3 @@ class ProjectionBank:
                 digest.update(f"{pair} {name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
-
-
-def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not torch.is_autocast_enabled(hidden.device.type):
-        return F.linear(hidden.float(), weight, bias)
-    with torch.autocast(hidden.device.type, enabled=False):  # targets belong to the loss, which is float32
-        return F.linear(hidden.float(), weight, bias)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NOT_ROUNDING = 1e-6  # part of the values' size from which a deviation is more than the rounding of float32 values
@@ -106,3 +107,11 @@ def measure(
         if not torch.isfinite(own.scatter).all():
             raise FloatingPointError(f"The teacher's hidden states at layer {layer_of[name]} are not finite.")
     return moments
+
+
+def apply_matrix(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`weight @ hidden + bias` in float32, even under autocast."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return F.linear(hidden.float(), weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):  # targets belong to the loss, which is float32
+        return F.linear(hidden.float(), weight, bias)

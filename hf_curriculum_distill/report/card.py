@@ -35,6 +35,7 @@ _METRICS = {
     "accuracy": "accuracy on the labels that count",
     "agreement": "agreement: share of predictions that are the teacher's, too",
     "kl": "KL divergence from the teacher (nats)",
+    "cosine": "cosine similarity of embeddings to the teacher's",
 }
 _UNMEASURED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
@@ -228,7 +229,13 @@ def _describe_method(facts: CardFacts) -> str:
     data = f" on [{i}](https://huggingface.co/datasets/{i})" if (i := (facts.train_data or {}).get("id")) else ""
     step, end = facts.step, record["max_steps"]
     unfinished = "" if step >= end else f" This is step {step:,} of {end:,}."
-    return f"This {facts.model_class} {teacher}{data}. {_METHODS[record['method']]}{unfinished}"
+    method = _METHODS[record["method"]].replace("logits", _outputs(record))
+    return f"This {facts.model_class} {teacher}{data}. {method}{unfinished}"
+
+
+def _outputs(record: Mapping[str, Any]) -> str:
+    """What the logit stage compares."""
+    return "embeddings" if record["settings"].get("pooling") else "logits"
 
 
 def _spans(record: Mapping[str, Any]) -> Iterable[tuple[int, int, Mapping[str, Any]]]:
@@ -241,7 +248,7 @@ def _spans(record: Mapping[str, Any]) -> Iterable[tuple[int, int, Mapping[str, A
 
 
 def _stage_table(record: Mapping[str, Any]) -> str:
-    rows = [["stage", "steps", "student layer ← teacher layer", "hidden", "logits", "labels"]]
+    rows = [["stage", "steps", "student layer ← teacher layer", "hidden", _outputs(record), "labels"]]
     for number, (first, end, stage) in enumerate(_spans(record), start=1):
         pairs = ", ".join(f"{student} ← {teacher}" for student, teacher in stage["hidden"]) or "-"
         hidden, at_end = stage["hidden_weight"], stage.get("hidden_weight_at_end")
@@ -250,7 +257,10 @@ def _stage_table(record: Mapping[str, Any]) -> str:
         rows.append([f"{number}: {stage['name']}", f"{first:,} to {end:,}", pairs, *weights])
     settings = record["settings"]
     note = f"The last three columns are weights of losses: `{settings['hidden_loss']}` of hidden states, "
-    note += f"`{settings['divergence']}` of logits at temperature {settings['temperature']:g}, "
+    if settings.get("pooling"):
+        note += f"`{settings['hidden_loss']}` of embeddings (pooling: `{settings['pooling']}`), "
+    else:
+        note += f"`{settings['divergence']}` of logits at temperature {settings['temperature']:g}, "
     note += "cross-entropy on labels. Layers are numbers of blocks, from 1; 0 is the embeddings."
     return f"{_markdown_table(rows)}\n\n{note}"
 

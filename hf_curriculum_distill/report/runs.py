@@ -33,7 +33,7 @@ logger = get_logger(__name__)
 
 LABELS_ALONE = [{"label_weight": 1.0}]  # the stages of a training without a teacher, of a teacher for instance
 
-_METRICS = ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl")
+_METRICS = ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl", "eval_cosine")
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,8 @@ def check_finite(results: Sequence[Mapping[str, Any]]) -> None:
 def _describe(result: Mapping[str, Any]) -> str:
     if not result["finite"]:
         return result["error"]
-    return f"accuracy {result['eval_accuracy']:.4f} after {result['samples']:,} examples, {result['seconds']:.0f} s"
+    name = "accuracy" if "eval_accuracy" in result else "cosine"
+    return f"{name} {result[f'eval_{name}']:.4f} after {result['samples']:,} examples, {result['seconds']:.0f} s"
 
 
 def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[str, Any]:

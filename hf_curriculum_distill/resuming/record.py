@@ -31,6 +31,7 @@ _SETTINGS = (
     "temperature",
     "divergence",
     "hidden_loss",
+    "pooling",
     "label_smoothing_factor",
     "class_weights",
     "teacher_entropy_threshold",
@@ -51,6 +52,7 @@ _SETTINGS = (
 # What a record that lacks a setting stands for: it was written before there was a choice.
 _ONCE_FIXED = {
     "hidden_loss": "mse",
+    "pooling": None,
     "freeze_embeddings_in_layer_stages": False,
     "finished_layer_rate": 1.0,
     "carry_optimizer": True,

@@ -104,6 +104,22 @@ def check_layer_range(pairs: Iterable[LayerPair], student_depth: int, teacher_de
                 )
 
 
+def check_stage_depths(stages: Iterable[Stage], student_depth: int, teacher_depth: int | None) -> None:
+    """Raise a `ValueError` for a stage that needs a teacher where there is none, or a layer that a model lacks.
+
+    Args:
+        stages: in order.
+        student_depth, teacher_depth: the number of blocks; None without a teacher.
+    """
+    for index, stage in enumerate(stages):
+        if stage.needs_teacher and teacher_depth is None:
+            raise ValueError(
+                f"stages[{index}] ({stage.name}) matches a teacher, but no teacher_model was given; pass one, or use "
+                "only label_weight."
+            )
+        check_layer_range(stage.hidden, student_depth, teacher_depth or 0)
+
+
 def curriculum_stages(
     pairs: Sequence[LayerPair],
     layer_order: str,

@@ -40,14 +40,14 @@ class StudentComparison:
     def __init__(self, teacher: Teacher | None, accelerator: Accelerator, compares_logits: bool = True):
         self._teacher, self._accelerator, self.num_batches = teacher, accelerator, 0
         self._compares_logits = compares_logits and teacher is not None and has_head(teacher.model)
-        self._metric, self._layers = TeacherComparison(), LayerComparison()
+        self._metric, self._layers, self._cosines = TeacherComparison(), LayerComparison(), []
         self.observe: Callable[[Batch, Tensor, Tensor, Tensor], None] | None = None
         self._knows_rows: bool | None = None  # whether labels are those of the rows of the logits; None: not seen yet
 
     def start(self) -> None:
         """Begin an evaluation."""
         self.num_batches = 0
-        self._metric, self._layers = TeacherComparison(), LayerComparison()
+        self._metric, self._layers, self._cosines = TeacherComparison(), LayerComparison(), []
 
     def update(self, batch: Batch, outputs: Any, tolerance: float) -> None:
         """Add a batch.
@@ -92,9 +92,23 @@ class StudentComparison:
         targets = self._teacher.targets(batch, stage).hidden
         self._layers.update(self._accelerator, hidden, targets, batch.weights(next(iter(hidden.values()))))
 
+    def update_embeddings(self, batch: Batch, student: PartialForward, model: nn.Module) -> None:
+        """Add the cosine similarity of the student's embedding to the teacher's, of each example.
+
+        Args:
+            student: runs `model`, which may be wrapped.
+        """
+        _, ours = student(model, batch.student_inputs, logits=True, pool=batch.pool)
+        self._teacher.advance(None)
+        theirs = self._teacher.targets(batch, Stage(kl_weight=1.0)).logits
+        cosines = self._accelerator.gather_for_metrics(F.cosine_similarity(ours, theirs, dim=-1))
+        self._cosines += cosines.cpu().double().tolist()
+
     def compute(self, prefix: str) -> dict[str, float]:
         """The metrics of the evaluation, by their names after `prefix`."""
         metrics = self._metric.compute() | self._layers.compute()
+        if self._cosines:
+            metrics["cosine"] = sum(self._cosines) / len(self._cosines)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
 

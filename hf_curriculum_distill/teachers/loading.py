@@ -142,6 +142,8 @@ def _make_teacher(
 
 def _needs_head(args: CurriculumDistillationConfig) -> bool:
     """Whether a teacher needs a head, for a divergence from its logits or because it learns from labels itself."""
+    if args.pooling is not None:
+        return False
     if args.stages is None or args.method == "online":
         return args.method not in ("labels", "hidden")
     return any(Stage(**stage).kl_weight for stage in args.stages)

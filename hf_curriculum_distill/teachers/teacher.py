@@ -20,6 +20,7 @@ from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.blocks import describe_model
 from hf_curriculum_distill.layers.chunks import RowLogits
 from hf_curriculum_distill.layers.forward import PartialForward
+from hf_curriculum_distill.layers.heads import EMBEDDING
 from hf_curriculum_distill.layers.weights import weights_fingerprint
 from hf_curriculum_distill.losses import TopLogits
 from hf_curriculum_distill.projections import ProjectionBank
@@ -33,7 +34,7 @@ class Targets:
     Args:
         hidden: projected hidden states `{student_layer: [batch, length, student_dim]}`, float32.
         logits: `[rows, classes]` of the rows that count: a tensor, computed in chunks, or only the likeliest classes;
-            None if the stage needs none.
+            or the examples' embeddings, in the student's width; None if the stage needs none.
         computed: whether the teacher ran for them.
     """
 
@@ -123,6 +124,8 @@ class Teacher:
     def targets(self, batch: Batch, stage: Stage) -> Targets:
         """The projected hidden states and the logits that a stage matches."""
         hidden, logits = self.forward(batch, stage)
+        if batch.head is EMBEDDING and logits is not None and self._bank is not None:
+            logits = self._bank.project_output(logits)
         return Targets({s: self._bank.project(s, hidden[t]) for s, t in stage.hidden}, logits)
 
     def forward(self, batch: Batch, stage: Stage) -> tuple[dict[int, Tensor], Tensor | RowLogits | None]:
@@ -141,6 +144,7 @@ class Teacher:
                 rows=rows,
                 gather=rows is not None and batch.row_per_token,
                 truncate=self._truncate,
+                pool=batch.pool,
                 chunk_size=batch.chunk_size if stage.kl_weight else None,
             )
 

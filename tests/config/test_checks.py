@@ -13,6 +13,7 @@ WRONG_VALUES = {
     "layer_order": ["random", None],
     "hidden_positions": ["all", None],
     "hidden_loss": ["l1", "hidden_mse", None],
+    "pooling": ["max", "", True],
     "hidden_weight": [0, -0.1, math.inf, math.nan, "1", None],
     "hidden_weight_in_logit_stage": [-0.1, math.inf, math.nan, "1", None],
     "hidden_weight_at_end": [-0.1, math.inf, math.nan, "1", True, 0.0],

@@ -28,6 +28,7 @@ OTHER_VALUES = {
     "temperature": [0.5, 2, 4.0],
     "divergence": ["reverse_kl", "jensen_shannon", "hard"],
     "hidden_loss": ["cosine", "layer_norm_mse"],
+    "pooling": ["mean", "cls", "last", "pooler"],
     "label_loss_weight": [0.5, 1],
     "class_weights": [[1.0, 0.0, 2], [3]],
     "teacher_entropy_threshold": [0, 0.5, 1.0],

@@ -156,3 +156,13 @@ def test_a_method_is_told_in_three_sentences(method):
 def test_a_checkpoint_of_a_layer_stage_says_that_its_head_is_untrained():
     text = make_text(changed(log_history=[{"eval_accuracy": 0.1, "step": 4}], step=4))
     assert "This is step 4 of 1,000." in text and "No stage up to this step trains the head." in text
+
+
+def test_what_embeddings_learn_is_not_called_logits():
+    settings = {"settings": RECORD["settings"] | {"hidden_loss": "cosine", "pooling": "mean"}}
+    history = [{"eval_cosine": 0.875, "step": 1000}]
+    text = make_text(changed(settings, model_class="BertModel", log_history=history))
+    assert "logits" not in text and "forward_kl" not in text
+    assert "and then the teacher's embeddings" in text and "`cosine` of embeddings (pooling: `mean`)" in text
+    assert "| cosine similarity of embeddings to the teacher's | 0.875 |" in text
+    assert "| hidden | logits | labels |" in make_text(FACTS)
