@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hf_curriculum_distill.files import write_files
-from hf_curriculum_distill.report.tables import _BASELINE_LOOK, _LOOKS, align
+from hf_curriculum_distill.report.figures import choose_looks, name_method
+from hf_curriculum_distill.report.tables import align
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,11 +123,13 @@ def plot_scaling(records: Sequence[Mapping[str, Any]], path: str, axis: int) -> 
     figure = Figure(figsize=(6, 4.6), dpi=150, layout="constrained")
     plot = figure.subplots()
     largest = {record["method"]: record["samples"] for record in records if record["last"]}
-    looks = iter(_LOOKS)
-    for method, searches in summarize_searches(records).items():
-        style, color = _BASELINE_LOOK if method == "one_shot" else next(looks)
+    by_method = summarize_searches(records)
+    looks = choose_looks(list(by_method), baseline="one_shot")
+    for method, searches in by_method.items():
+        style, color = looks[method]
         slope = slope_of(searches, axis)
-        label = method if slope is None else f"{method}: {('d^c', '2^(c k)')[axis]}, c = {slope}"
+        name = name_method(method)
+        label = name if slope is None else f"{name}: {('d^c', '2^(c k)')[axis]}, c = {slope}"
         medians = {size[axis]: m for size, each in searches.items() if math.isfinite(m := float(np.median(each)))}
         plot.plot(list(medians), list(medians.values()), style, color=color, label=label)
         for size, each in searches.items():
