@@ -276,7 +276,7 @@ def test_the_help_of_a_recipe_begins_with_its_own_options(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train"], "The recipe is None; use one of bert_large, causal_lm, image_classification, pcfg"),
+        (["train"], "The recipe is None; use one of bert_large, causal_lm, embeddings, image_classification, pcfg"),
         (["train", "bert"], "The recipe is 'bert'; use one of bert_large"),
         (["train", "--config", "none.yaml"], "No such file"),
         (

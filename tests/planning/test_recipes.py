@@ -59,7 +59,7 @@ def test_the_command_plans_a_recipe_that_is_named_first_or_in_the_file(tmp_path,
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("bert", "The recipe is 'bert'; use one of bert_large, causal_lm, pcfg, "),
+        ("bert", "The recipe is 'bert'; use one of bert_large, causal_lm, embeddings, image_classification, "),
         ("pcfg", "pcfg.py follow from options of its own, which a plan does not know; name both with --student"),
     ],
 )
