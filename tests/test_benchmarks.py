@@ -131,3 +131,11 @@ def test_logits_in_pieces_prints_every_way_and_what_runs_twice(monkeypatch, caps
     for whole, chunks, recomputed, student_only in (rows[start : start + 4] for start in range(0, 12, 4)):
         operations = [float(row[5]) for row in (whole, chunks, student_only, recomputed)]
         assert operations[0] == operations[1] == 1.0 < operations[2] < operations[3]  # no head runs twice in chunks
+
+
+def test_tangent_kernel_prints_a_row_for_each_size():
+    command = [sys.executable, "benchmarks/tangent_kernel.py", "--examples", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split(" | ")[0] for line in done.stdout.splitlines()]
+    assert rows == ["parameters", "5,302", "20,130", "68,962"]
