@@ -160,7 +160,7 @@ class PreparedTrainer(ResumableTrainer):
     def _make_bank(self) -> ProjectionBank | None:
         """The given bank, that of an earlier `train()` if nothing it depends on has changed, or a new one."""
         given, pairs = self._given_bank, parse_layer_pairs(matched_pairs(self._declared_stages))
-        if self.teacher is not None:
+        if self.teacher is not None and (pairs or self.args.pooling is not None):
             teacher = self.teacher.partial_forward
             dims = self._student.hidden_size, teacher.hidden_size
             check_embedding_basis(self._declared_stages, self.args, *dims)
@@ -188,9 +188,7 @@ class PreparedTrainer(ResumableTrainer):
         self._student, teacher = student, self.teacher and self.teacher.partial_forward
         self._objective = Objective(student, self.args)
         label_names = self.label_names
-        if (
-            not self.args.matches_logits
-        ):  # scripts give Trainer inputs of the blocks as labels, such as masks of patches
+        if not self.args.matches_logits:  # scripts give Trainer inputs of blocks as labels, such as masks of patches
             label_names = [n for n in label_names if "label" in n or n in head_of(student.model).label_names]
         self._read = BatchReader(student, teacher, self.args, label_names, self._reads_labels, self._shards_parameters)
 

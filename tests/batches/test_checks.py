@@ -13,7 +13,7 @@ from transformers import (
     YolosForObjectDetection,
 )
 
-from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.batches.batch import BatchReader
 from hf_curriculum_distill.batches.checks import label_loss_mismatch
 from hf_curriculum_distill.layers.forward import PartialForward
@@ -37,7 +37,7 @@ def models(model_class, **config):
 
 
 def read(model, inputs):
-    return BatchReader(PartialForward(model), None, None)(inputs)
+    return BatchReader(PartialForward(model), None, CurriculumDistillationConfig())(inputs)
 
 
 def test_the_loss_of_the_rows_that_count_is_the_models_own_and_otherwise_both_numbers_are_said():
