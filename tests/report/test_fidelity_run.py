@@ -113,3 +113,9 @@ def test_counts_are_checked(capsys):
     with pytest.raises(SystemExit):
         main(["fidelity", "a", "b", "--dataset", "c", "--examples", "0"])
     assert "--examples is 0; it must be at least 1." in capsys.readouterr().err
+
+
+def test_a_student_that_is_not_there_is_said_to_be_the_student(tmp_path):
+    path = str(tmp_path / "none")
+    with pytest.raises(OSError, match=f"The student '{path}' cannot be loaded; name a model's folder or repository."):
+        report_fidelity(TextOptions(student=path, teacher=path, dataset="none"))
