@@ -92,7 +92,8 @@ def _load_student(name: str) -> PreTrainedModel:
     try:
         architectures = AutoConfig.from_pretrained(name).architectures or ["none"]
     except (OSError, ValueError) as error:
-        raise OSError(f"The student {name!r} cannot be loaded; name a model's folder or repository. ({error})") from error
+        message = f"The student {name!r} cannot be loaded; name a model's folder or repository. ({error})"
+        raise OSError(message) from error
     if architectures[0] not in _MASKED | _CAUSAL | _CLASSIFIERS:
         raise ValueError(
             f"{name} is a {architectures[0]}, and the command reads text for masked and causal language models and for "
