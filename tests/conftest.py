@@ -46,6 +46,10 @@ def pytest_runtest_setup():
     unset_hf_deepspeed_config()  # one that an error left is there until the traceback is collected
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "needs_browser: may be skipped in CI, too, where no browser is installed.")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     return never_skipped((yield))
@@ -53,11 +57,12 @@ def pytest_make_collect_report(collector):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
-    return never_skipped((yield))
+    report = yield
+    return report if item.get_closest_marker("needs_browser") else never_skipped(report)
 
 
 def never_skipped(report):
-    """In CI a test that cannot run, as for want of a package, has failed."""
+    """In CI a test that cannot run, as for want of a package, has failed; but no package brings a browser."""
     if report.skipped and os.environ.get("CI"):
         report.outcome = "failed"
     return report

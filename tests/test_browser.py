@@ -30,6 +30,7 @@ def browser():
     return found
 
 
+@pytest.mark.needs_browser
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 500)])
 def test_a_page_fits_the_window_and_follows_the_scheme(browser, tmp_path, scheme, width):
     page = tmp_path / "page.html"
