@@ -1,9 +1,9 @@
 # The quick start in a container, on the CPU: `docker build -t curriculum . && docker run --rm curriculum`.
-# Keep the students with `-v "$PWD/runs:/work/runs"`; for another command write it at the end, as
+# Keep the students with `-v "$PWD/runs:/curriculum/runs"`; for another command write it at the end, as
 # `docker run --rm curriculum hf-curriculum-distill plan bert_large --gpu h100`.
 FROM python:3.11-slim
 
-WORKDIR /work
+WORKDIR /curriculum
 ENV HF_HUB_OFFLINE=1 PIP_NO_CACHE_DIR=1
 COPY constraints.txt ./
 RUN pip install --index-url https://download.pytorch.org/whl/cpu "$(grep ^torch== constraints.txt)"

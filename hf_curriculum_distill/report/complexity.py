@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from glob import glob
 from itertools import pairwise
@@ -13,7 +12,7 @@ import numpy as np
 from transformers import AutoTokenizer, DataCollatorWithPadding, default_data_collator
 
 from hf_curriculum_distill.complexity.along import COMPLEXITY_FILE, FINAL, NOW, Point, load_model, read_points
-from hf_curriculum_distill.files import write_files
+from hf_curriculum_distill.report.figures import save_figure
 from hf_curriculum_distill.report.tables import align
 from hf_curriculum_distill.tasks.classification import encode_task, read_task
 from hf_curriculum_distill.tasks.images import read_images
@@ -152,9 +151,5 @@ def plot_complexity(runs: Sequence[Sequence[Point]], path: str) -> Figure:
         axis.grid(color="0.9")
         axis.legend(frameon=False)
     axes[0].set_ylabel("adjusted supervision complexity")
-    contents = {}
-    for suffix in (".png", ".svg"):
-        figure.savefig(drawn := io.BytesIO(), format=suffix[1:])
-        contents[str(Path(path).with_suffix(suffix))] = drawn.getvalue()
-    write_files(contents)
+    save_figure(figure, path)
     return figure

@@ -121,12 +121,17 @@ def plot_comparison(
     note = "mean and range over runs" if any(len(curves) > 1 for curves in methods.values()) else None
     figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, title=note)
     figure.suptitle(title or sentence(f"{name_metric(metric)}, by examples and by operations"))
+    save_figure(figure, path)
+    return figure
+
+
+def save_figure(figure: Figure, path: str) -> None:
+    """Write a figure as PNG at `path`, and as SVG beside it."""
     contents = {}
     for suffix in (".png", ".svg"):
         figure.savefig(drawn := io.BytesIO(), format=suffix[1:])
         contents[str(Path(path).with_suffix(suffix))] = drawn.getvalue()
     write_files(contents)
-    return figure
 
 
 def finite_curves(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[Curve]]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hf_curriculum_distill.files import write_files
-from hf_curriculum_distill.report.figures import choose_looks, name_method
+from hf_curriculum_distill.report.figures import choose_looks, name_method, save_figure
 from hf_curriculum_distill.report.tables import align
 
 if TYPE_CHECKING:
@@ -147,9 +144,5 @@ def plot_scaling(records: Sequence[Mapping[str, Any]], path: str, axis: int) -> 
     plot.spines[["top", "right"]].set_visible(False)
     plot.grid(color="0.9")
     figure.legend(loc="outside lower center", frameon=False, title="line: median; triangle: not within budget")
-    contents = {}
-    for suffix in (".png", ".svg"):
-        figure.savefig(drawn := io.BytesIO(), format=suffix[1:])
-        contents[str(Path(path).with_suffix(suffix))] = drawn.getvalue()
-    write_files(contents)
+    save_figure(figure, path)
     return figure
