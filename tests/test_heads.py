@@ -36,6 +36,7 @@ REFUSED = [
     ("beit", "BeitForSemanticSegmentation"),
     ("bert", "BertForPreTraining"),
     ("bert", "BertModel"),
+    ("blip", "BlipForQuestionAnswering"),  # makes its decoder's inputs of the labels, which no model is given
     ("resnet", "ResNetForImageClassification"),
     ("vit", "ViTForMaskedImageModeling"),
     ("wav2vec2", "Wav2Vec2ForAudioFrameClassification"),

@@ -19,6 +19,7 @@ from hf_curriculum_distill.layers.heads import (
     ONE_ROW_PER_EXAMPLE,
     auxiliary_loss,
     head_of,
+    hides_its_decoder,
     is_ctc,
     num_classes,
     predicts_next_token,
@@ -65,6 +66,11 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
             "needs them. Check the data set's columns and the collator."
         )
     head, mask, labels = head_of(model), inputs.get("attention_mask"), inputs.get("labels")
+    if labels is not None and inputs.get("decoder_input_ids") is None and hides_its_decoder(model):
+        raise ValueError(
+            f"The batch has labels but no decoder_input_ids; {type(model).__name__} would make them of the labels, but "
+            "runs without labels, because its own loss is not what is trained. Give decoder_input_ids as well."
+        )
     if name == "input_ids":
         axes = ("batch", "choices", "length") if head is CHOICE else ("batch", "length")
         if main.is_floating_point() or main.dim() != len(axes):

@@ -224,6 +224,16 @@ def decodes_labels(model: nn.Module) -> bool:
     return head_of(model) is CLASSES and not _is_for(model, "Classification")
 
 
+def hides_its_decoder(model: nn.Module) -> bool:
+    """Whether the model makes its decoder's tokens of the labels, though its configuration is no encoder-decoder's.
+
+    So do BLIP and InstructBLIP, each in a way of its own, unless their language model has no encoder.
+    """
+    config = model.config
+    decodes = getattr(config, "is_encoder_decoder", False) or getattr(config, "use_decoder_only_language_model", False)
+    return not decodes and _reads_decoder_tokens(type(transformers_model(model)))
+
+
 @functools.cache
 def _reads_decoder_tokens(model_class: type) -> bool:
     """Whether the decoder reads tokens, and not, as of object detection, vectors of its own."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_curriculum_distill.batches.batch import Batch
+from hf_curriculum_distill.batches.checks import naming_batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.blocks import describe_model
 from hf_curriculum_distill.layers.chunks import RowLogits
@@ -158,7 +159,7 @@ class Teacher:
         """
 
         def states(batch: Batch, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
-            with self._autocast():
+            with naming_batch("the calibration sample"), self._autocast():
                 hidden, _ = self(batch.model_inputs, layers)
             return hidden, batch.weights(hidden[layers[0]])
 

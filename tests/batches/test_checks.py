@@ -114,6 +114,20 @@ def test_labels_of_any_kind_are_nobodys_business_where_no_loss_reads_them(config
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.parametrize("error", [ValueError, TypeError, IndexError, RuntimeError])
+def test_an_error_of_a_model_itself_names_the_batch_already_in_the_calibration(config, examples, error):
+    class Needy(BertForMaskedLM):
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            if labels is None:
+                raise error("labels should be passed")
+            return super().forward(input_ids, attention_mask=attention_mask, labels=labels)
+
+    student, teacher = models(Needy)
+    trainer = CurriculumDistillationTrainer(student, config(), train_dataset=examples, teacher_model=teacher)
+    with pytest.raises(ValueError, match=r"^The batch of the calibration sample cannot .*: labels should be passed$"):
+        trainer.train()
+
+
 # ---- too few steps ----
 
 
