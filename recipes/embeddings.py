@@ -93,6 +93,7 @@ class TrainingConfig(RecipeConfig):
     disable_tqdm: bool | None = True
 
 
+TASK = "Embeddings"  # for `hf-curriculum-distill plan embeddings`
 NEIGHBOURS = 10
 MIN_WORDS = 5  # shorter lines are titles
 COLUMNS = ("student", "method", "seed", "cosine", "neighbours", "cosine before", "neighbours before", "seconds")

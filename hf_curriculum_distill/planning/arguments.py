@@ -6,12 +6,30 @@ import os
 import re
 from dataclasses import dataclass, field
 
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.options import ModelOptions, teacher_source
 from hf_curriculum_distill.planning.gpus import GPUS
 from hf_curriculum_distill.preparing.checks import check_launch
 
-TASKS = ("MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+TASKS = {
+    "MaskedLM": AutoModelForMaskedLM,
+    "CausalLM": AutoModelForCausalLM,
+    "SequenceClassification": AutoModelForSequenceClassification,
+    "TokenClassification": AutoModelForTokenClassification,
+    "QuestionAnswering": AutoModelForQuestionAnswering,
+    "MultipleChoice": AutoModelForMultipleChoice,
+    "Embeddings": AutoModel,
+}
 
 
 @dataclass
@@ -23,6 +41,9 @@ class PlanArguments(ModelOptions):
     """
 
     task: str = field(default="MaskedLM", metadata={"help": f"What both models do: {', '.join(TASKS)}."})
+    num_choices: int = field(
+        default=4, metadata={"help": "Texts of an example of multiple choice, each of --block_size tokens."}
+    )
     num_processes: int = field(default=1, metadata={"help": "Processes that share each step, one a device."})
     gpu: str | None = field(
         default=None,
@@ -68,7 +89,7 @@ class PlanArguments(ModelOptions):
                 raise ValueError(f"{name} is {value}; it must be {limits}.")
         if re.fullmatch(r"\d+-\d+", self.student) and not os.path.exists(self.student):
             self.student = f"teacher-{self.student}"  # of causal_lm.py: a random model of the teacher's family
-        for name in ("block_size", "num_processes"):
+        for name in ("block_size", "num_choices", "num_processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.mlm_probability is None:

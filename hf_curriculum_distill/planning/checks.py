@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,12 @@ from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.planning.arguments import PlanArguments
 from hf_curriculum_distill.planning.dry_run import DryRun
 from hf_curriculum_distill.planning.models import find_size, find_teachers, num_positions
-from hf_curriculum_distill.preparing.checks import check_cache, check_stages
+from hf_curriculum_distill.preparing.calibration import projected_pairs
+from hf_curriculum_distill.preparing.checks import check_cache, check_embedding_basis, check_stages
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.stages import Stage, StageScheduler, matched_pairs, parse_layer_pairs
+from hf_curriculum_distill.stages import Stage, StageScheduler, matched_pairs
 from hf_curriculum_distill.teachers.checkpoints import check_schedule, schedule_ends
-from hf_curriculum_distill.teachers.loading import check_teacher, load_teacher
+from hf_curriculum_distill.teachers.loading import check_teacher, load_teacher, needs_head
 from hf_curriculum_distill.teachers.vocabularies import share_vocabulary
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "spm", "merges", "tekken", "bpe")
@@ -81,7 +83,8 @@ def check_vocabulary(options: PlanArguments, run: DryRun, tokenizer: Any) -> tup
     if run.teacher is None:
         return f"{size:,} entries", True
     name = options.teacher_source
-    check_teacher(run.student.model, run.teacher.model, tokenizer, None if _is_config_only(name) else name)
+    name = None if _is_config_only(name) else name
+    check_teacher(run.student.model, run.teacher.model, tokenizer, name, run.args.matches_logits)
     if (shared := share_vocabulary(run.student.model, run.teacher, tokenizer)) is not None:
         return f"{shared:,} tokens that both models know; the student has {size:,} entries", True
     return f"{size:,} entries in both models", True
@@ -105,7 +108,7 @@ def check_weights(folders: Sequence[str], run: DryRun) -> tuple[str, bool | None
         if not _has_file(folder, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
             return _check_without_weights(folder, run.teacher.model), None
         with _quiet():  # the error says what transformers logs
-            load_teacher(folder, run.student.model, without_values=True)
+            load_teacher(folder, run.student.model, without_values=True, needs_head=needs_head(run.args))
     return f"all that a {type(run.teacher.model).__name__} needs, by name and size", True
 
 
@@ -135,7 +138,8 @@ def check_batch(options: PlanArguments, run: DryRun) -> tuple[str, bool]:
     accumulated, num_processes = run.args.gradient_accumulation_steps, options.num_processes
     examples = batch_size * accumulated * num_processes
     detail = f"{batch_size} examples x {accumulated} micro-batches x {num_processes} processes = {examples:,} examples"
-    detail += f" or {examples * options.block_size:,} tokens a step; in a micro-batch {run.num_rows:,} labels count"
+    tokens, counted = math.prod(run.ids_shape[1:]), "embeddings" if options.task == "Embeddings" else "labels"
+    detail += f" or {examples * tokens:,} tokens a step; in a micro-batch {run.num_rows:,} {counted} count"
     return detail, True
 
 
@@ -157,12 +161,14 @@ def check_layer_map(run: DryRun) -> tuple[str, tuple[Stage, ...]]:
         raise ValueError("There is no teacher and there are no stages, which is plain training; name a --teacher.")
     check_stages(stages, run.args, run.student, deepspeed=bool(run.args.deepspeed))
     check_cache(stages, run.args, run.student.model)
-    if pairs := parse_layer_pairs(matched_pairs(stages)):
+    pairs = run.teacher and projected_pairs(stages, run.args, run.student, run.teacher.partial_forward)
+    if pairs:
         run.student.check_training(run.args.treats_layers_apart)
         widths = run.student.hidden_size, run.teacher.partial_forward.hidden_size
+        check_embedding_basis(stages, run.args, *widths)
         bank = ProjectionBank.create(pairs[:1], *([width] for width in widths), kind=run.args.projection)
         bank.check_fits(pairs[:1], *widths, None if run.args.method == "online" else "")
-    return f"{len(pairs)} layers of {depths[0]} learn from the teacher's {depths[1] or 0}", stages
+    return f"{len(matched_pairs(stages))} layers of {depths[0]} learn from the teacher's {depths[1] or 0}", stages
 
 
 def check_steps(

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from hf_curriculum_distill.planning.dry_run import DryRun
 from hf_curriculum_distill.planning.memory import PeakMemory
 from hf_curriculum_distill.planning.optimizer import OptimizerMemory
-from hf_curriculum_distill.stages import Stage, StageScheduler, matched_pairs
+from hf_curriculum_distill.preparing.calibration import projected_pairs
+from hf_curriculum_distill.stages import Stage, StageScheduler
 
 
 @dataclass
@@ -95,7 +96,8 @@ class RunCosts:
         student, teacher = self.run.student, self.run.teacher
         if teacher is None:
             return 0, 0
-        pairs = matched_pairs(stages)  # each has a float32 matrix, and a mean and a deviation of the student's width
+        # each pair has a float32 matrix, and a mean and a deviation of the student's width
+        pairs = projected_pairs(stages, self.run.args, student, teacher.partial_forward)
         projections = len(pairs) * student.hidden_size * (teacher.partial_forward.hidden_size + 2) * 4
         learning = list(teacher.model.parameters()) if online else []
         states = sum(self.optimizer.measure(parameter)[0] for parameter in learning)

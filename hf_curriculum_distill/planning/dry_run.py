@@ -23,6 +23,7 @@ from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import num_classes
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.planning.memory import PeakMemory
+from hf_curriculum_distill.preparing.calibration import projected_pairs
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.teachers.teacher import Targets, Teacher
@@ -63,7 +64,7 @@ class DryRun:
     Args:
         mode: the mode under which the models were made.
         student, teacher: the models; None for a teacher that the plan does not have.
-        ids_shape: `[batch, length]`.
+        ids_shape: `[batch, length]`, or `[batch, choices, length]`.
         labels_shape: `[batch, length]`, or `[batch]` for one label per example.
         num_rows: the number of rows of logits that count.
     """
@@ -93,7 +94,7 @@ class DryRun:
         )
         with mode:
             shapes = {"input_ids": ids_shape, "labels": labels_shape}
-            numbers = torch.zeros(num_rows, dtype=torch.long)
+            numbers = None if args.pooling else torch.zeros(num_rows, dtype=torch.long)
             inputs = {name: torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()}
             self._batch = read(inputs).with_rows(numbers, numbers)
             self._counts = torch.ones(2, dtype=torch.long)
@@ -122,16 +123,15 @@ class DryRun:
         return self._measured[key]
 
     def _make_bank(self, stage: Stage) -> ProjectionBank | None:
-        if not stage.hidden:
-            return None
-        dims = ([model.hidden_size] * len(stage.hidden) for model in (self.student, self.teacher.partial_forward))
-        return ProjectionBank.create(stage.hidden, *dims).freeze()
+        models = self.student, self.teacher.partial_forward
+        pairs = projected_pairs([stage], self.args, *models)
+        return ProjectionBank.create(pairs, *([m.hidden_size] * len(pairs) for m in models)).freeze() if pairs else None
 
     def _try_step(self, teacher: Teacher | None, stage: Stage, frozen: int | None) -> tuple[set[str], PeakMemory]:
         student, models = self.student.model, [self.student.model, *([teacher.model] if teacher else [])]
         chunks = cut_rows(self.num_rows, self._batch.chunk_size or max(1, self.num_rows))
-        classes = num_classes(student) or self.ids_shape[1]  # of a span, the tokens
-        sizes = {(chunk.stop - chunk.start) * classes for chunk in chunks}
+        classes = num_classes(student) or self.ids_shape[1]  # of a span, the tokens; otherwise the choices
+        sizes = {(chunk.stop - chunk.start) * classes for chunk in chunks if self._batch.pool is None}
         with self.mode, _unpacked(), nullcontext() if self.args.use_cpu else _fused_attention():
             parameters = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
             with PeakMemory(parameters, sizes) as memory:

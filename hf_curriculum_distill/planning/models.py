@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, BertConfig, PreTrainedConfig, PreTrainedModel
@@ -19,7 +18,7 @@ from hf_curriculum_distill.layers.configurations import student_config, student_
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import head_of, predicts_next_token
 from hf_curriculum_distill.layers.students import make_student
-from hf_curriculum_distill.planning.arguments import PlanArguments
+from hf_curriculum_distill.planning.arguments import TASKS, PlanArguments
 from hf_curriculum_distill.planning.dry_run import DryRun
 from hf_curriculum_distill.teachers.checkpoints import find_checkpoints
 from hf_curriculum_distill.teachers.online import OnlineTeacher
@@ -129,8 +128,13 @@ def build_models(options: PlanArguments, args: CurriculumDistillationConfig, tok
         OSError: a configuration is not within reach.
         ValueError: a model is of a kind that is not planned.
     """
+    if args.pooling is not None and options.task != "Embeddings":
+        raise ValueError(
+            f"pooling is {args.pooling!r}, but task is {options.task!r}; states are pooled of models without a head: "
+            "set task=Embeddings, or leave pooling out."
+        )
     of_student, teacher_config = _find_configs(options, args, tokenizer)
-    auto, teacher = getattr(transformers, f"AutoModelFor{options.task}"), None
+    auto, teacher = TASKS[options.task], None
     online = args.method == "online"
     mode = FakeTensorMode()
     with mode:
@@ -148,8 +152,10 @@ def build_models(options: PlanArguments, args: CurriculumDistillationConfig, tok
     detail = "; ".join(f"{who} {describe_model(one.model)}" for who, one in models.items())
     batch_size, length = args.per_device_train_batch_size, options.block_size
     ids_shape = labels_shape = batch_size, length
+    if options.task == "MultipleChoice":
+        ids_shape = batch_size, options.num_choices, length
     num_rows = batch_size * round(options.mlm_probability * (length - predicts_next_token(student.model)))
-    if options.task in ("SequenceClassification", "QuestionAnswering"):
+    if options.task not in ("MaskedLM", "CausalLM", "TokenClassification"):  # whose labels are of examples, or none
         labels_shape, num_rows = (batch_size,), batch_size * (head_of(student.model).rows_per_example or 1)
     return detail, DryRun(mode, student, teacher, args, ids_shape, labels_shape, num_rows)
 
@@ -185,8 +191,9 @@ def _find_configs(
 def _make_model(
     auto: Any, config: PreTrainedConfig, args: CurriculumDistillationConfig, dtype: str | None = None
 ) -> PreTrainedModel:
+    other = f"A {config.model_type} is no single stack of blocks that reads tokens; no other is planned."
     if config.is_encoder_decoder or not hasattr(config, "vocab_size"):
-        raise ValueError(f"A {config.model_type} is no single stack of blocks that reads tokens; no other is planned.")
+        raise ValueError(other)
     if getattr(config, "num_hidden_layers", 0) > 10_000:
         raise ValueError(f"The model has {config.num_hidden_layers} blocks, more than any that is trained; correct it.")
     try:
@@ -195,6 +202,8 @@ def _make_model(
     except ValueError as error:
         reason = str(error).split(".\n")[0]
         raise ValueError(f"There is no {auto.__name__} of type {config.model_type} ({reason}); set task.") from error
+    if model.main_input_name != "input_ids":  # a speech model may have a vocabulary, too
+        raise ValueError(other)
     model.tie_weights()
     if args.attn_implementation is not None:
         model.set_attn_implementation(args.attn_implementation)

@@ -24,6 +24,7 @@ from hf_curriculum_distill.planning.models import build_models, find_size, find_
 from hf_curriculum_distill.planning.optimizer import OptimizerMemory
 from hf_curriculum_distill.planning.rate import find_rate
 from hf_curriculum_distill.stages import Stage, StageScheduler, matched_pairs
+from hf_curriculum_distill.teachers.teacher import has_head
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Plan:
         layer_map: `(student layer, teacher layer)`.
         stages: what each costs: see [`~hf_curriculum_distill.planning.costs.RunCosts.of_stages`].
         total: the same of all stages.
-        one_shot: the same of a run that matches only logits in as many steps; empty without a teacher.
+        one_shot: the same of a run that matches only logits in as many steps; empty without a teacher or logits.
         device: the GPU that was named, how many of it, and the bytes of memory of each; empty if none was named.
         price: of the run, for the price of a device's hour that was given.
         assumptions: lines that say what was counted and how.
@@ -106,7 +107,7 @@ def make_plan(options: PlanArguments, args: CurriculumDistillationConfig) -> Pla
     if plan.errors:
         return plan
     plan.layer_map, plan.total = matched_pairs(stages), add_up("total", plan.stages)
-    if run.teacher is not None:
+    if run.teacher is not None and (args.pooling is not None or has_head(run.student.model)):
         alone = StageScheduler([Stage(kl_weight=1.0, label_weight=args.label_loss_weight)], args.max_steps)
         plan.one_shot = add_up("one_shot", costs.of_stages(alone))
     if options.price_per_hour is not None:

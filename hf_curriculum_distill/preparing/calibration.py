@@ -10,8 +10,22 @@ from typing import Any
 from hf_curriculum_distill.batches.batch import Batch, BatchReader
 from hf_curriculum_distill.batches.checks import check_batch, naming_batch
 from hf_curriculum_distill.config import CurriculumDistillationConfig
+from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.stages import LayerPair
+from hf_curriculum_distill.stages import LayerPair, Stage, matched_pairs, parse_layer_pairs
+
+
+def projected_pairs(
+    stages: Sequence[Stage], args: CurriculumDistillationConfig, student: PartialForward, teacher: PartialForward
+) -> tuple[LayerPair, ...]:
+    """The layer pairs of a bank: those that stages match.
+
+    If there are none, embeddings of another width are projected by a matrix that is named after the last layers.
+    """
+    pairs = parse_layer_pairs(matched_pairs(stages))
+    if args.pooling is not None and not pairs and student.hidden_size != teacher.hidden_size:
+        return ((student.depth, teacher.depth),)
+    return pairs
 
 
 def make_bank(

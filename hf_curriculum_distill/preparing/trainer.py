@@ -25,7 +25,7 @@ from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import head_of
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.objective import Objective
-from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, sample
+from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, projected_pairs, sample
 from hf_curriculum_distill.preparing.checks import (
     check_blocks,
     check_cache,
@@ -164,8 +164,7 @@ class PreparedTrainer(ResumableTrainer):
             teacher = self.teacher.partial_forward
             dims = self._student.hidden_size, teacher.hidden_size
             check_embedding_basis(self._declared_stages, self.args, *dims)
-            if self.args.pooling is not None and not pairs and dims[0] != dims[1]:
-                pairs = ((self._student.depth, teacher.depth),)
+            pairs = projected_pairs(self._declared_stages, self.args, self._student, teacher)
         if not pairs:
             if given is not None:
                 raise ValueError("projection_bank was given, but no stage matches hidden states; leave it out.")

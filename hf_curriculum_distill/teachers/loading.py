@@ -106,7 +106,7 @@ def _make_teacher(
                 student,
                 args.teacher_dtype,
                 init_kwargs=args.teacher_model_init_kwargs,
-                needs_head=_needs_head(args),
+                needs_head=needs_head(args),
             ),
             name,
         )
@@ -140,7 +140,7 @@ def _make_teacher(
     return CheckpointTeacher(folders, load, args.teacher_schedule, args.layer_stack)
 
 
-def _needs_head(args: CurriculumDistillationConfig) -> bool:
+def needs_head(args: CurriculumDistillationConfig) -> bool:
     """Whether a teacher needs a head, for a divergence from its logits or because it learns from labels itself."""
     if args.pooling is not None:
         return False

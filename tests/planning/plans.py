@@ -5,8 +5,11 @@ from itertools import accumulate
 import torch
 from conftest import VOCAB_SIZE
 from transformers import (
+    BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -17,6 +20,7 @@ from hf_curriculum_distill import CURRICULUM_EXTRACTION
 from hf_curriculum_distill.planning import PlanArguments, PlannedConfig, make_plan
 
 LENGTH, LABELS = 12, 3  # tokens of an example, and how many of them a masked LM predicts
+CHOICES = 3
 
 
 def tiny_gpt(depth):
@@ -33,12 +37,21 @@ def examples_for(model):
         if isinstance(model, BertForQuestionAnswering):
             examples.append({"input_ids": ids, "start_positions": ids[0] % 3, "end_positions": ids[1] % 3 + 3})
             continue
+        if isinstance(model, BertForMultipleChoice):
+            ids = torch.stack([ids.roll(turn) for turn in range(CHOICES)])
+            examples.append({"input_ids": ids, "labels": ids[0, 0] % CHOICES})
+            continue
+        if type(model) is BertModel:
+            examples.append({"input_ids": ids})
+            continue
         if isinstance(model, BertForSequenceClassification):
             kind, number = model.config.problem_type, model.config.num_labels
             several = {"regression": torch.rand(number), "multi_label_classification": torch.arange(number) % 2.0}
             labels = several.get(kind, ids[0] % 2)
         elif isinstance(model, (GPT2LMHeadModel, LlamaForCausalLM)):
             labels = ids
+        elif isinstance(model, BertForTokenClassification):
+            labels = ids % 2
         else:
             labels = torch.where(torch.randperm(LENGTH) < LABELS, ids, -100)
         examples.append({"input_ids": ids, "labels": labels})
@@ -56,11 +69,12 @@ def folder_of(tmp_path, name, model):
 
 def planned(tmp_path, student, teacher, options=None, **fields):
     tasks = {"BertForMaskedLM": "MaskedLM", "GPT2LMHeadModel": "CausalLM", "LlamaForCausalLM": "CausalLM"}
-    tasks["BertForQuestionAnswering"] = "QuestionAnswering"
+    tasks |= {f"BertFor{name}": name for name in ("QuestionAnswering", "MultipleChoice", "TokenClassification")}
+    tasks["BertModel"] = "Embeddings"
     task = tasks.get(type(student).__name__, "SequenceClassification")
     share = {"mlm_probability": LABELS / LENGTH} if task == "MaskedLM" else {}
     models = {"student": saved(tmp_path / "student", student), "teacher": saved(tmp_path / "teacher", teacher)}
-    shape = {"task": task, "block_size": LENGTH} | share
+    shape = {"task": task, "block_size": LENGTH, "num_choices": CHOICES} | share
     defaults = CURRICULUM_EXTRACTION | {"max_steps": 8, "per_device_train_batch_size": 4, "use_cpu": True}
     return make_plan(
         PlanArguments(**models | shape | (options or {})), PlannedConfig(str(tmp_path / "out"), **defaults | fields)

@@ -2,7 +2,13 @@ from itertools import accumulate
 
 import pytest
 from conftest import STUDENT_DEPTH, VOCAB_SIZE, tiny_bert
-from transformers import BertForQuestionAnswering, BertForSequenceClassification
+from transformers import (
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.planning.costs import add_up
@@ -22,6 +28,10 @@ RUNS = {
     "frozen embeddings": {"freeze_embeddings_in_layer_stages": True, "carry_optimizer": False},
     "annealed": {"hidden_weight_in_logit_stage": 0.5, "hidden_weight_at_end": 0.0, "finished_layer_rate": 0.3},
     "labels": {"method": "labels"},
+    "hidden": {"method": "hidden"},
+    "pooled": {"pooling": "mean", "standardize_targets": False},
+    "pooled, layers first": {"pooling": "cls", "hidden_weight_in_logit_stage": 0.0},
+    "pooled, no layers": {"pooling": "pooler", "method": "one_shot"},
     "teacher or label": {
         "label_loss_weight": 1.0,
         "class_weights": [0.5, *[2.0] * (VOCAB_SIZE - 1)],
@@ -35,11 +45,21 @@ def several_labels(depth):
     return tiny_bert(depth, model_class=BertForSequenceClassification, **kind)
 
 
+def bert(model_class):
+    return lambda depth: tiny_bert(depth, model_class=model_class)
+
+
+def encoder(depth):
+    return tiny_bert(depth, width=8 * depth, model_class=BertModel)
+
+
 @pytest.mark.parametrize(
     ("run", "make"),
-    [(run, tiny_bert) for run in RUNS]
-    + [("curriculum", tiny_gpt), ("curriculum", lambda d: tiny_bert(d, model_class=BertForSequenceClassification))]
-    + [("curriculum", lambda d: tiny_bert(d, model_class=BertForQuestionAnswering)), ("curriculum", several_labels)],
+    [(run, encoder if run.startswith("pooled") else tiny_bert) for run in RUNS]
+    + [("curriculum", tiny_gpt), ("curriculum", bert(BertForSequenceClassification))]
+    + [("curriculum", bert(BertForQuestionAnswering)), ("curriculum", several_labels)]
+    + [("curriculum", bert(BertForMultipleChoice)), ("curriculum", bert(BertForTokenClassification))]
+    + [("hidden", encoder), ("pooled", bert(BertModel))],
 )
 def test_a_plan_says_what_the_run_then_books_and_trains(tmp_path, config, run, make):
     student, teacher = make(STUDENT_DEPTH), make(4)

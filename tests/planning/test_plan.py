@@ -100,6 +100,13 @@ WRONG = {
     "length": (lambda _: ["--block_size", "33"], r"batch: block_size is 33, but the student reads at most 32 tokens\."),
     "no labels": (lambda _: ["--mlm_probability", "0.001"], r"batch: mlm_probability is 0.001, with which no label"),
     "encoder-decoder": (t5, r"models: A t5 is no single stack of blocks"),
+    "pooling of a head": (lambda _: ["--pooling", "mean"], r"models: pooling is 'mean', but task is 'MaskedLM'; "),
+    "no pooling": (lambda _: ["--task", "Embeddings"], r"layer map: BertModel has no head, but stage 'kl .*method='hi"),
+    "embeddings and layers in two bases": (
+        lambda _: ["--task", "Embeddings", "--pooling", "cls"],
+        r"layer map: standardize_targets is True, but stage .* matches hidden states beside embeddings",
+    ),
+    "no choices": (lambda _: ["--num_choices", "0"], r"num_choices is 0; it must be at least 1\."),
     "no such task": (gpt, r"models: There is no AutoModelForMaskedLM of type gpt2 .*; set task\."),
     "task": (lambda _: ["--task", "Translation"], r"task is 'Translation'; use one of MaskedLM, CausalLM"),
     "rate": (lambda _: ["--flops_per_second", "0"], r"flops_per_second is 0.0; it must be above 0\."),

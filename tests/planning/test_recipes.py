@@ -25,19 +25,28 @@ def test_what_is_not_read_is_an_option_of_a_recipe(recipe):
     assert unread_options([RECIPES[recipe]], {"no_such_option": 1}) == []
 
 
-@pytest.mark.parametrize("recipe", ["bert_large", "causal_lm", "text_classification"])
+TASKS = {
+    "bert_large": "MaskedLM",
+    "causal_lm": "CausalLM",
+    "text_classification": "SequenceClassification",
+    "embeddings": "Embeddings",
+}
+
+
+@pytest.mark.parametrize("recipe", TASKS)
 def test_the_defaults_of_a_plan_are_those_of_its_recipe(recipe):
     script = runpy.run_path(RECIPES[recipe])
     given = ["--student", "bert-2-64", "--use_cpu", "true", "--bf16", "false"]
-    required = ["--dataset", "a", "--teacher", "b"] if recipe == "text_classification" else []
+    required = ["--dataset", "a", "--teacher", "b"] if recipe in ("text_classification", "embeddings") else []
     options, args = parse_arguments([script["RecipeArguments"], script["TrainingConfig"]], [*given, *required])
     defaults = recipe_defaults(RECIPES[recipe], {})
     planned, config = parse_arguments([PlanArguments, PlannedConfig], given, defaults=defaults)
-    for name in ("max_steps", "per_device_train_batch_size", "optim", "gradient_accumulation_steps", "warmup_steps"):
+    names = ("max_steps", "per_device_train_batch_size", "optim", "gradient_accumulation_steps", "warmup_steps")
+    for name in (*names, "pooling", "projection", "standardize_targets"):
         assert getattr(config, name) == getattr(args, name)
-    assert planned.dropout == options.dropout
-    assert planned.block_size == (options.max_length if recipe == "text_classification" else options.block_size)
-    assert planned.task == {"bert_large": "MaskedLM", "causal_lm": "CausalLM"}.get(recipe, "SequenceClassification")
+    assert recipe == "embeddings" or planned.dropout == options.dropout
+    assert planned.block_size == (options.max_length if required else options.block_size)
+    assert planned.task == TASKS[recipe]
 
 
 def test_a_recipe_computes_in_bfloat16_on_a_gpu_and_its_file_says_how_long_a_text_is():
