@@ -68,6 +68,21 @@ def _read_weights(folder: str) -> dict[str, Tensor]:
     raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME}")
 
 
+def check_one_device(model: PreTrainedModel, who: str, device: torch.device) -> None:
+    """Raise a `ValueError` if a model was loaded onto several devices, or is read from a disk while it runs.
+
+    Args:
+        who: the model, as the message names it.
+        device: of the process.
+    """
+    devices = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1 or "disk" in devices:
+        raise ValueError(
+            f"The {who}'s device_map spreads it over {', '.join(sorted(devices))}, but each process runs its {who} as "
+            f"a whole, on {device}; load it onto one device, in a smaller dtype or quantised if it is too large."
+        )
+
+
 def check_finite_weights(model: nn.Module, who: str) -> None:
     """Raise a `ValueError` that names the first parameter with values that are nan, inf or missing.
 

@@ -23,6 +23,7 @@ from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.blocks import describe_model
 from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import head_of
+from hf_curriculum_distill.layers.weights import check_one_device
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.objective import Objective
 from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, projected_pairs, sample
@@ -82,6 +83,7 @@ class PreparedTrainer(ResumableTrainer):
         self._has_optimizer = self.optimizer is not None or self.lr_scheduler is not None
         # before weights are loaded
         check_launch(self.args, self.compute_loss_func, False, self._has_optimizer, head_of(self.model))
+        check_one_device(transformers_model(self.model), "student", self.args.device)
         self._student = PartialForward(self.model, self.args.layer_stack)
         if teacher_model is not None:
             self.teacher = prepare_teacher(teacher_model, self.model, self.args, self.processing_class)

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers.adapted import is_quantised, transformers_model
 from hf_curriculum_distill.layers.heads import CLASSES, head_of
-from hf_curriculum_distill.layers.weights import check_finite_weights
+from hf_curriculum_distill.layers.weights import check_finite_weights, check_one_device
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.teachers.checkpoints import CheckpointTeacher, find_checkpoints
@@ -85,7 +85,7 @@ def _make_teacher(
 
     def place(teacher: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
         check_teacher(student, teacher, processing_class, name, args.matches_logits)
-        _check_devices(teacher, args)
+        check_one_device(teacher, "teacher", args.device)
         if any(parameter.is_meta for parameter in teacher.parameters()):
             check_finite_weights(teacher, "teacher")  # raises
         where = {"device": args.device}
@@ -248,16 +248,6 @@ def check_head(teacher: PreTrainedModel, stages: Sequence[Stage]) -> None:
             f"The teacher is a {type(teacher).__name__}, which has no head, but stage {needing[0]!r} needs its logits; "
             "use a checkpoint that was trained for the student's task, or match hidden states only, with explicit "
             "`stages`."
-        )
-
-
-def _check_devices(teacher: PreTrainedModel, args: CurriculumDistillationConfig) -> None:
-    devices = {str(device) for device in (getattr(teacher, "hf_device_map", None) or {}).values()}
-    if len(devices) > 1:
-        raise ValueError(
-            f"The teacher's device_map spreads it over {', '.join(sorted(devices))}, but each process runs its teacher "
-            f"as a whole, on {args.device}; load it onto one device, in a smaller dtype or quantised if it is too "
-            "large."
         )
 
 

@@ -85,6 +85,18 @@ def test_what_can_be_launched_is(config):
     check_launch(config(**fields, label_names=["labels", "tags"]), None)
 
 
+@pytest.mark.parametrize("rest", ["cpu", "disk"])
+def test_a_student_whose_parts_are_on_several_devices_is_refused(config, student, teacher, examples, tmp_path, rest):
+    student.save_pretrained(tmp_path / "student")
+    places = {"bert.embeddings": "cpu", "bert.encoder": rest, "cls": "cpu"}
+    student = hf.BertForMaskedLM.from_pretrained(tmp_path / "student", device_map=places, offload_folder=tmp_path)
+    if rest == "cpu":  # on one device
+        make(student, teacher, config(), examples)
+        return
+    with pytest.raises(ValueError, match="The student's device_map spreads it over cpu, disk, but each process runs"):
+        make(student, teacher, config(), examples)
+
+
 # ---- stages ----
 
 

@@ -62,6 +62,7 @@ REFUSED = {
         {"device_map": {"bert.embeddings": "cpu", "bert.encoder": "disk", "cls": "cpu"}},
         "device_map spreads it over cpu, disk, but each process runs its teacher as a whole, on cpu; load it onto one",
     ),
+    "a disk": ({"device_map": {"": "disk"}}, "The teacher's device_map spreads it over disk, but each process"),
 }
 
 
