@@ -49,9 +49,9 @@ class ModelOptions:
         default=None,
         metadata={
             "help": "Student: a size as bert-large or bert-LAYERS-HIDDEN, or a config.json (both randomly "
-            "initialised), a model's folder (its weights are the start), teacher-LAYERS (that many of the teacher's "
-            "blocks, evenly spread) or teacher-LAYERS-HIDDEN (the teacher's family in another width, randomly "
-            "initialised). A plan takes Hub models, too."
+            "initialised), a model's folder or OWNER/NAME of the Hub (its weights are the start, and its tokenizer "
+            "must be the teacher's), teacher-LAYERS (that many of the teacher's blocks, evenly spread) or "
+            "teacher-LAYERS-HIDDEN (the teacher's family in another width, randomly initialised)."
         },
     )
     teacher: str | None = field(

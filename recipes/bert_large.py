@@ -37,8 +37,8 @@ from hf_curriculum_distill.layers import make_student, student_size
 from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, TextOptions, teacher_source
 from hf_curriculum_distill.parsing import parse_arguments
-from hf_curriculum_distill.planning import SIZES, find_config, find_size
-from hf_curriculum_distill.report.checks import check_models, load_tokenizer
+from hf_curriculum_distill.planning import SIZES, find_config, find_size, is_config_only, is_hub_name
+from hf_curriculum_distill.report.checks import check_models, check_student_tokenizer, load_tokenizer
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
@@ -215,9 +215,9 @@ def start_student(run: Run, tokenizer) -> PreTrainedModel:
 
 
 def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
-    """A masked language model: a size or a config.json, randomly initialised, or the weights of a model's folder."""
+    """A masked language model: a size or a config.json, randomly initialised, or the weights of a model."""
     check_size(size)
-    if os.path.isdir(size):
+    if not is_config_only(size):
         return load_model(size, dropout)
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     return AutoModelForMaskedLM.from_config(find_config(size, dropout, **tokens))
@@ -244,6 +244,7 @@ def check_run(run: Run) -> None:
     if recipe.teacher_from not in (None, source):
         wanted, sizes = find_config(recipe.teacher_from), ("hidden_size", "num_hidden_layers", "num_attention_heads")
         check_kept_teacher(source, {size: (getattr(teacher, size), getattr(wanted, size)) for size in sizes})
+    check_student_tokenizer(recipe.student, tokenizer)
     student = find_config(recipe.student, recipe.dropout, teacher, **tokens)
     with torch.device("meta"):
         models = [AutoModelForMaskedLM.from_config(config) for config in (student, teacher)]
@@ -264,10 +265,10 @@ def check_student(run: Run) -> None:
 
 
 def check_size(size: str) -> None:
-    if not (os.path.exists(size) or find_size(size)):
+    if not (os.path.exists(size) or find_size(size) or is_hub_name(size)):
         raise SystemExit(
             f"{size!r} is no model: use {', '.join(SIZES)}, bert-LAYERS-HIDDEN, teacher-LAYERS, teacher-LAYERS-HIDDEN, "
-            "or a config.json or model folder that exists."
+            "a config.json or model folder that exists, or OWNER/NAME of a model on the Hub."
         )
 
 

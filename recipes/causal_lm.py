@@ -45,7 +45,8 @@ from hf_curriculum_distill.layers.configurations import student_config
 from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, TextOptions
 from hf_curriculum_distill.parsing import parse_arguments
-from hf_curriculum_distill.report.checks import check_models
+from hf_curriculum_distill.planning import is_hub_name
+from hf_curriculum_distill.report.checks import check_models, check_student_tokenizer
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
@@ -73,7 +74,8 @@ class RecipeArguments(TextOptions, ComparisonOptions):
         default="4-192",
         metadata={
             "help": "Student: LAYERS-HIDDEN (a random model of the teacher's family), teacher-LAYERS or "
-            "teacher-LAYERS-HIDDEN (made of the teacher's layers), a config.json (a random model), or a model's folder."
+            "teacher-LAYERS-HIDDEN (made of the teacher's layers), a config.json (a random model), or a model's folder "
+            "or OWNER/NAME of the Hub (its weights are the start, and its tokenizer must be the teacher's)."
         },
     )
     teacher: str = "HuggingFaceTB/SmolLM2-135M"
@@ -198,6 +200,7 @@ def check_run(run: Run) -> None:
         )
     student, tokenizer = skeleton(find_student_config(recipe, config)), find_tokenizer(recipe)
     check_causal_tokenizer(tokenizer)
+    check_student_tokenizer(recipe.student, tokenizer)
     check_models(run.args, student, teacher, tokenizer, ("block_size", recipe.block_size))
 
 
@@ -233,17 +236,17 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def make_student(recipe: RecipeArguments, teacher: PreTrainedModel) -> PreTrainedModel:
-    """A model made of the teacher's layers, a random one by size or of a config.json, or a folder's; in float32."""
+    """A model made of the teacher's layers, a random one by size or of a config.json, or a saved one; in float32."""
     if student_size(recipe.student) is not None:
         return layers.make_student(recipe.student, teacher).float()
-    if os.path.isdir(recipe.student):
+    if os.path.isdir(recipe.student) or is_hub_name(recipe.student):
         return AutoModelForCausalLM.from_pretrained(recipe.student, dtype=torch.float32)
     return AutoModelForCausalLM.from_config(find_student_config(recipe, teacher.config), dtype=torch.float32)
 
 
 def find_student_config(recipe: RecipeArguments, teacher: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the student; that of a size is the teacher's, scaled."""
-    if os.path.exists(recipe.student):
+    if os.path.exists(recipe.student) or is_hub_name(recipe.student):
         return find_config(recipe.student)
     if (size := student_size(recipe.student)) is not None:
         return student_config(teacher, size[0], hidden_size=size[1])
@@ -253,8 +256,8 @@ def find_student_config(recipe: RecipeArguments, teacher: PreTrainedConfig) -> P
         config.update({name: recipe.dropout for name, value in fields if "drop" in name and isinstance(value, float)})
         return config
     raise ValueError(
-        f"{recipe.student!r} is no model: use LAYERS-HIDDEN such as 4-192, teacher-LAYERS, teacher-LAYERS-HIDDEN, or "
-        "a config.json or model folder that exists."
+        f"{recipe.student!r} is no model: use LAYERS-HIDDEN such as 4-192, teacher-LAYERS, teacher-LAYERS-HIDDEN, a "
+        "config.json or model folder that exists, or OWNER/NAME of a model on the Hub."
     )
 
 

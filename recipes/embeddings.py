@@ -31,8 +31,8 @@ from hf_curriculum_distill.layers.pooling import pooled
 from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig
 from hf_curriculum_distill.parsing import parse_arguments
-from hf_curriculum_distill.planning import find_config
-from hf_curriculum_distill.report.checks import check_models
+from hf_curriculum_distill.planning import find_config, is_config_only
+from hf_curriculum_distill.report.checks import check_models, check_student_tokenizer
 from hf_curriculum_distill.report.runs import Run, log_progress, num_examples, planned_or_exit, train_all, train_student
 from hf_curriculum_distill.tasks.classification import draw_sentences, encode
 from hf_curriculum_distill.tasks.reading import find_column, num_held_out, read_dataset
@@ -60,7 +60,8 @@ class RecipeArguments(ComparisonOptions):
         default="teacher-3",
         metadata={
             "help": "Student: teacher-LAYERS (that many of the teacher's blocks, evenly spread), a size as "
-            "bert-LAYERS-HIDDEN or a config.json (randomly initialised), or a model's folder."
+            "bert-LAYERS-HIDDEN or a config.json (randomly initialised), or a model's folder or OWNER/NAME of the Hub "
+            "(its weights are the start, and its tokenizer must be the teacher's)."
         },
     )
 
@@ -117,6 +118,7 @@ def check_run(run: Run) -> None:
     if run.args.pooling in (None, "pooler"):
         raise ValueError(f"pooling is {run.args.pooling!r}; this recipe pools tokens: use 'mean', 'cls' or 'last'.")
     teacher, tokenizer = find_config(recipe.teacher), AutoTokenizer.from_pretrained(recipe.teacher)
+    check_student_tokenizer(recipe.student, tokenizer)
     configs = find_config(recipe.student, teacher=teacher, vocab_size=len(tokenizer)), teacher
     with torch.device("meta"):
         models = [AutoModel.from_config(config) for config in configs]
@@ -166,8 +168,9 @@ def find_student(name: str, teacher: PreTrainedModel, vocabulary: int) -> PreTra
     """Some of the teacher's layers, a size or a config.json, randomly initialised, or a model's weights."""
     if student_size(name) is not None:
         return make_student(name, teacher)
-    config = find_config(name, teacher=teacher.config, vocab_size=vocabulary)
-    return AutoModel.from_config(config) if not config.name_or_path else AutoModel.from_pretrained(name)
+    if is_config_only(name):
+        return AutoModel.from_config(find_config(name, vocab_size=vocabulary))
+    return AutoModel.from_pretrained(name, dtype=torch.float32)
 
 
 def read_sentences(recipe: RecipeArguments, number: int, seed: int) -> tuple[list[str], list[str]]:

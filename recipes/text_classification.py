@@ -38,8 +38,8 @@ from hf_curriculum_distill.layers import find_block_stack, make_student, student
 from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, teacher_source
 from hf_curriculum_distill.parsing import parse_arguments
-from hf_curriculum_distill.planning import SIZES, find_config, find_size
-from hf_curriculum_distill.report.checks import check_models, load_tokenizer
+from hf_curriculum_distill.planning import SIZES, find_config, find_size, is_config_only, is_hub_name
+from hf_curriculum_distill.report.checks import check_models, check_student_tokenizer, load_tokenizer
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
@@ -101,8 +101,9 @@ class RecipeArguments(ComparisonOptions):
         default="bert-3-192",
         metadata={
             "help": "Student: a size as bert-LAYERS-HIDDEN or a config.json (both randomly initialised), a model's "
-            "folder, teacher-LAYERS (that many of the teacher's blocks, evenly spread) or teacher-LAYERS-HIDDEN (the "
-            "teacher's family in another width, randomly initialised)."
+            "folder or OWNER/NAME of the Hub (its weights are the start, and its tokenizer must be the teacher's), "
+            "teacher-LAYERS (that many of the teacher's blocks, evenly spread) or teacher-LAYERS-HIDDEN (the teacher's "
+            "family in another width, randomly initialised)."
         },
     )
     dropout: float = field(default=0.1, metadata={"help": "Dropout of models that are made by size."})
@@ -119,10 +120,10 @@ class RecipeArguments(ComparisonOptions):
             raise ValueError(f"evaluate_on is {self.evaluate_on!r}; use 'validation' or 'test'.")
         if self.max_length < 3:
             raise ValueError(f"max_length is {self.max_length}; two special tokens and one of text need at least 3.")
-        if not (os.path.exists(self.student) or find_size(self.student)):
+        if not (os.path.exists(self.student) or find_size(self.student) or is_hub_name(self.student)):
             raise ValueError(
                 f"{self.student!r} is no student: use {', '.join(SIZES)}, bert-LAYERS-HIDDEN, teacher-LAYERS, "
-                "teacher-LAYERS-HIDDEN, or a config.json or model folder that exists."
+                "teacher-LAYERS-HIDDEN, a config.json or model folder that exists, or OWNER/NAME of a model on the Hub."
             )
 
 
@@ -184,6 +185,7 @@ def check_run(run: Run) -> None:
     if recipe.teacher_from not in (None, source):
         wanted, sizes = find_config(recipe.teacher_from), ("hidden_size", "num_hidden_layers", "num_attention_heads")
         check_kept_teacher(source, {size: (getattr(teacher, size), getattr(wanted, size)) for size in sizes})
+    check_student_tokenizer(recipe.student, tokenizer)
     configs = find_config(recipe.student, teacher=teacher, vocab_size=len(tokenizer)), teacher
     with torch.device("meta"):
         models = [AutoModelForSequenceClassification.from_config(config) for config in configs]
@@ -253,9 +255,9 @@ def make_model(
     config = find_config(name, dropout, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     config.id2label, config.label2id = dict(classes), {name: number for number, name in classes.items()}
     config.problem_type = "single_label_classification"
-    if find_size(name) or os.path.isfile(name):
+    if is_config_only(name):
         return AutoModelForSequenceClassification.from_config(config)
-    return AutoModelForSequenceClassification.from_pretrained(name, config=config)
+    return AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32)
 
 
 # ---- data ----

@@ -240,6 +240,21 @@ def test_a_student_is_some_of_the_teachers_blocks(bert_large, finished, tokenize
     assert torch.equal(own[name], theirs[name])
 
 
+@pytest.mark.parametrize("on_hub", [False, True], ids=["folder", "Hub"])
+def test_a_student_starts_from_weights_that_a_folder_or_the_hub_has(
+    bert_large, finished, tokenizer, monkeypatch, tmp_path, on_hub
+):
+    saved, name = finished[0] / STUDENT, "org/student"
+    if on_hub:  # downloaded before
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        shutil.copytree(saved, tmp_path / "models--org--student/snapshots" / (commit := "0" * 40))
+        (tmp_path / "models--org--student/refs").mkdir()
+        (tmp_path / "models--org--student/refs/main").write_text(commit)
+    student, _, _ = student_of(bert_large, finished, tokenizer, "--student", name if on_hub else str(saved))
+    own = student.state_dict()
+    assert all(torch.equal(own[key], tensor) for key, tensor in load_file(saved / "model.safetensors").items())
+
+
 @pytest.mark.parametrize("name", ["bert-3-16", "teacher-1-16"])
 def test_a_students_embeddings_start_in_the_basis_of_its_targets(bert_large, finished, tokenizer, name):
     options = ["--student", name, "--student_embeddings", "projected", "--shared_projection", "true"]

@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.planning.arguments import PlanArguments
 from hf_curriculum_distill.planning.dry_run import DryRun
-from hf_curriculum_distill.planning.models import find_size, find_teachers, num_positions
+from hf_curriculum_distill.planning.models import find_teachers, is_config_only, num_positions
 from hf_curriculum_distill.preparing.calibration import projected_pairs
 from hf_curriculum_distill.preparing.checks import check_cache, check_embedding_basis, check_stages
 from hf_curriculum_distill.projections import ProjectionBank
@@ -47,7 +47,7 @@ def load_tokenizer(options: PlanArguments) -> tuple[str, Any]:
         OSError, ValueError: the tokenizer that is given cannot be loaded.
     """
     name = options.tokenizer or options.teacher_source
-    if options.tokenizer is None and (name is None or _is_config_only(name)):
+    if options.tokenizer is None and (name is None or is_config_only(name)):
         return "none is given; vocabularies are compared by size only", None
     try:
         if os.path.isdir(name) and not any(file.startswith(_TOKENIZER_FILES) for file in os.listdir(name)):
@@ -83,7 +83,7 @@ def check_vocabulary(options: PlanArguments, run: DryRun, tokenizer: Any) -> tup
     if run.teacher is None:
         return f"{size:,} entries", True
     name = options.teacher_source
-    name = None if _is_config_only(name) else name
+    name = None if is_config_only(name) else name
     check_teacher(run.student.model, run.teacher.model, tokenizer, name, run.args.matches_logits)
     if (shared := share_vocabulary(run.student.model, run.teacher, tokenizer)) is not None:
         return f"{shared:,} tokens that both models know; the student has {size:,} entries", True
@@ -219,12 +219,7 @@ def _has_file(folder: str, *names: str) -> bool:
     """Whether one of the files is in a model's folder or in the Hub's cache on this machine."""
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     local = {"local_files_only": True, **lenient}
-    return not _is_config_only(folder) and any(cached_file(folder, name, **local) is not None for name in names)
-
-
-def _is_config_only(name: str) -> bool:
-    """Whether a model's name is a size or a config.json, which come without weights and tokenizer."""
-    return os.path.isfile(name) or find_size(name) is not None
+    return not is_config_only(folder) and any(cached_file(folder, name, **local) is not None for name in names)
 
 
 @contextmanager

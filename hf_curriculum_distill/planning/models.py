@@ -51,6 +51,16 @@ def find_size(name: str) -> tuple[int, int | None] | None:
     return tuple(map(int, size.groups())) if size else SIZES[name]
 
 
+def is_config_only(name: str) -> bool:
+    """Whether a model's name is a size or a config.json, which come without weights and tokenizer."""
+    return os.path.isfile(name) or find_size(name) is not None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name can be that of a model on the Hub, as OWNER/NAME, and is no file or folder here."""
+    return not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
 def find_config(
     name: str, dropout: float = 0.1, teacher: PreTrainedConfig | None = None, **bert: Any
 ) -> PreTrainedConfig:

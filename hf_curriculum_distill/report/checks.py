@@ -10,10 +10,11 @@ from transformers import CONFIG_NAME, AutoTokenizer, PreTrainedModel, PreTrained
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.files import check_writable
-from hf_curriculum_distill.layers import find_block_stack
+from hf_curriculum_distill.layers import find_block_stack, student_size
 from hf_curriculum_distill.options import teacher_source
-from hf_curriculum_distill.planning.models import num_positions
+from hf_curriculum_distill.planning.models import is_config_only, num_positions
 from hf_curriculum_distill.report.results import RESULTS_FILE
+from hf_curriculum_distill.teachers.loading import tokenizer_folder
 
 
 def load_tokenizer(recipe: Any) -> PreTrainedTokenizerBase:
@@ -29,6 +30,25 @@ def load_tokenizer(recipe: Any) -> PreTrainedTokenizerBase:
         raise OSError(
             f"There is no tokenizer of {name!r} within reach; name one with --tokenizer. ({error})"
         ) from error
+
+
+def check_student_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a student that starts from weights was trained on the tokens that the run reads.
+
+    Args:
+        name: the student, as `--student` names it. If no tokenizer is saved beside its weights, nothing is compared.
+        tokenizer: of the run.
+
+    Raises:
+        ValueError: its tokenizer has other tokens, or gives them other ids.
+    """
+    if student_size(name) or is_config_only(name) or (folder := tokenizer_folder(name)) is None:
+        return
+    if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"The student {name!r} was trained with a tokenizer that maps tokens to other ids than the run's, which is "
+            "the teacher's; start from a model with the teacher's tokenizer, or from a size."
+        )
 
 
 def check_models(

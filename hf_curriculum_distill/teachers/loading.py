@@ -342,7 +342,7 @@ def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedCon
     """Compare with the teacher's tokenizer, in the folder or repository that its weights were loaded from."""
     origin, in_memory = name or getattr(teacher, "_name_or_path", ""), name is None
     revision = getattr(teacher, "_commit_hash", None)
-    folder = _tokenizer_folder(origin, revision, local_files_only=in_memory)
+    folder = tokenizer_folder(origin, revision, local_files_only=in_memory)
     if folder is None:
         return
     try:
@@ -361,7 +361,8 @@ def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedCon
         )
 
 
-def _tokenizer_folder(name: str, revision: str | None, **kwargs: Any) -> str | None:
+def tokenizer_folder(name: str, revision: str | None = None, **kwargs: Any) -> str | None:
+    """The folder of the tokenizer that is saved beside a model's weights; None if there is none."""
     with suppress(OSError):  # neither a folder nor a possible name on the Hub
         for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
             if (path := cached_file(name, file, revision=revision, **LENIENT, **kwargs)) is not None:

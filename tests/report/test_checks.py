@@ -1,12 +1,16 @@
 """What is wrong with models and tokenizers is said before data are read."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_bert
+from transformers import AutoTokenizer
 
-from hf_curriculum_distill.report.checks import check_models, load_tokenizer
+from hf_curriculum_distill.report.checks import check_models, check_student_tokenizer, load_tokenizer
+
+TOKENIZER = Path(__file__).parents[2] / "recipes/data/bert_uncased"
 
 
 @pytest.mark.parametrize(
@@ -24,6 +28,17 @@ def test_models_that_make_no_run_are_refused(config, fields, tokens, length, mes
     check_models(config(), *models, range(50), ("block_size", 32))
     with pytest.raises(ValueError, match=message):
         check_models(config(**fields), *models, range(tokens), ("block_size", length))
+
+
+def test_a_student_that_starts_from_weights_has_the_tokenizer_of_the_run(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    for name in ("bert-2-16", "teacher-2", str(tmp_path)):  # nothing is saved there
+        check_student_tokenizer(name, tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    check_student_tokenizer(str(tmp_path), tokenizer)
+    tokenizer.add_tokens(["neologism"])
+    with pytest.raises(ValueError, match=r"was trained with a tokenizer that maps tokens to other ids than the run's"):
+        check_student_tokenizer(str(tmp_path), tokenizer)
 
 
 def test_a_tokenizer_that_is_not_there_is_named():
