@@ -68,6 +68,15 @@ def test_students_are_compared_before_and_after(embeddings, folder, monkeypatch,
     assert len(table) == 5 and all(line.count("|") == 9 for line in table)
 
 
+def test_a_student_starts_from_weights_or_is_made_by_a_configuration(embeddings, folder):
+    teacher = AutoModel.from_pretrained(folder / "teacher")
+    name = "encoder.layer.0.attention.self.query.weight"
+    for path, same in ((folder / "teacher", True), (folder / "teacher/config.json", False)):
+        student = embeddings.find_student(str(path), teacher, 30522)
+        assert torch.equal(student.get_parameter(name), teacher.get_parameter(name)) == same
+        assert student.dtype == torch.float32
+
+
 def test_neighbours_are_those_of_the_cosines(embeddings):
     torch.manual_seed(0)
     theirs, ours = torch.randn(12, 4), torch.randn(12, 3)
