@@ -148,8 +148,10 @@ def test_deepspeed_keeps_its_optimizer(config, student):
 
 def test_substituted_inputs_are_not_recomputed_by_hooks_inside_a_checkpoint(config, student, monkeypatch):
     segments = {"train_prefix": "independent", "layer_order": "together", "gradient_checkpointing": True}
-    check(config(**segments), student)
     called = GradientCheckpointingLayer.__call__
+    if "__call__" in vars(GradientCheckpointingLayer):  # before 5.23
+        monkeypatch.delattr(GradientCheckpointingLayer, "__call__")
+    check(config(**segments), student)
     monkeypatch.setattr(GradientCheckpointingLayer, "__call__", lambda *args: called(*args), raising=False)  # < 5.23
     check(config(**segments | {"gradient_checkpointing": False}), student)
     with pytest.raises(ValueError, match="train_prefix='independent' gives blocks of BertForMaskedLM other inputs"):
