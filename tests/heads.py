@@ -485,9 +485,9 @@ class Rows:
 
 
 def counted_rows(model: PreTrainedModel, batch: Batch, outputs: Outputs) -> Rows | None:
-    """None where the model's own loss is no cross-entropy of the batch's labels."""
+    """None where the model's own loss is no cross-entropy of the batch's labels, or its outputs are numbers."""
     labels, logits = batch.get("labels"), outputs.logits
-    if logits is None:
+    if logits is None or library_heads.head_of(model).predicts_numbers:
         return None
     if labels is None:
         mask = batch.get("attention_mask")
@@ -685,7 +685,8 @@ def table(verdicts: list[Verdict]) -> str:
         "KL, label term and evaluation equal a computation by hand from the loss and the logits that the model itself",
         "returns, or it is *refused* before the first step. *Not tried*: a tiny model or a batch for it needs more",
         "than the rules of `tests/heads.py`, or a package that is not installed. Classifiers of sequences are tried",
-        "three times, with one label, many labels and a number, and CTC heads with and without a label term.",
+        "three times, with one label, many labels and a number, and CTC heads with and without a label term. Where a",
+        'head is refused for its logits or its labels, `method="hidden"` matches hidden states alone.',
         "",
         "| task | trains | refused | not tried | fault |",
         "|---|---|---|---|---|",

@@ -30,6 +30,7 @@ TRAINS = [
     ("vit", "ViTForImageClassification"),
     ("wav2vec2", "Wav2Vec2ForCTC", UNLABELLED),
     ("wav2vec2", "Wav2Vec2ForSequenceClassification"),
+    ("wav2vec2", "Wav2Vec2ForSequenceClassification", "regression"),  # whose own loss takes no numbers
     ("whisper", "WhisperForConditionalGeneration"),
 ]
 REFUSED = [
