@@ -19,8 +19,8 @@ from hf_curriculum_distill.layers.heads import (
     ONE_ROW_PER_EXAMPLE,
     auxiliary_loss,
     head_of,
-    hides_its_decoder,
     is_ctc,
+    makes_decoder_inputs_itself,
     num_classes,
     predicts_next_token,
 )
@@ -66,7 +66,7 @@ def check_batch(model: nn.Module, inputs: Mapping[str, Any], reads_labels: bool 
             "needs them. Check the data set's columns and the collator."
         )
     head, mask, labels = head_of(model), inputs.get("attention_mask"), inputs.get("labels")
-    if labels is not None and inputs.get("decoder_input_ids") is None and hides_its_decoder(model):
+    if labels is not None and inputs.get("decoder_input_ids") is None and makes_decoder_inputs_itself(model):
         raise ValueError(
             f"The batch has labels but no decoder_input_ids; {type(model).__name__} would make them of the labels, but "
             "runs without labels, because its own loss is not what is trained. Give decoder_input_ids as well."

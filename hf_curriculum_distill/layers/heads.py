@@ -224,7 +224,7 @@ def decodes_labels(model: nn.Module) -> bool:
     return head_of(model) is CLASSES and not _is_for(model, "Classification")
 
 
-def hides_its_decoder(model: nn.Module) -> bool:
+def makes_decoder_inputs_itself(model: nn.Module) -> bool:
     """Whether the model makes its decoder's tokens of the labels, though its configuration is no encoder-decoder's.
 
     So do BLIP and InstructBLIP, each in a way of its own, unless their language model has no encoder.

@@ -12,6 +12,7 @@ from hf_curriculum_distill.layers.heads import (
     has_known_head,
     head_of,
     is_ctc,
+    makes_decoder_inputs_itself,
     num_classes,
     predicts_next_token,
 )
@@ -51,6 +52,17 @@ def test_a_model_predicts_the_next_token_iff_its_own_loss_compares_logits_with_t
     }
     for shifts, loss in losses.items():
         assert torch.isclose(outputs.loss, loss, rtol=1e-5) == (predicts_next_token(model) == shifts)
+
+
+def test_a_model_makes_its_decoders_inputs_itself_iff_its_configuration_tells_of_no_decoder():
+    assert not any(map(makes_decoder_inputs_itself, MODELS.values()))
+    t5 = {"vocab_size": 50, "d_model": 16, "num_layers": 1, "d_kv": 8, "d_ff": 16}
+    opt = SIZES | {"ffn_dim": 16, "word_embed_proj_dim": 16}
+    with torch.device("meta"):
+        assert makes_decoder_inputs_itself(hf.BlipForQuestionAnswering(hf.BlipConfig()))
+        for text, itself in ((hf.T5Config(**t5), True), (hf.OPTConfig(**opt), False)):
+            model = hf.InstructBlipForConditionalGeneration(hf.InstructBlipConfig(text_config=text))
+            assert makes_decoder_inputs_itself(model) == itself
 
 
 def test_labels_are_a_decoders_tokens_iff_the_model_is_an_encoder_decoder_and_no_classifier():
