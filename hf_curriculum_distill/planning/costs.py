@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,13 +84,17 @@ class RunCosts:
         return costs
 
     def _try(self, stage: Stage, frozen: int | None, online: bool) -> tuple[int, int, set[str], PeakMemory]:
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # where torch writes a traceback before it raises
         try:
+            log.disabled = True
             return self.run.measure(stage, frozen, online)
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
                 f"Stage {stage.name!r} cannot be run without values ({str(error).splitlines()[0]}): a model whose "
                 "computation depends on values is not planned."
             ) from error
+        finally:
+            log.disabled = False
 
     def _teacher_bytes(self, stages: Sequence[Stage], online: bool) -> tuple[int, int]:
         """Bytes of weights, projections and, online, optimizer states; bytes of gradients."""

@@ -1,8 +1,12 @@
+import logging
 from itertools import accumulate
 
 import pytest
+import torch
 from conftest import STUDENT_DEPTH, VOCAB_SIZE, tiny_bert
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
+    BertForMaskedLM,
     BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -11,9 +15,14 @@ from transformers import (
 )
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
-from hf_curriculum_distill.planning.costs import add_up
+from hf_curriculum_distill.layers.forward import PartialForward
+from hf_curriculum_distill.planning import PlannedConfig
+from hf_curriculum_distill.planning.costs import RunCosts, add_up
+from hf_curriculum_distill.planning.dry_run import DryRun
+from hf_curriculum_distill.planning.optimizer import OptimizerMemory
+from hf_curriculum_distill.stages import StageScheduler
 
-from .plans import Watch, examples_for, planned, tiny_gpt
+from .plans import LENGTH, Watch, examples_for, planned, tiny_gpt
 
 RUNS = {
     "curriculum": {},
@@ -104,6 +113,22 @@ def test_weights_states_and_projections_are_counted_to_the_byte(tmp_path):
     online = planned(tmp_path, student, teacher, method="online").total["memory"]
     assert online["teacher"] == 16 * numbers[1] + positions  # with gradients and two states each
     assert online["activations"] > planned(tmp_path, student, teacher, method="one_shot").total["memory"]["activations"]
+
+
+def test_a_model_that_cannot_be_run_without_values_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    class Mixes(BertForMaskedLM):
+        def forward(self, input_ids, **kwargs):
+            torch.bmm(*[torch.ones(2, 3, 3, dtype=kind, device=input_ids.device) for kind in (torch.half, torch.float)])
+
+    logged = []
+    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "handle", logged.append)
+    with FakeTensorMode() as mode:
+        student = PartialForward(tiny_bert(2, model_class=Mixes))
+    args = PlannedConfig(str(tmp_path), method="labels", stages=[{"label_weight": 1.0}], max_steps=8, use_cpu=True)
+    costs = RunCosts(DryRun(mode, student, None, args, (4, LENGTH), (4, LENGTH), 4), OptimizerMemory(args))
+    with pytest.raises(ValueError, match=r"^Stage 'labels' cannot be run without values \(.*\): a model whose"):
+        costs.of_stages(StageScheduler(args.resolve_stages(2, None), 8))
+    assert not logged
 
 
 def test_a_total_sums_what_is_spent_and_keeps_the_stage_that_holds_most():
