@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import yaml
 from report.test_tables import cells, finished_run, several_methods
 
 from hf_curriculum_distill.cli import main
@@ -273,6 +274,11 @@ def test_the_help_of_a_recipe_begins_with_its_own_options(capsys, monkeypatch):
     assert places == sorted(places)
 
 
+def test_every_configuration_names_its_recipe():
+    files = sorted((ROOT / "recipes/configs").glob("*/*.yaml"))
+    assert files and all(yaml.safe_load(path.read_text())["recipe"] == path.parent.name for path in files)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -280,7 +286,7 @@ def test_the_help_of_a_recipe_begins_with_its_own_options(capsys, monkeypatch):
         (["train", "bert"], "The recipe is 'bert'; use one of bert_large"),
         (["train", "--config", "none.yaml"], "No such file"),
         (
-            ["train", "--config", str(ROOT / "recipes/configs/pcfg/demo.yaml")],
+            ["train", "--config", str(ROOT / "recipes/accelerate/ddp.yaml")],
             "or write `recipe: RECIPE` into",
         ),
     ],
