@@ -43,7 +43,7 @@ def test_a_launch_adds_its_runs_to_those_that_are_there(tmp_path):
     assert read_results([tmp_path]) == [first[0], first[2], second[0]]  # that of `labels` is being trained again
     update_results(tmp_path, second, [result["path"] for result in second])
     assert read_results([tmp_path]) == [first[0], first[2], *second]
-    update_results(tmp_path, first, folders + [second[0]["path"]])
+    update_results(tmp_path, first, [*folders, second[0]["path"]])
     assert (tmp_path / "results.json").read_bytes() == alone
 
 

@@ -266,6 +266,7 @@ def test_a_subclass_of_the_configuration_stays_one(tmp_path):
 
 def launch(make, args, methods, **options):
     """What a recipe does; returns the table."""
+
     def distil(run, _):
         fields = {n: getattr(run.args, n) for n in ("method", "seed", "learning_rate", "resume_from_checkpoint")}
         trainer = make(run.args.output_dir, eval_strategy="steps", eval_steps=4, max_grad_norm=0.0, **fields)
