@@ -122,8 +122,8 @@ def test_trackio_has_the_stages_and_their_names(student, teacher, examples, conf
 
 
 def read_wandb(path):
-    """The records of an offline run, in the format of LevelDB's log: after a header of 7 bytes blocks of 32 KB, in which
-    a part of a record has a checksum, its length and a kind, which is 1 or 4 where the record ends."""
+    """The records of an offline run, in the format of LevelDB's log: after a header of 7 bytes blocks of 32 KB, where a
+    part of a record has a checksum, its length and a kind, which is 1 or 4 where the record ends."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, at, record = path.read_bytes(), 7, b""
