@@ -83,6 +83,14 @@ def find_chance(results: Sequence[Mapping[str, Any]]) -> float | None:
     return shares.pop() if len(shares) == 1 else None
 
 
+def reference_lines(
+    results: Sequence[Mapping[str, Any]], metric: str, lines: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """The values that are drawn across a plot, by their names: chance where it is known, and those that are given."""
+    chance = find_chance([r for r in results if r["finite"]]) if metric == "eval_accuracy" else None
+    return ({} if chance is None else {"chance": chance}) | dict(lines or {})
+
+
 def plot_comparison(
     results: Sequence[Mapping[str, Any]],
     path: str,
@@ -102,14 +110,15 @@ def plot_comparison(
         title: above the plots; by default it names the metric.
         metric: what is drawn.
         baseline: the method that is drawn in grey.
-        lines: values of the metric that are drawn across the plots, by their names, such as that of the teacher.
+        lines: values of the metric that are drawn across the plots, by their names, such as that of the teacher; the
+            chance of classifiers is drawn in any case.
 
     Raises:
         ValueError: no run is finite, one was not evaluated by this metric, or its files are damaged.
     """
     from matplotlib.figure import Figure
 
-    methods = finite_curves(results, metric)
+    methods, lines = finite_curves(results, metric), reference_lines(results, metric, lines)
     figure = Figure(figsize=(10, 4.8), dpi=150, layout="constrained")
     for index, axis in enumerate(axes := figure.subplots(1, 2, sharey=True)):
         draw_curves(axis, methods, index, baseline, lines)

@@ -168,3 +168,7 @@ def test_chance_is_known_of_classifiers(tmp_path, architecture, labels, chance):
     config = {"architectures": [architecture]} | ({"id2label": labels} if labels else {})
     (tmp_path / "one_shot 0" / "config.json").write_text(json.dumps(config))
     assert find_chance([result]) == chance
+    for metric, drawn in (("eval_accuracy", chance), ("eval_kl", None)):
+        results = [result | {metric: 0.4}, finished_run(tmp_path / metric, "broken")]
+        axis, _ = plot_comparison(results, str(tmp_path / "plot.png"), metric=metric).axes
+        assert [text.get_text() for text in axis.texts] == ([] if drawn is None else ["chance"])
