@@ -160,10 +160,11 @@ def make_metadata(facts: CardFacts) -> dict[str, Any]:
     Returns:
         plain values, as `huggingface_hub.ModelCardData` takes and returns them.
     """
-    teachers, method = teachers_on_hub(facts.record), facts.record["method"].replace("_", "-")
+    teachers = teachers_on_hub(facts.record) if _teaches(facts.record) else []
+    method = facts.record["method"].replace("_", "-")
     tags = [*["distillation"] * _teaches(facts.record), method, "generated_from_trainer", *facts.tags]
     metadata: dict[str, Any] = {"library_name": "peft" if facts.is_adapter else "transformers"}
-    if teachers and _teaches(facts.record) and not facts.is_adapter:  # an adapter's base is the model that it is put into
+    if teachers and not facts.is_adapter:  # an adapter's base is the model that it is put into
         # The Hub knows "adapter", "merge", "quantized" and "finetune"; a distilled model is counted among the last.
         metadata |= {"base_model": teachers[0] if len(teachers) == 1 else teachers, "base_model_relation": "finetune"}
     if facts.train_data:
