@@ -95,7 +95,8 @@ class ComparisonOptions:
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of students and their data; --seed alone if none."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train again where --output_dir holds what a finished run left."}
+        default=False,
+        metadata={"help": "Train again where a finished run left something; runs of other methods and seeds stay."},
     )
 
 

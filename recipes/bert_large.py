@@ -134,7 +134,7 @@ def main():
     teacher = find_teacher(recipe, args, pipeline)
     results = train_all(runs, partial(distil, pipeline), args)
     if args.should_save:
-        print(f"\n{summarize([teacher, *results], args, f'{recipe.student} from {recipe.teacher}')}")
+        print(f"\n{summarize(teacher, args, f'{recipe.student} from {recipe.teacher}')}")
     check_finite(results)
 
 

@@ -127,7 +127,7 @@ def main():
     reference = evaluate_teacher(recipe, args, teacher)
     results = train_all(runs, distil, args)
     if args.should_save:
-        print(f"\n{summarize([reference, *results], args, f'{recipe.student} from {recipe.teacher}')}")
+        print(f"\n{summarize(reference, args, f'{recipe.student} from {recipe.teacher}')}")
     check_finite(results)
 
 

@@ -33,6 +33,7 @@ from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import find_config, is_config_only
 from hf_curriculum_distill.report.checks import check_models, check_student_tokenizer
+from hf_curriculum_distill.report.results import read_results
 from hf_curriculum_distill.report.runs import Run, log_progress, num_examples, planned_or_exit, train_all, train_student
 from hf_curriculum_distill.tasks.classification import draw_sentences, encode
 from hf_curriculum_distill.tasks.reading import find_column, num_held_out, read_dataset
@@ -107,9 +108,9 @@ def main():
     runs = planned_or_exit(recipe, args)
     for run in runs:
         check_run(run)
-    results = train_all(runs, distil, args)
+    train_all(runs, distil, args)
     if args.should_save:
-        print(f"\n{as_table(results)}")
+        print(f"\n{as_table(read_results([args.output_dir]))}")
 
 
 def check_run(run: Run) -> None:

@@ -1,9 +1,13 @@
-"""What a terminal and a notebook show of the stages."""
+"""What a terminal, a notebook and trackers show of the stages."""
 
 import importlib
+import json
 import re
+import sqlite3
+import struct
 import sys
 from glob import glob
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -95,3 +99,55 @@ def test_tensorboard_has_the_stage_of_every_step_and_its_name(student, teacher, 
     assert {event.step for event in events.Scalars("train/hidden_mse")} == {1, 2}
     assert {event.step for event in events.Scalars("train/kl")} == {3, 4}
     assert {event.step for event in events.Scalars("eval/layer_1_mse")} == {2, 4}
+
+
+def stages_of(logs):
+    """Step, stage and its name of each log of a training that has them."""
+    return [
+        (log["train/global_step"], log["train/stage"], log["train/stage_name"]) for log in logs if "train/stage" in log
+    ]
+
+
+STAGES = [(1, 0, "layer 1"), (2, 1, "layer 2"), (4, 2, "kl")]
+
+
+def test_trackio_has_the_stages_and_their_names(student, teacher, examples, config, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read on import
+    pytest.importorskip("trackio")
+    args = config(max_steps=4, logging_steps=2, report_to="trackio", project="stages", trackio_static_space_id=False)
+    trained(student, args, examples, teacher)
+    with sqlite3.connect(tmp_path / "trackio/stages.db") as database:
+        logs = [json.loads(log) for (log,) in database.execute("select metrics from metrics order by step")]
+    assert stages_of(logs) == STAGES
+
+
+def read_wandb(path):
+    """The records of an offline run, in the format of LevelDB's log: after a header of 7 bytes blocks of 32 KB, where a
+    part of a record has a checksum, its length and a kind, which is 1 or 4 where the record ends."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, record = path.read_bytes(), 7, b""
+    while at < len(content):
+        if (room := 2**15 - at % 2**15) < 7:  # too little for another part
+            at += room
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        record, at = record + content[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_weights_and_biases_has_the_stages_and_their_names_offline(
+    student, teacher, examples, config, monkeypatch, tmp_path
+):
+    wandb = pytest.importorskip("wandb")
+    settings = {"MODE": "offline", "DIR": tmp_path, "CONFIG_DIR": tmp_path, "SILENT": "true", "CONSOLE": "off"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    trained(student, config(max_steps=4, logging_steps=2, report_to="wandb"), examples, teacher)
+    wandb.teardown()
+    (path,) = Path(tmp_path).glob("wandb/offline-run-*/*.wandb")
+    items = [record.history.item for record in read_wandb(path) if record.WhichOneof("record_type") == "history"]
+    logs = [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in log} for log in items]
+    assert stages_of(logs) == STAGES

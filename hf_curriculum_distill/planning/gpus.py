@@ -21,8 +21,9 @@ class GPU:
     memory: int
 
 
-# Data sheets name bfloat16 with 2:4 sparsity, twice the dense numbers that stand here (H100: 1,979, L4: 242 TFLOPS;
-# A100: 312 dense). RTX 4090: "NVIDIA Ada GPU Architecture", appendix A, with accumulation in float32 as torch uses it.
+# The data sheets "NVIDIA H100 Tensor Core GPU" (SXM), "NVIDIA A100 Tensor Core GPU" (SXM, 80 GB), "NVIDIA L4 Tensor
+# Core GPU" and, for the RTX 4090, "NVIDIA Ada GPU Architecture", appendix A, with accumulation in float32 as torch uses
+# it. With 2:4 sparsity they name twice the numbers that stand here: 1,979, 624, 242 and 330.4 TFLOPS in bfloat16.
 GPUS = {
     "h100": GPU("H100 SXM 80 GB", {"bfloat16": 989.4e12, "float32": 67e12}, 80 * 2**30),
     "a100": GPU("A100 SXM 80 GB", {"bfloat16": 312e12, "float32": 19.5e12}, 80 * 2**30),

@@ -143,6 +143,11 @@ def teachers_on_hub(record: Mapping[str, Any]) -> list[str]:
     return teacher["name"].split(", ") if teacher and teacher["revision"] else []
 
 
+def _teaches(record: Mapping[str, Any]) -> bool:
+    """Whether the teacher, if there is one, is more than what evaluations compare with."""
+    return any(stage["hidden"] or stage["kl_weight"] for stage in record["stages"])
+
+
 # ---- metadata ----
 
 
@@ -155,8 +160,9 @@ def make_metadata(facts: CardFacts) -> dict[str, Any]:
     Returns:
         plain values, as `huggingface_hub.ModelCardData` takes and returns them.
     """
-    teachers, method = teachers_on_hub(facts.record), facts.record["method"].replace("_", "-")
-    tags = ["distillation", method, "generated_from_trainer", *facts.tags]
+    teachers = teachers_on_hub(facts.record) if _teaches(facts.record) else []
+    method = facts.record["method"].replace("_", "-")
+    tags = [*["distillation"] * _teaches(facts.record), method, "generated_from_trainer", *facts.tags]
     metadata: dict[str, Any] = {"library_name": "peft" if facts.is_adapter else "transformers"}
     if teachers and not facts.is_adapter:  # an adapter's base is the model that it is put into
         # The Hub knows "adapter", "merge", "quantized" and "finetune"; a distilled model is counted among the last.
@@ -225,7 +231,8 @@ def _name_teacher(record: Mapping[str, Any]) -> str:
 
 def _describe_method(facts: CardFacts) -> str:
     record = facts.record
-    teacher = f"was distilled from {_name_teacher(record)}" if record["teacher"] else "has no teacher"
+    role = "was distilled from" if _teaches(record) else "was compared with"
+    teacher = f"{role} {_name_teacher(record)}" if record["teacher"] else "has no teacher"
     data = f" on [{i}](https://huggingface.co/datasets/{i})" if (i := (facts.train_data or {}).get("id")) else ""
     step, end = facts.step, record["max_steps"]
     unfinished = "" if step >= end else f" This is step {step:,} of {end:,}."

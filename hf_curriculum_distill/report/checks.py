@@ -13,7 +13,7 @@ from hf_curriculum_distill.files import check_writable
 from hf_curriculum_distill.layers import find_block_stack, student_size
 from hf_curriculum_distill.options import teacher_source
 from hf_curriculum_distill.planning.models import is_config_only, num_positions
-from hf_curriculum_distill.report.results import RESULTS_FILE
+from hf_curriculum_distill.report.results import RESULTS_FILE, earlier_results
 from hf_curriculum_distill.teachers.loading import tokenizer_folder
 
 
@@ -107,12 +107,14 @@ def check_output(args: CurriculumDistillationConfig, folders: Sequence[str], ove
 
     Raises:
         OSError: `output_dir` cannot be written, or holds a finished run.
+        ValueError: its `results.json`, which keeps the runs of earlier launches, is damaged.
     """
     folder = os.path.abspath(args.output_dir)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     check_writable(folder, "output_dir", "students")  # makes none that later checks would leave empty
     if overwrite or args.resume_from_checkpoint:
+        earlier_results(args.output_dir, folders)
         return
     left = [os.path.join(args.output_dir, RESULTS_FILE)]
     left += [os.path.join(each, CONFIG_NAME) for each in folders]

@@ -12,11 +12,11 @@ from hf_curriculum_distill.report.curves import shared_metrics
 from hf_curriculum_distill.report.figures import (
     COSTS,
     choose_looks,
-    find_chance,
     finite_curves,
     name_method,
     name_metric,
     panels,
+    reference_lines,
     sentence,
 )
 from hf_curriculum_distill.report.page import figure, heading, legend, make_page, paragraph, table
@@ -79,9 +79,7 @@ def _curves(
     ]
     key = legend([(name, style, to_hex(color)) for name, m in names for style, color in [looks[m]]])
     for name in dict.fromkeys([metric, *(n for n in _CURVES if n in shared)]):
-        chance = find_chance(finite) if name == "eval_accuracy" else None
-        drawn = {} if chance is None else {"chance": chance}
-        drawn |= (lines or {}) if name == metric else {}
+        drawn = reference_lines(finite, name, lines if name == metric else None)
         yield heading(sentence(name_metric(name)))
         yield key
         drawings = zip(panels(finite, name, baseline, drawn), COSTS, strict=True)

@@ -112,8 +112,8 @@ def _metric_names(evaluations: Iterable[Mapping[str, Any]]) -> set[str]:
     return {name for name in names if not name.endswith(("_runtime", "_per_second"))}
 
 
-def average(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean costs [points, 2] and each run's values [runs, points] wherever all runs have been evaluated.
+def average(curves: Sequence[Curve]) -> tuple[Curve, np.ndarray]:
+    """The mean of runs with the same stages, and each run's values [runs, points], wherever all have been evaluated.
 
     Runs that were evaluated at different points are interpolated, over samples, at all of them.
     """
@@ -121,5 +121,8 @@ def average(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
     points = np.unique(np.concatenate(samples))
     points = points[(points >= max(s[0] for s in samples)) & (points <= min(s[-1] for s in samples))]
     flops = [np.interp(points, curve.costs[:, 0], curve.costs[:, 1]) for curve in curves]
-    values = [np.interp(points, curve.costs[:, 0], curve.values) for curve in curves]
-    return np.stack([points, np.mean(flops, axis=0)], axis=1), np.stack(values)
+    values = np.stack([np.interp(points, curve.costs[:, 0], curve.values) for curve in curves])
+    costs = np.stack([points, np.mean(flops, axis=0)], axis=1)
+    stages = [np.mean(ends, axis=0) for ends in zip(*(curve.layer_stages for curve in curves), strict=False)]
+    head_begins = np.mean([curve.head_begins for curve in curves], axis=0)
+    return Curve(values.mean(0), costs, stages, head_begins), values

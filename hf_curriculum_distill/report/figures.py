@@ -83,6 +83,14 @@ def find_chance(results: Sequence[Mapping[str, Any]]) -> float | None:
     return shares.pop() if len(shares) == 1 else None
 
 
+def reference_lines(
+    results: Sequence[Mapping[str, Any]], metric: str, lines: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """The values that are drawn across a plot, by their names: chance where it is known, and those that are given."""
+    chance = find_chance([r for r in results if r["finite"]]) if metric == "eval_accuracy" else None
+    return ({} if chance is None else {"chance": chance}) | dict(lines or {})
+
+
 def plot_comparison(
     results: Sequence[Mapping[str, Any]],
     path: str,
@@ -102,14 +110,15 @@ def plot_comparison(
         title: above the plots; by default it names the metric.
         metric: what is drawn.
         baseline: the method that is drawn in grey.
-        lines: values of the metric that are drawn across the plots, by their names, such as that of the teacher.
+        lines: values of the metric that are drawn across the plots, by their names, such as that of the teacher; the
+            chance of classifiers is drawn in any case.
 
     Raises:
         ValueError: no run is finite, one was not evaluated by this metric, or its files are damaged.
     """
     from matplotlib.figure import Figure
 
-    methods = finite_curves(results, metric)
+    methods, lines = finite_curves(results, metric), reference_lines(results, metric, lines)
     figure = Figure(figsize=(10, 4.8), dpi=150, layout="constrained")
     for index, axis in enumerate(axes := figure.subplots(1, 2, sharey=True)):
         draw_curves(axis, methods, index, baseline, lines)
@@ -161,19 +170,19 @@ def draw_curves(
     """
     from matplotlib.ticker import EngFormatter
 
-    first, last = np.transpose([curves[0].costs[[0, -1], index] for curves in methods.values()])
+    means = {method: average(curves) for method, curves in methods.items()}
+    first, last = np.transpose([mean.costs[[0, -1], index] for mean, _ in means.values()])
     left = first.min() / 1.3 if last.max() > 10 * last.min() else 0.0
-    strips = stack_strips(methods, index, left)
+    strips = stack_strips({method: mean for method, (mean, _) in means.items()}, index, left)
     for method, (style, color) in choose_looks(list(methods), baseline).items():
-        curves = methods[method]
-        costs, values = average(curves)
-        x, label = costs[:, index], name_method(method) + ("" if len(curves) == 1 else f" ({len(curves)} runs)")
+        curves, (mean, values) = methods[method], means[method]
+        x, label = mean.costs[:, index], name_method(method) + ("" if len(curves) == 1 else f" ({len(curves)} runs)")
         label = (" " if label.startswith("_") else "") + label.replace("$", r"\$")  # neither hidden nor a formula
         dots = {"marker": "o", "markersize": 3} if len(x) <= 40 else {}
-        axis.plot(x, values.mean(0), style, color=color, label=label, zorder=3, **dots)
-        untrained = x <= curves[0].head_begins[index]
+        axis.plot(x, mean.values, style, color=color, label=label, zorder=3, **dots)
+        untrained = mean.costs[:, 0] <= mean.head_begins[0]
         if untrained.any():
-            axis.scatter(x[untrained], values.mean(0)[untrained], 22, "white", edgecolors=color, zorder=4)
+            axis.scatter(x[untrained], mean.values[untrained], 22, "white", edgecolors=color, zorder=4)
         if len(curves) > 1:  # a range has edges, which stay visible where another lies on top of it
             edges = {"edgecolor": color, "linewidth": 0.5, "zorder": 2}
             axis.fill_between(x, values.min(0), values.max(0), facecolor=f"{_hex(color)}26", **edges)
@@ -181,7 +190,7 @@ def draw_curves(
             shade = {"facecolor": color, "alpha": (0.3, 0.55)[number % 2], "clip_on": False}
             axis.axvspan(start, end, bottom, bottom + 0.025, **shade)
         if method in strips:
-            what = "layer stages" if curves[0].head_begins[index] < strips[method][0][1] else "head untrained"
+            what = "head untrained" if mean.head_begins[0] > 0 else "layer stages"
             text = {"transform": axis.get_xaxis_transform(), "va": "center", "color": color, "size": "small"}
             bottom, _, end, _ = strips[method][-1]
             axis.text(end, bottom + 0.0125, f"\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}{what}", **text)
@@ -201,18 +210,19 @@ def draw_curves(
 
 
 def stack_strips(
-    methods: Mapping[str, Sequence[Curve]], index: int, left: float
+    means: Mapping[str, Curve], index: int, left: float
 ) -> dict[str, list[tuple[float, float, float, int]]]:
     """The strips of layer stages above a plot: bottom (in heights of the axis), start, end and number of each.
 
     Args:
-        methods, index: see [`draw_curves`].
+        means: the mean curve of each method: see [`average`].
+        index: see [`draw_curves`].
         left: where the axis begins.
     """
     strips, bottom = {}, 1.01
-    for method, curves in methods.items():
-        if stages := curves[0].layer_stages:
-            ends = ((np.maximum(stage[:, index], left), number) for number, stage in enumerate(stages))
+    for method, mean in means.items():
+        if mean.layer_stages:
+            ends = ((np.maximum(stage[:, index], left), number) for number, stage in enumerate(mean.layer_stages))
             strips[method] = [(bottom, *map(float, stage), number) for stage, number in ends]
             bottom += 0.04
     return strips

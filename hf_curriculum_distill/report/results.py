@@ -39,6 +39,37 @@ def write_results(folder: str, results: Sequence[Mapping[str, Any]]) -> None:
     write_files({os.path.join(folder, RESULTS_FILE): f"{json.dumps(list(results), indent=2)}\n".encode()})
 
 
+def update_results(folder: str, results: Sequence[Mapping[str, Any]], runs: Iterable[str]) -> None:
+    """Write the results of a launch into `results.json`, after those of earlier launches.
+
+    Args:
+        folder: the output folder of a recipe.
+        results: of the runs of this launch that have ended.
+        runs: the folders of all runs of this launch, whose earlier results are left out.
+    """
+    write_results(folder, [*earlier_results(folder, runs), *results])
+
+
+def earlier_results(folder: str, runs: Iterable[str]) -> list[dict[str, Any]]:
+    """The objects of a folder's `results.json`, if there is one, but for runs that are trained again or are gone.
+
+    Args:
+        folder, runs: see [`update_results`].
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not Path(folder, RESULTS_FILE).is_file():
+        return []
+    again, earlier = {os.path.realpath(run) for run in runs}, []
+    for result in _read_objects(Path(folder)):
+        places = _find_places(result["path"], Path(folder))
+        is_there = not result["finite"] or any(_find_files(place, TRAINER_STATE_NAME) for place in places)
+        if is_there and not again & {os.path.realpath(place) for place in places}:
+            earlier.append(result)
+    return earlier
+
+
 def read_results(folders: Iterable[str]) -> list[dict[str, Any]]:
     """The objects of the folders' `results.json`, each run once.
 
@@ -76,6 +107,14 @@ def read_results(folders: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _read_results_file(folder: Path) -> list[dict[str, Any]]:
+    results = _read_objects(folder)
+    for result in results:
+        if result["finite"]:
+            result["path"] = str(_find_run(result["path"], folder))
+    return results
+
+
+def _read_objects(folder: Path) -> list[dict[str, Any]]:
     path = folder / RESULTS_FILE
     results = read_json(path, list)
     for result in results:
@@ -84,19 +123,23 @@ def _read_results_file(folder: Path) -> list[dict[str, Any]]:
             require(path, result, "seed")
         if result["finite"]:
             require(path, result, "samples", "steps")
-            result["path"] = str(_find_run(result["path"], folder))
     return results
 
 
 def _find_run(path: str, folder: Path) -> Path:
-    """The folder of a run that `results.json` names; after a move, the one that the end of the name leads to."""
-    parts = Path(path).parts
-    ends = [Path(*parts[start:]) for start in range(len(parts))]
-    for run in (Path(path), *(base / end for end in ends for base in (folder, folder.resolve().parent))):
-        if (files := _find_files(run, TRAINER_STATE_NAME)) is not None:
+    """The folder of a run that `results.json` names, or of its last checkpoint."""
+    for place in _find_places(path, folder):
+        if (files := _find_files(place, TRAINER_STATE_NAME)) is not None:
             return files
     named = f"{folder / RESULTS_FILE} names the run {printable(path)}"
     raise FileNotFoundError(f"{named}, but there is no {TRAINER_STATE_NAME} in it.")
+
+
+def _find_places(path: str, folder: Path) -> list[Path]:
+    """Where a run may be that `results.json` names: there or, after a move, where the end of the name leads to."""
+    parts = Path(path).parts
+    ends = [Path(*parts[start:]) for start in range(len(parts))]
+    return [Path(path), *(base / end for end in ends for base in (folder, folder.resolve().parent))]
 
 
 def _find_files(run: Path, *names: str) -> Path | None:
@@ -191,7 +234,8 @@ def _tell_apart(results: Sequence[dict[str, Any]], sources: Sequence[str]) -> li
     for index in set(range(len(results))) - {*finite}:  # has no record: its settings are those of the runs beside it
         beside = [i for i in finite if (results[i]["method"], sources[i]) == (results[index]["method"], sources[index])]
         known = len({row(i) for i in beside}) == 1
-        settings[index] = settings[beside[0]] if known else {"path": results[index]["path"]}
+        unknown = {"path": results[index]["path"]} if beside else {"source": sources[index]}
+        settings[index] = settings[beside[0]] if known else unknown
 
     methods: dict[str, dict[str, list[int]]] = {}
     for index in range(len(results)):

@@ -25,7 +25,7 @@ from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.report.checks import check_output
 from hf_curriculum_distill.report.figures import PLOT_FILE, plot_comparison
-from hf_curriculum_distill.report.results import write_results
+from hf_curriculum_distill.report.results import read_results, update_results
 from hf_curriculum_distill.report.tables import format_summary, format_table
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
@@ -71,7 +71,7 @@ def compare_methods(
         threshold: the accuracy whose cost the table states: see [`format_summary`].
 
     Returns:
-        the table, and the command that plots it.
+        the table of all runs in `args.output_dir`, and the command that plots it; on the main process only.
 
     Raises:
         SystemExit: the options describe no runs; it says what is wrong with them.
@@ -80,7 +80,10 @@ def compare_methods(
     transformers.utils.logging.disable_progress_bar()  # one line a run says more here than a bar a checkpoint
     runs = planned_or_exit(recipe, args)
     teacher = find_teacher(recipe, args)
-    results = train_all(runs, lambda run: distil(run, teacher), args)
+    train_all(runs, lambda run: distil(run, teacher), args)
+    if not args.should_save:
+        return ""
+    results = read_results([args.output_dir])
     option = "" if threshold is None else f" --threshold {threshold:g}"
     return (
         f"{format_summary(results, threshold=threshold)}\n\n"
@@ -237,35 +240,35 @@ def train_all(
         args: what all runs share; `results.json` is written into its `output_dir`.
 
     Returns:
-        The objects of `results.json`.
+        The objects of these runs in `results.json`, which keeps those of earlier launches, too: see [`read_results`].
     """
     results: list[dict[str, Any]] = []
     for run in runs:
         results.append(result := distil(run))
         if args.should_save:
-            write_results(args.output_dir, results)
+            update_results(args.output_dir, results, [each.args.output_dir for each in runs])
             logger.info("%s, seed %d: %s", run.method, run.args.seed, _describe(result))
     return results
 
 
-def summarize(results: Sequence[Mapping[str, Any]], args: CurriculumDistillationConfig, title: str) -> str:
-    """Draw the runs that ended well into `args.output_dir`, if there are several, and describe all of them.
+def summarize(teacher: Mapping[str, Any], args: CurriculumDistillationConfig, title: str) -> str:
+    """Draw the runs in `args.output_dir` that ended well there, if there are several, and describe all of them.
 
     Args:
-        results: objects of `results.json`; first, the teacher's metrics with the method "(teacher)".
+        teacher: its metrics, and "(teacher)" as its method.
         args: what all runs share.
         title: of the plot.
 
     Returns:
         a table with a line for each, and the name of the plot.
     """
-    table = format_table(results)
-    finite = [result for result in results if result.get("finite")]
+    results = read_results([args.output_dir])
+    table = format_table([teacher, *results])
+    finite = [result for result in results if result["finite"]]
     if len(finite) < 2:
         return table
     plot = os.path.join(args.output_dir, PLOT_FILE)
-    lines = {"teacher": results[0]["eval_accuracy"]} if results[0]["method"] == "(teacher)" else {}
-    plot_comparison(finite, plot, title, lines=lines)
+    plot_comparison(finite, plot, title, lines={"teacher": teacher["eval_accuracy"]})
     return f"{table}\n\nplot: {plot}"
 
 

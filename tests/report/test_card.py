@@ -74,6 +74,15 @@ def test_an_adapters_base_is_the_model_that_it_is_put_into_and_not_the_teacher()
     assert metadata["library_name"] == "peft" and "base_model" not in metadata
 
 
+def test_a_teacher_that_is_only_compared_with_is_no_base_model():
+    facts = changed({"method": "labels", "stages": [STAGES[1] | {"kl_weight": 0.0, "label_weight": 1.0}]})
+    metadata = make_metadata(facts)
+    assert not {"base_model", "base_model_relation"} & metadata.keys()
+    assert metadata["tags"] == ["labels", "generated_from_trainer", "mine"]
+    assert "This BertForMaskedLM was compared with [google-bert/bert-large-uncased]" in make_text(facts)
+    assert "was distilled from [google-bert/bert-large-uncased]" in make_text(FACTS)
+
+
 def test_checkpoints_of_a_teacher_on_the_hub_are_all_base_models():
     teacher = {"name": "org/step-1, org/step-2", "revision": "0a", "fingerprint": "1"}
     assert make_metadata(changed({"teacher": teacher}))["base_model"] == ["org/step-1", "org/step-2"]

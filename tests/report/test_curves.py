@@ -54,9 +54,11 @@ def test_a_value_costs_what_the_first_evaluation_at_least_as_good_had_cost():
 def test_runs_are_averaged_wherever_all_have_been_evaluated():
     often = curve((8, 10.0, 0.0), (16, 20.0, 0.2), (24, 30.0, 0.6), (32, 40.0, 0.8))
     rarely = curve((16, 40.0, 0.4), (32, 80.0, 0.6))
-    costs, values = average([often, rarely])
-    assert costs.tolist() == [[16, 30.0], [24, 45.0], [32, 60.0]]  # at 24 examples the second is at 0.5 after 60
+    mean, values = average([often, rarely])
+    assert mean.costs.tolist() == [[16, 30.0], [24, 45.0], [32, 60.0]]  # at 24 examples the second is at 0.5 after 60
     np.testing.assert_allclose(values, [[0.2, 0.6, 0.8], [0.4, 0.5, 0.6]])
+    np.testing.assert_allclose(mean.values, [0.3, 0.55, 0.7])
+    assert mean.layer_stages == [] and mean.head_begins.tolist() == [-1, -1]
 
 
 def test_curves_are_those_of_finite_runs_by_method(tmp_path):

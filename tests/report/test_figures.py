@@ -113,6 +113,23 @@ def test_the_layer_stages_before_any_stage_of_logits_say_that_the_head_is_untrai
         assert sum(len(dots.get_offsets()) for dots in axis.collections) == hollow
 
 
+@pytest.mark.parametrize("cached", [0, 1])
+def test_the_layer_stages_end_at_the_mean_cost_of_runs_that_cost_unequally(tmp_path, cached):
+    results = [finished_run(tmp_path, "curriculum", {2: 0.1, 3: 0.3, 4: 0.5}, 2, seed=seed) for seed in (0, 1)]
+    path = tmp_path / f"curriculum {cached}/trainer_state.json"
+    state = json.loads(path.read_text())
+    for entry in state["log_history"]:
+        if "teacher_flops" in entry:  # the student's alone: 4 operations in the layer stage and 24 at the end
+            entry["teacher_flops"] = 0.0
+    path.write_text(json.dumps(state))
+    figure = plot_comparison(results, str(tmp_path / "plot.png"))
+    for axis, costs in zip(figure.axes, ([16, 24, 32], [5, 17.5, 30]), strict=True):
+        assert axis.lines[0].get_xdata().tolist() == costs
+        assert [(strip.get_x(), strip.get_width()) for strip in axis.patches] == [(0, costs[0])]
+        (hollow,) = [dots for dots in axis.collections if len(dots.get_offsets()) and dots.get_zorder() == 4]
+        assert hollow.get_offsets().tolist() == [[costs[0], 0.1]]
+
+
 def test_a_title_names_the_metric_and_lines_are_drawn_across(tmp_path):
     result = finished_run(tmp_path, accuracy={2: 0.2, 4: 0.4})
     figure = plot_comparison([result], str(tmp_path / "plot.png"), lines={"teacher": 0.9, "chance": 0.25})
@@ -151,3 +168,7 @@ def test_chance_is_known_of_classifiers(tmp_path, architecture, labels, chance):
     config = {"architectures": [architecture]} | ({"id2label": labels} if labels else {})
     (tmp_path / "one_shot 0" / "config.json").write_text(json.dumps(config))
     assert find_chance([result]) == chance
+    for metric, drawn in (("eval_accuracy", chance), ("eval_kl", None)):
+        results = [result | {metric: 0.4}, finished_run(tmp_path / metric, "broken")]
+        axis, _ = plot_comparison(results, str(tmp_path / "plot.png"), metric=metric).axes
+        assert [text.get_text() for text in axis.texts] == ([] if drawn is None else ["chance"])

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
-from hf_curriculum_distill.report.results import printable, read_results, write_results
+from hf_curriculum_distill.report.results import (
+    earlier_results,
+    printable,
+    read_results,
+    update_results,
+    write_results,
+)
 from hf_curriculum_distill.report.tables import format_summary
 from report.test_tables import cells, finished_run
 
@@ -21,6 +28,39 @@ def test_results_are_written_as_a_list_and_read_back(tmp_path):
     write_results(tmp_path / "new", results)
     assert json.loads((tmp_path / "new/results.json").read_text()) == results
     assert read_results([tmp_path / "new"]) == results
+
+
+def test_a_launch_adds_its_runs_to_those_that_are_there(tmp_path):
+    run = partial(finished_run, tmp_path)
+    first = [run("curriculum", {4: 0.4}), run("labels"), run("one_shot", {4: 0.5})]
+    folders = [result["path"] for result in first]
+    for number in (1, 2, 3):
+        update_results(tmp_path, first[:number], folders)
+        assert json.loads((tmp_path / "results.json").read_text()) == first[:number]
+    alone = (tmp_path / "results.json").read_bytes()
+    second = [run("one_shot", {4: 0.6}, seed=1), first[1] | {"error": "another"}]
+    update_results(tmp_path, second[:1], [result["path"] for result in second])
+    assert read_results([tmp_path]) == [first[0], first[2], second[0]]  # that of `labels` is being trained again
+    update_results(tmp_path, second, [result["path"] for result in second])
+    assert read_results([tmp_path]) == [first[0], first[2], *second]
+    update_results(tmp_path, first, [*folders, second[0]["path"]])
+    assert (tmp_path / "results.json").read_bytes() == alone
+
+
+def test_runs_of_earlier_launches_are_known_after_a_move_and_forgotten_when_they_are_gone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = [finished_run(Path("out"), name, {4: 0.4}) for name in ("curriculum", "one_shot", "labels")]
+    write_results("out", [*results, finished_run(Path("out"), "online")])
+    Path("out").rename("new")
+    shutil.rmtree("new/one_shot 0")
+    kept = earlier_results("new", ["new/labels 0"])
+    assert [result["method"] for result in kept] == ["curriculum", "online"]  # a run that broke may leave no folder
+    assert kept[0] == results[0]
+
+
+def test_broken_runs_of_a_method_share_a_row(tmp_path):
+    write_results(tmp_path, [finished_run(tmp_path, "one_shot", seed=seed) for seed in (0, 1)])
+    assert cells(format_summary(read_results([tmp_path])))["one_shot"][0] == "0 of 2 finite"
 
 
 def test_a_single_run_stands_for_itself(tmp_path):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import os
+import re
 import shutil
 
 import pytest
@@ -11,12 +13,15 @@ from conftest import assert_same_weights, tiny_bert, weights
 from transformers import TrainerCallback, set_seed
 
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill.cli import main
 from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
+    compare_methods,
     keep_teacher,
     plan_runs,
     planned_or_exit,
+    summarize,
     train_student,
 )
 from hf_curriculum_distill.tasks.parity import ParityMLPConfig, ParityMLPForSequenceClassification, SparseParity, stack
@@ -256,6 +261,53 @@ def test_a_subclass_of_the_configuration_stays_one(tmp_path):
     assert torch.device("cpu") == run.device
 
 
+# ---- several launches ----
+
+
+def launch(make, args, methods, **options):
+    """What a recipe does; returns the table."""
+
+    def distil(run, _):
+        fields = {n: getattr(run.args, n) for n in ("method", "seed", "learning_rate", "resume_from_checkpoint")}
+        trainer = make(run.args.output_dir, eval_strategy="steps", eval_steps=4, max_grad_norm=0.0, **fields)
+        return train_student(trainer, run.method)
+
+    return compare_methods(Options(methods, **options), args, lambda *_: None, distil, logging.getLogger("launch"))
+
+
+def lines_of(table):
+    """Method and number of runs of each line of a table."""
+    lines = table[table.index("method ") :].split("\n\n")[0].splitlines()[2:]
+    return [tuple(re.split(r"\s{2,}", line)[:2]) for line in lines]
+
+
+def test_a_folder_of_several_launches_is_compared_whole(make, config, capsys):
+    args = config("all")
+    launch(make, args, ["curriculum", "one_shot"], seeds=[1])
+    with open(os.path.join(args.output_dir, "results.json")) as file:
+        first = json.load(file)
+    args.resume_from_checkpoint = "last"
+    variants = {"last layer": {"layer_order": "last"}, "broken": {"method": "labels", "learning_rate": 1e30}}
+    table = launch(make, args, ["one_shot", *variants], seeds=[2, 3], variants=variants)
+    with open(os.path.join(args.output_dir, "results.json")) as file:
+        results = json.load(file)
+    assert results[:2] == first and [(result["method"], result["seed"]) for result in results[2:]] == [
+        (method, seed) for method in ("one_shot", *variants) for seed in (2, 3)
+    ]
+    summary = summarize({"method": "(teacher)", "eval_accuracy": 0.9}, args, "title").splitlines()
+    assert [line.split("  ")[0] for line in summary[2:-2]] == ["(teacher)", *(result["method"] for result in results)]
+    wanted = [("curriculum", "1"), ("one_shot", "3"), ("last layer", "2"), ("broken", "0 of 2 finite")]
+    assert lines_of(table) == wanted
+    with open(os.path.join(args.output_dir, "comparison.svg")) as file:
+        drawn = re.findall(r"<!-- (.*?) -->", file.read())
+    assert {"curriculum", "one-shot (3 runs)", "last layer (2 runs)"} <= {*drawn} and "broken (2 runs)" not in drawn
+    main(["compare", args.output_dir])
+    assert lines_of(capsys.readouterr().out) == wanted
+    with open(os.path.join(args.output_dir, "comparison.html")) as file:
+        page = file.read()
+    assert all(result["path"] in page for result in results)
+
+
 # ---- before the data are read ----
 
 
@@ -267,7 +319,8 @@ def test_a_finished_run_is_written_over_only_if_the_user_says_so(config, left):
     assert not os.listdir(args.output_dir) if os.path.exists(args.output_dir) else True
     path = os.path.join(args.output_dir, left)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    open(path, "x").close()
+    with open(path, "x") as file:
+        file.write("[]")
     with pytest.raises(SystemExit, match=f"{left} is what a finished run left; name another --output_dir") as exit:
         planned_or_exit(options, args)
     assert len(exit.value.code.splitlines()) == 1
@@ -276,6 +329,15 @@ def test_a_finished_run_is_written_over_only_if_the_user_says_so(config, left):
         (options, dataclasses.replace(args, resume_from_checkpoint="last")),
     ):
         assert len(planned_or_exit(*told)) == 2
+
+
+def test_damaged_results_of_an_earlier_launch_are_not_written_over(config):
+    args = config("all")
+    os.makedirs(args.output_dir)
+    with open(os.path.join(args.output_dir, "results.json"), "x") as file:
+        file.write('[{"method"')
+    with pytest.raises(SystemExit, match=r"results\.json is damaged: Expecting"):
+        planned_or_exit(Options(["one_shot"], overwrite_output_dir=True), args)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_and_none_is_made(config, tmp_path):
