@@ -6,10 +6,11 @@ import functools
 import inspect
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import head_of
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.objective import Objective
-from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, sample
+from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, measure_layers, sample
 from hf_curriculum_distill.preparing.checks import (
     check_blocks,
     check_cache,
@@ -38,6 +39,7 @@ from hf_curriculum_distill.preparing.checks import (
 from hf_curriculum_distill.preparing.trial import try_out
 from hf_curriculum_distill.progress import progress_bar
 from hf_curriculum_distill.projections import ProjectionBank
+from hf_curriculum_distill.resuming.record import recorded_groups
 from hf_curriculum_distill.resuming.trainer import ResumableTrainer
 from hf_curriculum_distill.schedules import (
     restarted_schedule,
@@ -45,7 +47,7 @@ from hf_curriculum_distill.schedules import (
     slowed_schedule,
     split_groups_by_layer,
 )
-from hf_curriculum_distill.stages import matched_pairs, parse_layer_pairs
+from hf_curriculum_distill.stages import LayerPair, matched_pairs, parse_layer_pairs, rising_groups
 from hf_curriculum_distill.teachers.cached import CachedTeacher
 from hf_curriculum_distill.teachers.comparison import StudentComparison
 from hf_curriculum_distill.teachers.loading import TeacherModel, check_head, check_teacher, prepare_teacher
@@ -91,7 +93,13 @@ class PreparedTrainer(ResumableTrainer):
         if self.train_dataset is not None:
             check_training_data(self.train_dataset, self.args)
             self._plan(self._estimate_steps())
-            logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
+            if self.args.measures_order:
+                logger.info("The layer stages are chosen by layer_order='complexity' before the first step")
+            else:
+                self._log_stages()
+
+    def _log_stages(self) -> None:
+        logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
 
     def set_initial_training_values(self, args, dataloader):
         """As `Trainer`, and set up everything that depends on arguments, which may have changed since construction."""
@@ -105,6 +113,9 @@ class PreparedTrainer(ResumableTrainer):
             if self.projection_bank is not None and not self.projection_bank.frozen:
                 self._calibrate()
             self._prepare_teacher()  # with the bank of a checkpoint, if there is one
+            if self._resumed is None and self.args.measures_order:
+                self._choose_order()
+                self._plan(values[-1])
             self._cached_teacher = self._open_cache()
         return values
 
@@ -132,14 +143,15 @@ class PreparedTrainer(ResumableTrainer):
             self._student = PartialForward(student, args.layer_stack)
         teacher = self.teacher and self.teacher.partial_forward
         check_blocks(args, self._student, teacher)
-        self._declared_stages = args.resolve_stages(self._student.depth, teacher and teacher.depth)
-        check_stages(self._declared_stages, args, self._student, self.is_deepspeed_enabled)
+        self._declare_stages()
         if self.teacher is not None:
             check_head(self.teacher.model, self._declared_stages if args.pooling is None else ())
         check_cache(self._declared_stages, args, student)
         if args.teacher_cache is not None:
             check_writable(args.teacher_cache, "teacher_cache", "the teacher's targets")
         self.projection_bank = self._make_bank()
+        if self._resumed is not None and args.measures_order:
+            self._declare_stages(recorded_groups(self._resumed, self._checkpoint))
         # whether any loss needs labels, for instance to know which rows count
         self._reads_labels = args.method == "online" or (
             args.pooling is None and any(stage.needs_logits for stage in self._declared_stages)
@@ -147,6 +159,11 @@ class PreparedTrainer(ResumableTrainer):
         self._reads_labels |= args.hidden_positions == "labels" or args.layer_stack == "decoder"
         self._use_student(self._student)
         self._prepare_teacher()
+
+    def _declare_stages(self, groups: Sequence[tuple[LayerPair, ...]] | None = None) -> None:
+        teacher = self.teacher and self.teacher.partial_forward.depth
+        self._declared_stages = self.args.resolve_stages(self._student.depth, teacher, groups)
+        check_stages(self._declared_stages, self.args, self._student, self.is_deepspeed_enabled)
 
     def _logits_are_comparable(self) -> bool:
         """Whether evaluations can compare logits; those of two tasks, whose hidden states are matched, they can't."""
@@ -289,6 +306,24 @@ class PreparedTrainer(ResumableTrainer):
             self.teacher.fit(bank, batches, args.standardize_targets)
         for tensor in bank.tensors().values():
             broadcast(tensor)
+
+    def _choose_order(self) -> None:
+        """Measure how hard each layer is for the student of now, and declare the stages that follow from it."""
+        args, pairs = self.args, self.projection_bank.layer_pairs
+        self.teacher.advance(None)
+        with preserved_random_state(args.projection_seed):
+            loader = self._load(sample(self.train_dataset, int(args.calibration_samples)), "calibration")
+            batches = checked(loader, self._read, self._prepare_inputs, needs_logits=False)
+            measured = measure_layers(batches, self.teacher, pairs)
+        measured = broadcast_object_list([measured])[0]  # processes may differ in the last bits, their stages must not
+        said = ", ".join(f"layer {layer} {min(of):.3f} to {max(of):.3f}" for (layer, _), of in measured.items())
+        logger.info("Complexity of each layer's targets, as a share of random targets': %s", said)
+        if not (groups := rising_groups(measured)):
+            raise ValueError(
+                f"layer_order='complexity' found no layer whose targets are easier for this student than random ones "
+                f"({said}), so that there is nothing to begin with; use another layer_order, or method='one_shot'."
+            )
+        self._declare_stages(groups)
 
     def _open_cache(self) -> CachedTeacher | None:
         """The teacher with the cache of `args.teacher_cache`, which forecasts its costs from a sample of the data."""
