@@ -79,8 +79,8 @@ def relative_complexity(ntk: Tensor, targets: Tensor, ridge: float = 1e-6) -> fl
     """The adjusted [`supervision_complexity`] of targets, as a share of what random ones have with the same kernel.
 
     `sqrt(Y^T K^-1 Y / E[R^T K^-1 R])` for independent random targets R of the mean square of Y: 1 is as hard as random.
-    Two kernels, such as those of two layers, differ in what even random targets cost, which is left out here; so are the
-    scales of kernel and targets.
+    Two kernels, such as those of two layers, differ in what even random targets cost, which is left out here, as are
+    the scales of kernel and targets.
 
     Args:
         ntk: `[n, n]`, the kernel of each of the targets' columns.

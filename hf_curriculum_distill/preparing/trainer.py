@@ -94,12 +94,9 @@ class PreparedTrainer(ResumableTrainer):
             check_training_data(self.train_dataset, self.args)
             self._plan(self._estimate_steps())
             if self.args.measures_order:
-                logger.info("The layer stages are chosen by layer_order='complexity' before the first step")
+                logger.info("Stages: layer_order='complexity' chooses them before the first step")
             else:
-                self._log_stages()
-
-    def _log_stages(self) -> None:
-        logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
+                logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
 
     def set_initial_training_values(self, args, dataloader):
         """As `Trainer`, and set up everything that depends on arguments, which may have changed since construction."""
@@ -316,14 +313,15 @@ class PreparedTrainer(ResumableTrainer):
             batches = checked(loader, self._read, self._prepare_inputs, needs_logits=False)
             measured = measure_layers(batches, self.teacher, pairs)
         measured = broadcast_object_list([measured])[0]  # processes may differ in the last bits, their stages must not
-        said = ", ".join(f"layer {layer} {min(of):.3f} to {max(of):.3f}" for (layer, _), of in measured.items())
-        logger.info("Complexity of each layer's targets, as a share of random targets': %s", said)
+        found = ", ".join(f"layer {layer} {min(of):.3f} to {max(of):.3f}" for (layer, _), of in measured.items())
+        found = f"the targets' complexity, as a share of random targets', is {found}"
         if not (groups := rising_groups(measured)):
             raise ValueError(
-                f"layer_order='complexity' found no layer whose targets are easier for this student than random ones "
-                f"({said}), so that there is nothing to begin with; use another layer_order, or method='one_shot'."
+                f"layer_order='complexity' has no layer to begin with, because none is easier for this student than "
+                f"random targets ({found}); use another layer_order, or method='one_shot'."
             )
         self._declare_stages(groups)
+        logger.info("Stages: %s; for %s", " -> ".join(stage.name for stage in self._declared_stages), found)
 
     def _open_cache(self) -> CachedTeacher | None:
         """The teacher with the cache of `args.teacher_cache`, which forecasts its costs from a sample of the data."""
