@@ -17,7 +17,8 @@ from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.stages import LayerPair, Stage
 from hf_curriculum_distill.teachers.teacher import Teacher
 
-NUM_DRAWS = 4  # of the examples, by whose spread layers are equally hard
+# How layers are compared: the number of draws, by whose spread layers are equally hard, and the most examples of each.
+NUM_DRAWS, DRAWN_EXAMPLES = 4, 32
 _DRAWS = [Drawn(max_rows=128, num_directions=2, seed=seed) for seed in range(NUM_DRAWS)]
 
 
@@ -76,7 +77,7 @@ def measure_layers(
     """How complex each layer's targets are for the batches' student, as a share of random targets'.
 
     Args:
-        batches: of the calibration sample; a draw is of one of them.
+        batches: of the calibration sample, a draw each; those after the last draw are not read.
         teacher: with its projection bank.
         pairs: the layers.
 
@@ -86,8 +87,8 @@ def measure_layers(
     Raises:
         ValueError: the student's gradients cannot be taken for one example at a time.
     """
-    used, measured = list(itertools.islice(batches, NUM_DRAWS)), {pair: [] for pair in pairs}
-    for draw, batch in zip(_DRAWS, itertools.cycle(used), strict=False):
+    measured: dict[LayerPair, list[float]] = {pair: [] for pair in pairs}
+    for draw, batch in zip(_DRAWS, batches, strict=False):
         targets = teacher.targets(batch, Stage(hidden=pairs)).hidden
         try:
             of_layers = compare_layers(batch, targets, teacher.partial_forward.stack, draw)
@@ -96,7 +97,7 @@ def measure_layers(
         except RuntimeError as error:
             raise ValueError(
                 f"layer_order='complexity' takes gradients of {type(batch.model).__name__} for one example at a time, "
-                f"which fails: {error}; use another layer_order."
+                f"which fails: {str(error).splitlines()[0]}; use another layer_order."
             ) from error
         for pair in pairs:
             measured[pair].append(of_layers[pair[0]])

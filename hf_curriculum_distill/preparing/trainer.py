@@ -26,7 +26,15 @@ from hf_curriculum_distill.layers.forward import PartialForward
 from hf_curriculum_distill.layers.heads import head_of
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.objective import Objective
-from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, measure_layers, sample
+from hf_curriculum_distill.preparing.calibration import (
+    DRAWN_EXAMPLES,
+    NUM_DRAWS,
+    bank_settings,
+    checked,
+    make_bank,
+    measure_layers,
+    sample,
+)
 from hf_curriculum_distill.preparing.checks import (
     check_blocks,
     check_cache,
@@ -309,7 +317,9 @@ class PreparedTrainer(ResumableTrainer):
         args, pairs = self.args, self.projection_bank.layer_pairs
         self.teacher.advance(None)
         with preserved_random_state(args.projection_seed):
-            loader = self._load(sample(self.train_dataset, int(args.calibration_samples)), "calibration")
+            examples = sample(self.train_dataset, int(args.calibration_samples))[: NUM_DRAWS * DRAWN_EXAMPLES]
+            size = max(1, len(examples) // NUM_DRAWS)  # whatever the batch size, for steps are cut in several ways
+            loader = self._load(examples, "calibration", size)
             batches = checked(loader, self._read, self._prepare_inputs, needs_logits=False)
             measured = measure_layers(batches, self.teacher, pairs)
         measured = broadcast_object_list([measured])[0]  # processes may differ in the last bits, their stages must not
@@ -346,9 +356,9 @@ class PreparedTrainer(ResumableTrainer):
             cached.forecast(*batches, len(data), spans, self.is_world_process_zero())
         return cached
 
-    def _load(self, examples: list[Any], description: str) -> DataLoader:
+    def _load(self, examples: list[Any], description: str, batch_size: int | None = None) -> DataLoader:
         collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
-        return DataLoader(examples, self.args.train_batch_size, collate_fn=collator)
+        return DataLoader(examples, batch_size or self.args.train_batch_size, collate_fn=collator)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

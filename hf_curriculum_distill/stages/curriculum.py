@@ -124,9 +124,9 @@ def check_stage_depths(stages: Iterable[Stage], student_depth: int, teacher_dept
 def rising_groups(measured: Mapping[LayerPair, Sequence[float]]) -> list[tuple[LayerPair, ...]]:
     """Which layers to match together, the easiest first, by how complex each one's targets are for the student.
 
-    Layers are sorted by their mean. A layer that is not harder than the one before it in every draw joins its group.
-    Targets as hard as random ones, of which all draws are 1, teach nothing that carries over to other examples: their
-    group, and those after it, are left out. Scaling a draw by a number that keeps it on its side of 1 changes nothing.
+    Layers that are easier than random targets in every draw are sorted by their mean; of two neighbours that not every
+    draw sorts alike, the harder one joins the easier one's group. What is fitted of targets as hard as random ones says
+    nothing of other examples, so that such layers are left out.
 
     Args:
         measured: by pair, its complexity in each draw of examples, as a share of random targets': see
@@ -141,16 +141,15 @@ def rising_groups(measured: Mapping[LayerPair, Sequence[float]]) -> list[tuple[L
 
     ```
     """
-    random = None
-    draws: dict[LayerPair | None, Sequence[float]] = dict(sorted(measured.items()))
-    draws[random] = [1.0] * max(map(len, measured.values()), default=1)
-    ordered = sorted(draws, key=lambda pair: fmean(draws[pair]))
-    groups = [ordered[:1]]
-    for easier, harder in itertools.pairwise(ordered):
-        if all(a < b for a, b in zip(draws[easier], draws[harder], strict=True)):
+    easier_than_random = [pair for pair in sorted(measured) if max(measured[pair]) < 1]
+    groups: list[list[LayerPair]] = []
+    before: Sequence[float] = ()
+    for pair in sorted(easier_than_random, key=lambda pair: fmean(measured[pair])):
+        if not groups or all(a < b for a, b in zip(before, measured[pair], strict=True)):
             groups.append([])
-        groups[-1].append(harder)
-    return [tuple(sorted(group)) for group in itertools.takewhile(lambda group: random not in group, groups)]
+        groups[-1].append(pair)
+        before = measured[pair]
+    return [tuple(sorted(group)) for group in groups]
 
 
 def curriculum_stages(
