@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -321,8 +321,10 @@ class PreparedTrainer(ResumableTrainer):
             size = max(1, len(examples) // NUM_DRAWS)  # whatever the batch size, for steps are cut in several ways
             loader = self._load(examples, "calibration", size)
             batches = checked(loader, self._read, self._prepare_inputs, needs_logits=False)
-            measured = measure_layers(batches, self.teacher, pairs)
-        measured = broadcast_object_list([measured])[0]  # processes may differ in the last bits, their stages must not
+            shares = measure_layers(batches, self.teacher, pairs)
+        # devices may differ in the last bits, but the stages of two processes must not
+        shares = broadcast(torch.tensor([shares[pair] for pair in pairs], device=args.device))
+        measured = dict(zip(pairs, shares.tolist(), strict=True))
         found = ", ".join(f"layer {layer} {min(of):.3f} to {max(of):.3f}" for (layer, _), of in measured.items())
         found = f"the targets' complexity, as a share of random targets', is {found}"
         if not (groups := rising_groups(measured)):

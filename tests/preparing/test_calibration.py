@@ -192,7 +192,5 @@ def test_each_draw_is_of_another_batch(batches):
 
 def test_a_student_without_gradients_of_single_examples_is_refused(batches):
     read, teacher = batches(FusedBert)
-    with pytest.raises(
-        ValueError, match="takes gradients of FusedBert for one example at a time, which fails: .*; use"
-    ):
+    with pytest.raises(ValueError, match=r"gradients of FusedBert for one example at a time, which fails: .*; use"):
         measure_layers(iter(read), teacher, PAIRS)
