@@ -184,7 +184,7 @@ def test_each_draw_is_of_another_batch(batches):
     assert list(measured) == PAIRS
     for draw, batch in enumerate(read):
         targets = teacher.targets(batch, Stage(hidden=PAIRS)).hidden
-        expected = compare_layers(batch, targets, drawn=Drawn(128, 2, seed=draw))
+        expected = compare_layers(batch, targets, drawn=Drawn(128, 1, seed=draw))
         assert [measured[pair][draw] for pair in PAIRS] == [expected[layer] for layer, _ in PAIRS]
     more = itertools.chain(read, read[:1], iter(lambda: pytest.fail("a fifth batch is read"), None))
     assert [len(draws) for draws in measure_layers(more, teacher, PAIRS).values()] == [4, 4]
