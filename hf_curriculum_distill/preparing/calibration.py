@@ -85,11 +85,16 @@ def measure_layers(
         by pair, a number for each draw: see [`~hf_curriculum_distill.complexity.relative_complexity`].
 
     Raises:
-        ValueError: the student's gradients cannot be taken for one example at a time.
+        ValueError: nothing counts in a draw, or the student's gradients cannot be taken for one example at a time.
     """
     measured: dict[LayerPair, list[float]] = {pair: [] for pair in pairs}
     for draw, batch in zip(_DRAWS, batches, strict=False):
         targets = teacher.targets(batch, Stage(hidden=pairs)).hidden
+        if not all(batch.weights(hidden).any() for hidden in targets.values()):
+            raise ValueError(
+                f"layer_order='complexity' drew {len(batch)} examples in which no hidden state counts; raise "
+                "calibration_samples, or use another layer_order."
+            )
         try:
             of_layers = compare_layers(batch, targets, teacher.partial_forward.stack, draw)
         except torch.OutOfMemoryError:

@@ -314,7 +314,7 @@ class PreparedTrainer(ResumableTrainer):
 
     def _choose_order(self) -> None:
         """Measure how hard each layer is for the student of now, and declare the stages that follow from it."""
-        args, pairs = self.args, self.projection_bank.layer_pairs
+        args, pairs = self.args, matched_pairs(self._declared_stages)
         self.teacher.advance(None)
         with preserved_random_state(args.projection_seed):
             examples = sample(self.train_dataset, int(args.calibration_samples))[: NUM_DRAWS * DRAWN_EXAMPLES]

@@ -190,6 +190,14 @@ def test_each_draw_is_of_another_batch(batches):
     assert [len(draws) for draws in measure_layers(more, teacher, PAIRS).values()] == [4, 4]
 
 
+def test_a_draw_in_which_nothing_counts_is_refused(batches, config):
+    (read, *_), teacher = batches()
+    reader = BatchReader(PartialForward(read.model), teacher.partial_forward, config(hidden_positions="labels"))
+    empty = reader(read.inputs | {"labels": torch.full_like(read.inputs["labels"], -100)})
+    with pytest.raises(ValueError, match="drew 2 examples in which no hidden state counts; raise calibration_samples"):
+        measure_layers([empty], teacher, PAIRS)
+
+
 def test_a_student_without_gradients_of_single_examples_is_refused(batches):
     read, teacher = batches(FusedBert)
     with pytest.raises(ValueError, match=r"gradients of FusedBert for one example at a time, which fails: .*; use"):
