@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -316,6 +317,7 @@ class PreparedTrainer(ResumableTrainer):
         """Measure how hard each layer is for the student of now, and declare the stages that follow from it."""
         args, pairs = self.args, matched_pairs(self._declared_stages)
         self.teacher.advance(None)
+        start = time.monotonic()
         with preserved_random_state(args.projection_seed):
             examples = sample(self.train_dataset, int(args.calibration_samples))[: NUM_DRAWS * DRAWN_EXAMPLES]
             size = max(1, len(examples) // NUM_DRAWS)  # whatever the batch size, for steps are cut in several ways
@@ -333,7 +335,8 @@ class PreparedTrainer(ResumableTrainer):
                 f"random targets ({found}); use another layer_order, or method='one_shot'."
             )
         self._declare_stages(groups)
-        logger.info("Stages: %s; for %s", " -> ".join(stage.name for stage in self._declared_stages), found)
+        names, seconds = " -> ".join(stage.name for stage in self._declared_stages), time.monotonic() - start
+        logger.info("Stages: %s; for %s (measured in %.1f s)", names, found, seconds)
 
     def _open_cache(self) -> CachedTeacher | None:
         """The teacher with the cache of `args.teacher_cache`, which forecasts its costs from a sample of the data."""
