@@ -147,7 +147,8 @@ def distil(pipeline: dict, run: Run) -> dict:
         teacher_model=run.recipe.teacher,
         **pipeline,
     )
-    logger.info("%s: %s", run.args.output_dir, " -> ".join(stage.name for stage in trainer.stages))
+    stages = "measured" if run.args.measures_order else " -> ".join(stage.name for stage in trainer.stages)
+    logger.info("%s: %s", run.args.output_dir, stages)
     return train_student(trainer, run.method)
 
 

@@ -58,8 +58,8 @@ def test_loss_gradient_norm_and_weights_do_not_depend_on_how_the_batch_is_cut(wh
     assert_same_training(cut, whole)
 
 
-@pytest.mark.parametrize("run", ["block", "slowed", "independent", "progressive", "pca"])
-def test_nor_does_what_freezes_blocks_exchanges_teachers_or_finds_directions(whole, cut, run):
+@pytest.mark.parametrize("run", ["block", "slowed", "independent", "measured", "progressive", "pca"])
+def test_nor_does_what_freezes_blocks_exchanges_teachers_or_measures_before_the_first_step(whole, cut, run):
     assert_same_training(cut / run, whole / run)
 
 

@@ -67,6 +67,8 @@ def main():
     run("slowed", stages=ONE_BY_ONE, finished_layer_rate=0.3, carry_optimizer=False, **FROZEN_EMBEDDINGS)
     run("independent", stages=STAGES[1:], train_prefix="independent", **FROZEN_EMBEDDINGS)
 
+    run("measured", layer_order="complexity", calibration_samples=12)
+
     teachers = folder / "teachers"
     if processes.is_main_process:
         for step in (3, 5, 8):

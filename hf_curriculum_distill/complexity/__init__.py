@@ -9,7 +9,7 @@ of_teacher = supervision_complexity(ntk, class_targets(teacher_logits.softmax(-1
 ```
 """
 
-from hf_curriculum_distill.complexity.analysis import class_targets, measure_complexity
+from hf_curriculum_distill.complexity.analysis import class_targets, compare_layers, measure_complexity
 from hf_curriculum_distill.complexity.kernel import (
     KINDS,
     empirical_ntk,
@@ -18,18 +18,25 @@ from hf_curriculum_distill.complexity.kernel import (
     logits,
     sketched_ntk,
 )
-from hf_curriculum_distill.complexity.supervision import SupervisionComplexity, margin_bound, supervision_complexity
+from hf_curriculum_distill.complexity.supervision import (
+    SupervisionComplexity,
+    margin_bound,
+    relative_complexity,
+    supervision_complexity,
+)
 
 __all__ = [
     "KINDS",
     "SupervisionComplexity",
     "class_targets",
+    "compare_layers",
     "empirical_ntk",
     "hidden_states",
     "logit_contrasts",
     "logits",
     "margin_bound",
     "measure_complexity",
+    "relative_complexity",
     "sketched_ntk",
     "supervision_complexity",
 ]

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_curriculum_distill.complexity.kernel import empirical_ntk, hidden_states, logit_contrasts
-from hf_curriculum_distill.complexity.supervision import SupervisionComplexity, supervision_complexity
+from hf_curriculum_distill.complexity.supervision import (
+    SupervisionComplexity,
+    relative_complexity,
+    supervision_complexity,
+)
 
 if TYPE_CHECKING:
     from hf_curriculum_distill.batches.batch import Batch
@@ -132,13 +136,44 @@ def measure_targets(
             probabilities = (logits[chosen.to(logits.device)] / temperature).softmax(-1)
             measured[name] = supervision_complexity(kernel, class_targets(probabilities))
     for layer, hidden in targets.hidden.items():
-        counted = batch.weights(hidden).flatten().nonzero().flatten().cpu()
-        rows = _draw_rows(counted, max_rows, draw)
-        directions = _draw_directions(hidden.shape[-1], num_directions, draw)
-        kernel = empirical_ntk(model, batch.student_inputs, "trace", hidden_states(layer, directions, stack), rows)
-        of_rows = hidden.flatten(0, 1)[rows.to(hidden.device)]
+        kernel, of_rows = _kernel_of_layer(batch, layer, hidden, stack, drawn, draw)
         measured[f"layer {layer}"] = supervision_complexity(kernel, of_rows)
     return measured
+
+
+def compare_layers(
+    batch: Batch, hidden: Mapping[int, Tensor], stack: str = "encoder", drawn: Drawn = DRAWN
+) -> dict[int, float]:
+    """The [`relative_complexity`] of each layer's targets for the batch's student, of the same rows for all layers.
+
+    Args:
+        batch: examples.
+        hidden: by student layer, its targets on the batch, `[batch, length, student_dim]`.
+        stack: whose blocks are matched in an encoder-decoder.
+        drawn: how many rows and outputs the kernels have, which are drawn at random.
+
+    Returns:
+        by student layer.
+
+    Raises:
+        ValueError, FloatingPointError: see [`empirical_ntk`] and [`supervision_complexity`].
+    """
+    measured = {}
+    for layer, of_layer in hidden.items():
+        draw = torch.Generator().manual_seed(drawn.seed)
+        measured[layer] = relative_complexity(*_kernel_of_layer(batch, layer, of_layer, stack, drawn, draw))
+    return measured
+
+
+def _kernel_of_layer(
+    batch: Batch, layer: int, hidden: Tensor, stack: str, drawn: Drawn, draw: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The kernel of some rows of a layer's states, and their targets."""
+    counted = batch.weights(hidden).flatten().nonzero().flatten().cpu()
+    rows = _draw_rows(counted, drawn.max_rows, draw)
+    directions = _draw_directions(hidden.shape[-1], drawn.num_directions, draw)
+    kernel = empirical_ntk(batch.model, batch.student_inputs, "trace", hidden_states(layer, directions, stack), rows)
+    return kernel, hidden.flatten(0, 1)[rows.to(hidden.device)]
 
 
 def _draw_rows(rows: Tensor, number: int, draw: torch.Generator) -> Tensor:

@@ -75,6 +75,40 @@ def supervision_complexity(
     return SupervisionComplexity(at(1.0), at(0.1), at(10.0))
 
 
+def relative_complexity(ntk: Tensor, targets: Tensor, ridge: float = 1e-6) -> float:
+    """The adjusted [`supervision_complexity`] of targets, as a share of what random ones have with the same kernel.
+
+    `sqrt(Y^T K^-1 Y / E[R^T K^-1 R])` for independent random targets R of the mean square of Y: 1 is as hard as random.
+    Two kernels, such as those of two layers, differ in what even random targets cost, which is left out here, as are
+    the scales of kernel and targets.
+
+    Args:
+        ntk: `[n, n]`, the kernel of each of the targets' columns.
+        targets: `[n, d]`.
+        ridge: as there.
+
+    Returns:
+        the share, without units; 0 for targets that are all 0.
+
+    Raises:
+        ValueError: as there.
+
+    ```python
+    >>> kernel = torch.diag(torch.tensor([4.0, 1.0]))
+    >>> easy, hard = torch.eye(2)
+    >>> round(relative_complexity(kernel, easy, ridge=0.0) ** 2, 9)  # 1/4, of 1/2 (1/4 + 1)
+    0.4
+    >>> round(relative_complexity(kernel, hard, ridge=0.0) ** 2, 9)  # 1, of the same
+    1.6
+
+    ```
+    """
+    size = float(targets.double().square().mean().sqrt())
+    random = math.sqrt(len(ntk)) * torch.eye(len(ntk), dtype=torch.float64)  # as E[R R^T] is d times the identity
+    of_random = supervision_complexity(ntk, random, ridge=ridge).value
+    return supervision_complexity(ntk, targets, ridge=ridge).value / of_random / size if size else 0.0
+
+
 def margin_bound(margins: Tensor, trace: float, norm: float, gamma: float, delta: float = 0.05) -> float:
     """An upper bound of the probability that a function of bounded norm has the wrong sign.
 

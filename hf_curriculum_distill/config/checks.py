@@ -136,6 +136,18 @@ def check_values(config: TrainingArguments) -> None:
     _check_cache(config)
 
 
+def too_few_steps(config: TrainingArguments, num_layer_stages: int, max_steps: int) -> str:
+    """What is wrong with `max_steps` that are too few for the layer stages."""
+    fraction, share, needed = config.layer_stage_fraction, f"{max_steps} steps", num_layer_stages
+    if config.method != "hidden":
+        share = f"{100 * fraction:g} % of {share}, with the rest for the logit stage,"
+        needed = max(math.ceil(num_layer_stages / fraction), math.floor(0.5 / (1 - fraction)) + 1)
+    return (
+        f"{num_layer_stages} layer stages in {share} need max_steps >= {needed}; raise it, lower num_layer_stages, or "
+        "use layer_order='last', which has one layer stage."
+    )
+
+
 def _check_schedule(config: TrainingArguments) -> None:
     schedule = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
     knobs = {
@@ -156,6 +168,11 @@ def _check_between_stages(config: TrainingArguments) -> None:
         raise ValueError(
             f"train_prefix='independent' trains all segments at once, but layer_order is {config.layer_order!r}, which "
             "matches one layer after another; use layer_order='together'."
+        )
+    if config.measures_order and config.method == "curriculum" and not config.layer_stage_fraction:
+        raise ValueError(
+            "layer_stage_fraction is 0, so that there are no layer stages for layer_order='complexity' to order; give "
+            "them a share of the steps, or use another layer_order."
         )
     if config.train_prefix == "block" and config.finished_layer_rate != 1:
         raise ValueError(

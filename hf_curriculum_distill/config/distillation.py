@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hf_curriculum_distill.config.checks import check_values, parse_json
+from hf_curriculum_distill.config.checks import check_values, parse_json, too_few_steps
 from hf_curriculum_distill.stages import (
+    LayerPair,
     Stage,
     StageScheduler,
     check_stage_depths,
@@ -78,8 +78,9 @@ class CurriculumDistillationConfig(TrainingArguments):
         default="together",
         metadata={
             "help": "What each layer stage matches: 'together' (one stage, all pairs), 'sequential' (one pair, lowest "
-            "first, as in the paper), 'cumulative' (this and all earlier pairs) or 'last' (one stage, the highest "
-            "pair)."
+            "first, as in the paper), 'cumulative' (this and all earlier pairs), 'last' (one stage, the highest pair) "
+            "or 'complexity' (measured before the first step: the layers whose targets are easiest for this student "
+            "first, equally easy ones in one stage, those as hard as random ones in none)."
         },
     )
 
@@ -329,11 +330,14 @@ class CurriculumDistillationConfig(TrainingArguments):
         if self.stages is not None:
             self.stages = parse_stages(self.stages)
 
-    def resolve_stages(self, student_depth: int, teacher_depth: int | None) -> tuple[Stage, ...]:
+    def resolve_stages(
+        self, student_depth: int, teacher_depth: int | None, groups: Sequence[tuple[LayerPair, ...]] | None = None
+    ) -> tuple[Stage, ...]:
         """The stages that `stages`, or else `method`, stands for.
 
         Args:
             student_depth, teacher_depth: the number of blocks; None without a teacher.
+            groups: the layer pairs of each layer stage, once layer_order='complexity' has measured them.
 
         Returns:
             the stages, with each `until` as it was given; none without a teacher and explicit `stages`.
@@ -354,9 +358,8 @@ class CurriculumDistillationConfig(TrainingArguments):
             logit_stage["hidden_weight"] = self.hidden_weight_in_logit_stage
             logit_stage["hidden_weight_at_end"] = self.hidden_weight_at_end
             pairs = resolve_layer_map(self.layer_map, self.num_layer_stages, student_depth, teacher_depth)
-            alone = self.method == "hidden"
-            fraction, last = (1.0, None) if alone else (self.layer_stage_fraction, logit_stage)
-            stages = tuple(curriculum_stages(pairs, self.layer_order, fraction, self.hidden_weight, last))
+            fraction, last = (1.0, None) if self.method == "hidden" else (self.layer_stage_fraction, logit_stage)
+            stages = tuple(curriculum_stages(pairs, self.layer_order, fraction, self.hidden_weight, last, groups))
         check_stage_depths(stages, student_depth, teacher_depth)
         return stages
 
@@ -366,6 +369,11 @@ class CurriculumDistillationConfig(TrainingArguments):
         if self.pooling or self.stages is None:
             return self.pooling is None and self.method != "hidden"
         return self.method == "online" or any(Stage(**stage).needs_logits for stage in self.stages)
+
+    @property
+    def measures_order(self) -> bool:
+        """Whether the layer stages are known only once a training has measured how hard each layer is."""
+        return self.layer_order == "complexity" and self.stages is None and self.method in ("curriculum", "hidden")
 
     @property
     def treats_layers_apart(self) -> bool:
@@ -383,17 +391,10 @@ class CurriculumDistillationConfig(TrainingArguments):
         Raises:
             ValueError: `max_steps` is too small for them.
         """
-        num_layer_stages = sum(not stage.needs_logits for stage in stages)
         try:
             return StageScheduler(stages, max_steps)
         except ValueError as error:
+            num_layer_stages = sum(not stage.needs_logits for stage in stages)
             if self.stages is not None or not num_layer_stages or max_steps < 1:
                 raise
-            fraction, share, needed = self.layer_stage_fraction, f"{max_steps} steps", num_layer_stages
-            if self.method != "hidden":
-                share = f"{100 * fraction:g} % of {share}, with the rest for the logit stage,"
-                needed = max(math.ceil(num_layer_stages / fraction), math.floor(0.5 / (1 - fraction)) + 1)
-            raise ValueError(
-                f"{num_layer_stages} layer stages in {share} need max_steps >= {needed}; raise it, lower "
-                "num_layer_stages, or use layer_order='last', which has one layer stage."
-            ) from error
+            raise ValueError(too_few_steps(self, num_layer_stages, max_steps)) from error

@@ -134,6 +134,11 @@ def _state_assumptions(args: CurriculumDistillationConfig, untried: str | None) 
         "memory: of one process; each column the most it ever is, the total that of one moment; with the teacher its "
         "projections; without sharding, DDP's buckets, fragmentation and the device's own",
     ]
+    if args.measures_order:
+        assumptions.append(
+            "layer_order='complexity': counted as a stage for each layer, lowest first; which layers are matched when "
+            "is measured before the first step, and what that costs is not counted"
+        )
     if untried:
         assumptions.append(f"optimizer: {args.optim.value} is counted as Adam, for it cannot be tried here: {untried}")
     if args.teacher_cache is not None:

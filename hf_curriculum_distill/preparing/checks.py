@@ -42,6 +42,11 @@ def check_launch(
             f"one a layer, but {why}; "
             + ("launch with DDP." if shards_parameters else "leave them out, or pass optimizer_cls_and_kwargs.")
         )
+    if args.measures_order and shards_parameters:
+        raise ValueError(
+            "layer_order='complexity' needs all gradients of the student in one process, but FSDP and DeepSpeed shard "
+            "them; launch with DDP, or use another layer_order."
+        )
     if args.logit_chunk_size and shards_parameters:
         raise ValueError(
             f"logit_chunk_size is {args.logit_chunk_size}, but FSDP and DeepSpeed need all logits at once; leave it "

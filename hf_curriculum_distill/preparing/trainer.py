@@ -6,6 +6,8 @@ import functools
 import inspect
 import math
 import random
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +28,16 @@ from hf_curriculum_distill.layers.heads import head_of
 from hf_curriculum_distill.layers.weights import check_one_device
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.objective import Objective
-from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, projected_pairs, sample
+from hf_curriculum_distill.preparing.calibration import (
+    DRAWN_EXAMPLES,
+    NUM_DRAWS,
+    bank_settings,
+    checked,
+    make_bank,
+    measure_layers,
+    projected_pairs,
+    sample,
+)
 from hf_curriculum_distill.preparing.checks import (
     check_blocks,
     check_cache,
@@ -39,6 +50,7 @@ from hf_curriculum_distill.preparing.checks import (
 from hf_curriculum_distill.preparing.trial import try_out
 from hf_curriculum_distill.progress import progress_bar
 from hf_curriculum_distill.projections import ProjectionBank
+from hf_curriculum_distill.resuming.record import recorded_groups
 from hf_curriculum_distill.resuming.trainer import ResumableTrainer
 from hf_curriculum_distill.schedules import (
     restarted_schedule,
@@ -46,7 +58,7 @@ from hf_curriculum_distill.schedules import (
     slowed_schedule,
     split_groups_by_layer,
 )
-from hf_curriculum_distill.stages import matched_pairs, parse_layer_pairs
+from hf_curriculum_distill.stages import LayerPair, matched_pairs, parse_layer_pairs, rising_groups
 from hf_curriculum_distill.teachers.cached import CachedTeacher
 from hf_curriculum_distill.teachers.comparison import StudentComparison
 from hf_curriculum_distill.teachers.loading import TeacherModel, check_head, check_teacher, prepare_teacher
@@ -93,7 +105,10 @@ class PreparedTrainer(ResumableTrainer):
         if self.train_dataset is not None:
             check_training_data(self.train_dataset, self.args)
             self._plan(self._estimate_steps())
-            logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
+            if self.args.measures_order:
+                logger.info("Stages: layer_order='complexity' chooses them before the first step")
+            else:
+                logger.info("Stages: %s", "; ".join(f"{s.name} until {s.until or 'the end'}" for s in self.stages))
 
     def set_initial_training_values(self, args, dataloader):
         """As `Trainer`, and set up everything that depends on arguments, which may have changed since construction."""
@@ -107,6 +122,9 @@ class PreparedTrainer(ResumableTrainer):
             if self.projection_bank is not None and not self.projection_bank.frozen:
                 self._calibrate()
             self._prepare_teacher()  # with the bank of a checkpoint, if there is one
+            if self._resumed is None and self.args.measures_order:
+                self._choose_order()
+                self._plan(values[-1])
             self._cached_teacher = self._open_cache()
         return values
 
@@ -134,14 +152,15 @@ class PreparedTrainer(ResumableTrainer):
             self._student = PartialForward(student, args.layer_stack)
         teacher = self.teacher and self.teacher.partial_forward
         check_blocks(args, self._student, teacher)
-        self._declared_stages = args.resolve_stages(self._student.depth, teacher and teacher.depth)
-        check_stages(self._declared_stages, args, self._student, self.is_deepspeed_enabled)
+        self._declare_stages()
         if self.teacher is not None:
             check_head(self.teacher.model, self._declared_stages if args.pooling is None else ())
         check_cache(self._declared_stages, args, student)
         if args.teacher_cache is not None:
             check_writable(args.teacher_cache, "teacher_cache", "the teacher's targets")
         self.projection_bank = self._make_bank()
+        if self._resumed is not None and args.measures_order:
+            self._declare_stages(recorded_groups(self._resumed, self._checkpoint))
         # whether any loss needs labels, for instance to know which rows count
         self._reads_labels = args.method == "online" or (
             args.pooling is None and any(stage.needs_logits for stage in self._declared_stages)
@@ -149,6 +168,11 @@ class PreparedTrainer(ResumableTrainer):
         self._reads_labels |= args.hidden_positions == "labels" or args.layer_stack == "decoder"
         self._use_student(self._student)
         self._prepare_teacher()
+
+    def _declare_stages(self, groups: Sequence[tuple[LayerPair, ...]] | None = None) -> None:
+        teacher = self.teacher and self.teacher.partial_forward.depth
+        self._declared_stages = self.args.resolve_stages(self._student.depth, teacher, groups)
+        check_stages(self._declared_stages, self.args, self._student, self.is_deepspeed_enabled)
 
     def _logits_are_comparable(self) -> bool:
         """Whether evaluations can compare logits; those of two tasks, whose hidden states are matched, they can't."""
@@ -291,6 +315,31 @@ class PreparedTrainer(ResumableTrainer):
         for tensor in bank.tensors().values():
             broadcast(tensor)
 
+    def _choose_order(self) -> None:
+        """Measure how hard each layer is for the student of now, and declare the stages that follow from it."""
+        args, pairs = self.args, matched_pairs(self._declared_stages)
+        self.teacher.advance(None)
+        start = time.monotonic()
+        with preserved_random_state(args.projection_seed):
+            examples = sample(self.train_dataset, int(args.calibration_samples))[: NUM_DRAWS * DRAWN_EXAMPLES]
+            size = max(1, len(examples) // NUM_DRAWS)  # whatever the batch size, for steps are cut in several ways
+            loader = self._load(examples, "calibration", size)
+            batches = checked(loader, self._read, self._prepare_inputs, needs_logits=False)
+            shares = measure_layers(batches, self.teacher, pairs)
+        # devices may differ in the last bits, but the stages of two processes must not
+        shares = broadcast(torch.tensor([shares[pair] for pair in pairs], device=args.device))
+        measured = dict(zip(pairs, shares.tolist(), strict=True))
+        found = ", ".join(f"layer {layer} {min(of):.3f} to {max(of):.3f}" for (layer, _), of in measured.items())
+        found = f"the targets' complexity, as a share of random targets', is {found}"
+        if not (groups := rising_groups(measured)):
+            raise ValueError(
+                f"layer_order='complexity' has no layer to begin with, because none is easier for this student than "
+                f"random targets ({found}); use another layer_order, or method='one_shot'."
+            )
+        self._declare_stages(groups)
+        names, seconds = " -> ".join(stage.name for stage in self._declared_stages), time.monotonic() - start
+        logger.info("Stages: %s; for %s (measured in %.1f s)", names, found, seconds)
+
     def _open_cache(self) -> CachedTeacher | None:
         """The teacher with the cache of `args.teacher_cache`, which forecasts its costs from a sample of the data."""
         args, data = self.args, self.train_dataset
@@ -314,9 +363,9 @@ class PreparedTrainer(ResumableTrainer):
             cached.forecast(*batches, len(data), spans, self.is_world_process_zero())
         return cached
 
-    def _load(self, examples: list[Any], description: str) -> DataLoader:
+    def _load(self, examples: list[Any], description: str, batch_size: int | None = None) -> DataLoader:
         collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
-        return DataLoader(examples, self.args.train_batch_size, collate_fn=collator)
+        return DataLoader(examples, batch_size or self.args.train_batch_size, collate_fn=collator)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

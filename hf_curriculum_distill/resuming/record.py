@@ -20,7 +20,7 @@ from transformers.trainer_utils import has_length
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.files import replacing
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.stages import StageScheduler
+from hf_curriculum_distill.stages import LayerPair, Stage, StageScheduler
 from hf_curriculum_distill.teachers.teacher import Teacher
 
 FILE_NAME = "curriculum.json"
@@ -215,6 +215,33 @@ def _check(value: Any, kind: Any, name: str = "the whole") -> None:
         _check(value[key], inner, key)
     for item in value if isinstance(kind, list) else ():
         _check(item, *kind, f"one of {name}")
+
+
+def recorded_groups(record: Mapping[str, Any], folder: str) -> list[tuple[LayerPair, ...]]:
+    """The layer pairs of each layer stage of a run with `layer_order="complexity"`, which were measured at its start.
+
+    Args:
+        record: of a checkpoint.
+        folder: that it is in.
+
+    Raises:
+        ValueError: the run had another layer order, or the record is damaged.
+    """
+    arguments = record.get("arguments")
+    order = arguments.get("layer_order") if isinstance(arguments, dict) else None
+    if order != "complexity" or record["method"] == "stages":
+        raise ValueError(
+            f"{folder} was written by a run whose stages were not chosen by layer_order='complexity', but "
+            f"{_short.repr(order)}; resume with the settings it was started with, or start a new run in another "
+            "output_dir."
+        )
+    try:
+        stages = [
+            Stage(**{name: value for name, value in fields.items() if name != "name"}) for fields in record["stages"]
+        ]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder} has a damaged {FILE_NAME}: {error}; resume from another checkpoint.") from error
+    return [stage.hidden for stage in stages if not stage.needs_logits]
 
 
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder: str, same_data: bool = True) -> None:

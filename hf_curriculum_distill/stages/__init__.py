@@ -8,6 +8,7 @@ from hf_curriculum_distill.stages.curriculum import (
     curriculum_stages,
     matched_pairs,
     resolve_layer_map,
+    rising_groups,
 )
 from hf_curriculum_distill.stages.freezing import finished_layer, frozen_layer
 from hf_curriculum_distill.stages.scheduler import StageScheduler
@@ -28,4 +29,5 @@ __all__ = [
     "parse_layer_pairs",
     "parse_stages",
     "resolve_layer_map",
+    "rising_groups",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from hf_curriculum_distill.stages.stage import LayerPair, Stage, parse_layer_pairs
 
-LAYER_ORDERS = ("sequential", "cumulative", "together", "last")
+LAYER_ORDERS = ("sequential", "cumulative", "together", "last", "complexity")
 
 # The curriculum as it was published (Gupta & Karmalkar, 2025, arXiv 2503.17494):
 # `CurriculumDistillationConfig("out", **CURRICULUM_EXTRACTION)`. How long the stages are is not public.
@@ -120,12 +121,44 @@ def check_stage_depths(stages: Iterable[Stage], student_depth: int, teacher_dept
         check_layer_range(stage.hidden, student_depth, teacher_depth or 0)
 
 
+def rising_groups(measured: Mapping[LayerPair, Sequence[float]]) -> list[tuple[LayerPair, ...]]:
+    """Which layers to match together, the easiest first, by how complex each one's targets are for the student.
+
+    Layers that are easier than random targets in every draw are sorted by their mean; of two neighbours that not every
+    draw sorts alike, the harder one joins the easier one's group. What is fitted of targets as hard as random ones says
+    nothing of other examples, so that such layers are left out.
+
+    Args:
+        measured: by pair, its complexity in each draw of examples, as a share of random targets': see
+            [`~hf_curriculum_distill.complexity.relative_complexity`]. Every draw is of all layers.
+
+    Returns:
+        the groups, which may be none; the pairs of each in increasing order.
+
+    ```python
+    >>> rising_groups({(1, 2): [0.5, 0.6], (2, 4): [0.2, 0.3], (3, 6): [0.4, 0.7], (4, 8): [0.9, 1.1]})
+    [((2, 4),), ((1, 2), (3, 6))]
+
+    ```
+    """
+    easier_than_random = [pair for pair in sorted(measured) if max(measured[pair]) < 1]
+    groups: list[list[LayerPair]] = []
+    before: Sequence[float] = ()
+    for pair in sorted(easier_than_random, key=lambda pair: fmean(measured[pair])):
+        if not groups or all(a < b for a, b in zip(before, measured[pair], strict=True)):
+            groups.append([])
+        groups[-1].append(pair)
+        before = measured[pair]
+    return [tuple(sorted(group)) for group in groups]
+
+
 def curriculum_stages(
     pairs: Sequence[LayerPair],
     layer_order: str,
     layer_stage_fraction: float,
     hidden_weight: float,
     logit_stage: Mapping[str, float | None] | None,
+    groups: Sequence[tuple[LayerPair, ...]] | None = None,
 ) -> list[Stage]:
     """Layer stages of equal length, then the logit stage: the curriculum of Gupta & Karmalkar (2025, arXiv 2503.17494).
 
@@ -139,6 +172,8 @@ def curriculum_stages(
         hidden_weight: of the layer stages.
         logit_stage: the weights of the last stage; a positive `hidden_weight` or `hidden_weight_at_end` among them
             keeps the pairs of the last layer stage as an auxiliary term. None for no logit stage.
+        groups: the pairs of each layer stage, for "complexity": see [`rising_groups`]. Until they are known, as many
+            stages as there can be: one for each pair, lowest first.
 
     ```python
     >>> [s.name for s in curriculum_stages([(1, 2), (2, 4)], "cumulative", 0.5, 1.0, {"kl_weight": 1.0})]
@@ -146,11 +181,13 @@ def curriculum_stages(
 
     ```
     """
+    one_by_one = [(pair,) for pair in pairs]
     groups = {
-        "sequential": [(pair,) for pair in pairs],
+        "sequential": one_by_one,
         "cumulative": [tuple(pairs[: i + 1]) for i in range(len(pairs))],
         "together": [tuple(pairs)],
         "last": [tuple(pairs[-1:])],
+        "complexity": groups or one_by_one,
     }[layer_order]
     ends = [layer_stage_fraction * (i + 1) / len(groups) for i in range(len(groups))]
     if logit_stage is None:

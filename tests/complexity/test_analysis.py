@@ -9,7 +9,14 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, default
 
 from hf_curriculum_distill import ProjectionBank, Stage, empirical_ntk, supervision_complexity
 from hf_curriculum_distill.batches.batch import BatchReader
-from hf_curriculum_distill.complexity import class_targets, hidden_states, measure_complexity
+from hf_curriculum_distill.complexity import (
+    class_targets,
+    compare_layers,
+    hidden_states,
+    measure_complexity,
+    relative_complexity,
+)
+from hf_curriculum_distill.complexity.analysis import Drawn
 from hf_curriculum_distill.layers import PartialForward
 from hf_curriculum_distill.teachers import Teacher
 
@@ -96,3 +103,18 @@ def test_labels_drawn_at_random_have_a_mean_square_of_at_least_one(classes):
     mean_square = sum(value**2 for value in values) / len(values)
     assert mean_square == pytest.approx(float(kernel.trace() * torch.linalg.inv(kernel).trace()) / 16)
     assert mean_square >= 1
+
+
+def test_layers_are_compared_on_the_same_rows(measured):
+    inputs = default_data_collator(masked_lm_examples(3))
+    batch, teacher, _ = measured(BertForMaskedLM, inputs)
+    hidden = teacher.targets(batch, EVERYTHING).hidden
+    rows = inputs["attention_mask"].flatten().nonzero().flatten()
+    expected = {}
+    for layer in (1, 2):
+        kernel = empirical_ntk(batch.model, batch.student_inputs, "trace", hidden_states(layer), rows)
+        expected[layer] = relative_complexity(kernel, hidden[layer].flatten(0, 1)[rows])
+    assert compare_layers(batch, hidden) == pytest.approx(expected)
+    drawn = Drawn(max_rows=5, num_directions=2, seed=1)
+    together = compare_layers(batch, hidden, drawn=drawn)
+    assert together == {layer: compare_layers(batch, {layer: hidden[layer]}, drawn=drawn)[layer] for layer in (2, 1)}

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_curriculum_distill import margin_bound, supervision_complexity
+from hf_curriculum_distill.complexity import relative_complexity
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -195,3 +196,36 @@ def test_the_margin_bound_holds_for_kernel_regression_on_fresh_examples():
 def test_a_bound_without_sense_is_refused(changes, error):
     with pytest.raises(ValueError, match=error):
         margin_bound(**{"margins": torch.ones(3), "trace": 1.0, "norm": 1.0, "gamma": 0.5} | changes)
+
+
+# ---- as a share of random targets' ----
+
+
+@given(seeds, st.sampled_from([0.0, 1e-6, 1.0]))
+def test_all_signs_cost_what_random_targets_do(seed, ridge):
+    """Over all 2^n signs the mean of `y y^T` is the identity, so that the mean square of the share is 1."""
+    kernel = random_kernel(5, seed)
+    shares = [
+        relative_complexity(kernel, torch.tensor(signs)[:, None], ridge)
+        for signs in itertools.product([-1.0, 1.0], repeat=5)
+    ]
+    assert sum(share**2 for share in shares) / len(shares) == pytest.approx(1, rel=1e-6)
+
+
+@given(seeds, st.floats(1e-6, 1e6))
+def test_neither_the_scale_of_the_kernel_nor_that_of_the_targets_changes_the_share(seed, scale):
+    kernel, targets = random_kernel(6, seed), random_targets(6, 3, seed=seed)
+    share = relative_complexity(kernel, targets)
+    assert relative_complexity(scale * kernel, targets) == pytest.approx(share, rel=1e-6)
+    assert relative_complexity(kernel, scale * targets) == pytest.approx(share, rel=1e-6)
+
+
+@given(seeds)
+def test_eigenvectors_have_a_rising_share_and_all_of_them_together_are_random(seed):
+    kernel = random_kernel(5, seed)
+    values, vectors = torch.linalg.eigh(kernel)
+    shares = [relative_complexity(kernel, vector[:, None], ridge=0.0) for vector in vectors.T.flip(0)]
+    expected = (1 / values / (1 / values).mean()).sqrt().flip(0).tolist()
+    assert shares == pytest.approx(expected, rel=1e-6) and shares == sorted(shares)
+    assert relative_complexity(kernel, vectors, ridge=0.0) == pytest.approx(1)
+    assert relative_complexity(kernel, torch.zeros(5, 2)) == 0

@@ -74,6 +74,14 @@ EXCLUDED = {
         {"train_prefix": "independent", "layer_order": "cumulative"},
         "trains all segments at once, but layer_order is 'cumulative', .*; use layer_order='together'",
     ),
+    "independent and measured": (
+        {"train_prefix": "independent", "layer_order": "complexity"},
+        "trains all segments at once, but layer_order is 'complexity', .*; use layer_order='together'",
+    ),
+    "an order of nothing": (
+        {"layer_order": "complexity", "layer_stage_fraction": 0, "hidden_weight_in_logit_stage": 1.0},
+        "layer_stage_fraction is 0, so that there are no layer stages for layer_order='complexity' to order; give them",
+    ),
     "nothing to anneal": (
         {"hidden_weight_at_end": 0.0},
         "hidden_weight_at_end is 0, and so is hidden_weight_in_logit_stage, .*; set hidden_weight_in_logit_stage",

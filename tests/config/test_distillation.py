@@ -19,7 +19,7 @@ OTHER_VALUES = {
     "stages": [[{"hidden": [[1, 2]], "until": 0.5}, {"kl_weight": 1.0}]],
     "layer_map": ["last", [[1, 2], [2, 4]]],
     "num_layer_stages": [1, 2],
-    "layer_order": ["sequential", "cumulative", "last"],
+    "layer_order": ["sequential", "cumulative", "last", "complexity"],
     "hidden_weight": [0.5, 2, 20.0],
     "hidden_positions": ["labels"],
     "hidden_weight_in_logit_stage": [0.0, 0.5, 20.0],

@@ -39,6 +39,12 @@ def test_a_cache_is_not_counted_and_that_is_said(tmp_path):
     assert [line.split(":")[0] for line in cached.assumptions if line not in plain.assumptions] == ["teacher_cache"]
 
 
+def test_of_an_order_that_is_measured_a_stage_for_each_layer_is_counted_and_that_is_said(tmp_path):
+    plan = planned(tmp_path, tiny_bert(2), tiny_bert(4), layer_order="complexity", hidden_weight_in_logit_stage=0.0)
+    assert [stage["name"] for stage in plan.stages] == ["layer 1", "layer 2", "kl"]
+    assert "layer_order='complexity': counted as a stage for each layer, lowest first" in format_plan(plan)
+
+
 def test_a_progressive_run_is_planned_from_the_teachers_checkpoints(tmp_path):
     for step in (2, 4):
         tiny_bert(4, seed=step).save_pretrained(tmp_path / f"teacher/checkpoint-{step}")

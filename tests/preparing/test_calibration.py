@@ -7,13 +7,16 @@ import random
 
 import pytest
 import torch
-from conftest import masked_lm_examples
+from conftest import masked_lm_examples, tiny_bert
 from torch.utils.data import DataLoader
+from transformers import BertForMaskedLM, default_data_collator
 
-from hf_curriculum_distill import ProjectionBank
+from hf_curriculum_distill import ProjectionBank, Stage
 from hf_curriculum_distill.batches.batch import BatchReader
+from hf_curriculum_distill.complexity.analysis import Drawn, compare_layers
 from hf_curriculum_distill.layers.forward import PartialForward
-from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, sample
+from hf_curriculum_distill.preparing.calibration import bank_settings, checked, make_bank, measure_layers, sample
+from hf_curriculum_distill.teachers.teacher import Teacher
 
 PAIRS = [(1, 2), (2, 4)]
 
@@ -136,3 +139,66 @@ def test_another_bank_is_needed_where_an_argument_that_it_depends_on_has_changed
     measured = {"standardize_targets", "calibration_samples", "hidden_positions", "layer_stack"}
     assert differ == drawn | measured
     assert bank_settings(copy.copy(args)) == bank_settings(args)
+
+
+# ---- the layers' complexity ----
+
+
+class Fused(torch.autograd.Function):
+    """An operation as fused kernels define theirs, of which torch.func cannot take gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class FusedBert(BertForMaskedLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert.embeddings.LayerNorm.register_forward_hook(lambda *args: Fused.apply(args[-1]))
+
+
+@pytest.fixture
+def batches(config, teacher):
+    """Three batches of a student of the class, and its teacher with a bank that was fitted to them."""
+
+    def make(model_class=BertForMaskedLM):
+        student, examples = tiny_bert(2, seed=1, model_class=model_class), masked_lm_examples(6)
+        of_teacher = Teacher(teacher)
+        read = BatchReader(PartialForward(student), of_teacher.partial_forward, config())
+        read_batches = [read(default_data_collator(examples[start : start + 2])) for start in (0, 2, 4)]
+        of_teacher.fit(bank := make_bank(PAIRS, 16, 24, config()), read_batches)
+        of_teacher.prepare(bank)
+        return read_batches, of_teacher
+
+    return make
+
+
+def test_each_draw_is_of_another_batch(batches):
+    read, teacher = batches()
+    measured = measure_layers(iter(read), teacher, PAIRS)
+    assert list(measured) == PAIRS
+    for draw, batch in enumerate(read):
+        targets = teacher.targets(batch, Stage(hidden=PAIRS)).hidden
+        expected = compare_layers(batch, targets, drawn=Drawn(128, 1, seed=draw))
+        assert [measured[pair][draw] for pair in PAIRS] == [expected[layer] for layer, _ in PAIRS]
+    more = itertools.chain(read, read[:1], iter(lambda: pytest.fail("a fifth batch is read"), None))
+    assert [len(draws) for draws in measure_layers(more, teacher, PAIRS).values()] == [4, 4]
+
+
+def test_a_draw_in_which_nothing_counts_is_refused(batches, config):
+    (read, *_), teacher = batches()
+    reader = BatchReader(PartialForward(read.model), teacher.partial_forward, config(hidden_positions="labels"))
+    empty = reader(read.inputs | {"labels": torch.full_like(read.inputs["labels"], -100)})
+    with pytest.raises(ValueError, match="drew 2 examples in which no hidden state counts; raise calibration_samples"):
+        measure_layers([empty], teacher, PAIRS)
+
+
+def test_a_student_without_gradients_of_single_examples_is_refused(batches):
+    read, teacher = batches(FusedBert)
+    with pytest.raises(ValueError, match=r"gradients of FusedBert for one example at a time, which fails: .*; use"):
+        measure_layers(iter(read), teacher, PAIRS)

@@ -72,6 +72,15 @@ def test_rates_of_layers_need_parameters_that_are_whole(config):
         check_launch(config(finished_layer_rate=0.5), None, shards_parameters=True)
 
 
+def test_an_order_that_is_measured_needs_parameters_that_are_whole(config):
+    measured = {"layer_order": "complexity"}
+    check_launch(config(**measured), None)
+    with pytest.raises(ValueError, match=r"layer_order='complexity' needs all gradients .*, but FSDP and DeepSpeed"):
+        check_launch(config(**measured), None, shards_parameters=True)
+    for unused in ({"method": "one_shot"}, {"stages": [{"kl_weight": 1.0}]}):
+        check_launch(config(**measured, **unused), None, shards_parameters=True)
+
+
 def test_several_gpus_in_one_process_are_refused(config):
     args = config()
     check_launch(args, None)

@@ -1,12 +1,15 @@
 """What depends on arguments is fixed anew at every training, and before there is a data loader as far as it can be."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import STUDENT_DEPTH, assert_same_weights, tiny_bert, weights
 from test_drop_in import SHORT, make
 from test_trainer import STAGES, step_logs
+from transformers import logging
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 
@@ -166,3 +169,69 @@ def test_a_trainer_shows_its_models_and_stages(config, student, teacher, example
         ")",
     ]
     assert "'kind': 'gaussian'" in repr(trainer.projection_bank) and "(1, 2): (16, 24)" in repr(trainer.projection_bank)
+
+
+# ---- an order that is measured ----
+
+MEASURED = {"layer_order": "complexity", "calibration_samples": 4}
+
+
+def test_an_order_that_is_measured_changes_nothing_else(config, teacher, examples):
+    """The run is that of the same stages, given from the start: neither the student nor what it draws is touched."""
+
+    def student():
+        return tiny_bert(STUDENT_DEPTH, seed=1, dropout=0.1)
+
+    measured = make(student(), teacher, config("measured", **MEASURED), examples)
+    assert [stage.name for stage in measured.stages] == ["layer 1", "layer 2", "kl"]
+    measured.train()
+    assert [stage.name for stage in measured.stages] == ["layer 2", "layer 1", "kl"]
+    assert [stage.until for stage in measured.stages] == [2, 4, None]
+    given = make(
+        student(), teacher, config("given", stages=measured.stages), examples, projection_bank=measured.projection_bank
+    )
+    given.train()
+    assert_same_weights(weights(measured.model), weights(given.model))
+    assert step_logs(measured) == step_logs(given)
+
+
+def test_a_run_whose_order_was_measured_resumes_with_the_order_of_its_checkpoint(
+    config, student, teacher, examples, caplog
+):
+    """Not with that of its present student, nor with other settings."""
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    make(copy.deepcopy(student), teacher, config("measured", **MEASURED, **saved), examples).train()
+    checkpoint = Path(config("measured").output_dir, "checkpoint-3")
+    record = json.loads((checkpoint / "curriculum.json").read_text())
+    assert [stage["name"] for stage in record["stages"]] == ["layer 2", "layer 1", "kl"]
+    caplog.set_level("INFO")
+    logging.set_verbosity_info()
+    resumed = make(student, teacher, config("resumed", **MEASURED), examples)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert [stage.name for stage in resumed.stages] == ["layer 2", "layer 1", "kl"]
+    assert "as a share of random targets'" not in caplog.text
+    for fields, message in [
+        ({"layer_stage_fraction": 0.25}, "stages changed from"),
+        ({"layer_map": [[2, 4]]}, "projection_matrices changed from"),
+        ({"layer_order": "sequential"}, "stages changed from"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(student, teacher, config("other", **MEASURED | fields), examples).train(str(checkpoint))
+
+
+def test_a_run_whose_order_was_not_measured_is_no_beginning_of_one(config, student, teacher, examples):
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    make(copy.deepcopy(student), teacher, config("given", **saved), examples).train()
+    measured = make(student, teacher, config("measured", **MEASURED), examples)
+    with pytest.raises(ValueError, match="not chosen by layer_order='complexity', but 'sequential'; resume"):
+        measured.train(resume_from_checkpoint=str(Path(config("given").output_dir, "checkpoint-3")))
+
+
+def test_where_no_layer_is_easier_than_random_targets_there_is_nothing_to_begin_with(
+    config, student, teacher, examples
+):
+    fields = MEASURED | {"calibration_samples": 1, "hidden_positions": "labels"}  # too few to tell anything from them
+    trainer = make(student, teacher, config(**fields), examples)
+    with pytest.raises(ValueError, match=r"has no layer to begin with.*layer 1 1\.\d+ to .*; use another layer_order"):
+        trainer.train()
+    assert trainer.state.global_step == 0

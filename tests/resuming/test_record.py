@@ -5,7 +5,14 @@ import json
 import pytest
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
-from hf_curriculum_distill.resuming.record import FILE_NAME, FORMAT_VERSION, check_resumable, read_record, write_record
+from hf_curriculum_distill.resuming.record import (
+    FILE_NAME,
+    FORMAT_VERSION,
+    check_resumable,
+    read_record,
+    recorded_groups,
+    write_record,
+)
 from hf_curriculum_distill.stages import Stage
 
 RECORD = {
@@ -215,3 +222,17 @@ def test_a_teacher_that_moved_is_the_same_teacher():
     moved["teacher"]["fingerprint"] = "b"
     with pytest.raises(ValueError, match=r"teacher\.fingerprint changed from 'a' to 'b'"):
         check_resumable(saved, moved, "folder")
+
+
+def test_a_run_that_measured_its_order_has_it_in_its_layer_stages():
+    stages = [Stage(hidden=((2, 4),), until=2), Stage(hidden=((1, 2), (3, 6)), until=4), Stage(kl_weight=1.0)]
+    named = [{"name": stage.name, **vars(stage)} for stage in stages]
+    record = RECORD | {"stages": named, "arguments": {"layer_order": "complexity"}}
+    read = json.loads(json.dumps(record))
+    assert recorded_groups(read, "run") == [((2, 4),), ((1, 2), (3, 6))]
+    for other in ({"arguments": {"layer_order": "last"}}, {"arguments": None}, {"arguments": 3}, {"method": "stages"}):
+        with pytest.raises(ValueError, match="run was written by a run whose stages were not chosen by layer_order"):
+            recorded_groups(read | other, "run")
+    for damaged in ({"hidden": 3}, {"until": "x"}, {"further": 1}, {"kl_weight": None}):
+        with pytest.raises(ValueError, match=r"run has a damaged curriculum\.json: .*; resume from another checkpoint"):
+            recorded_groups(read | {"stages": [named[0] | damaged]}, "run")

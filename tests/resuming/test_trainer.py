@@ -35,6 +35,8 @@ BETWEEN_STAGES = {
     "annealed, slowed": {"stages": ANNEALED, "finished_layer_rate": 0.3, "restart_schedule_per_stage": True},
     "independent": {"stages": SEGMENTS, "train_prefix": "independent", "finished_layer_rate": 0.3},
 }
+# chosen at the start, and again it would be for another student
+BETWEEN_STAGES["measured"] = {"layer_order": "complexity", "layer_stage_fraction": 2 / 3, "calibration_samples": 4}
 BETWEEN_STAGES = {name: NEW_STATE | fields for name, fields in BETWEEN_STAGES.items()}
 METHODS = {
     "curriculum": LAYERS,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from statistics import fmean
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from hf_curriculum_distill.stages import (
     curriculum_stages,
     parse_layer_pairs,
     resolve_layer_map,
+    rising_groups,
 )
 
 depths = st.integers(1, 48)
@@ -127,6 +129,7 @@ def test_the_curriculum_shares_its_fraction_and_ends_in_logits(depth, order, fra
             "cumulative": [pairs[: i + 1] for i in range(depth)],
             "together": [pairs],
             "last": [pairs[-1:]],
+            "complexity": [(pair,) for pair in pairs],  # as many as there can be, until they are measured
         }[order]
     )
     assert [stage.until for stage in layers] == pytest.approx(
@@ -139,3 +142,69 @@ def test_the_curriculum_shares_its_fraction_and_ends_in_logits(depth, order, fra
     assert scheduler.boundaries[-1] == round(fraction * 1000)
     lengths = [end - start for start, end in map(scheduler.span, range(len(layers)))]
     assert max(lengths) - min(lengths) <= 2  # both ends are rounded
+
+
+# ---- by complexity ----
+
+LAYERS = [(i, 2 * i) for i in range(1, 6)]
+measurements = st.integers(1, 4).flatmap(
+    lambda draws: st.dictionaries(
+        st.sampled_from(LAYERS), st.lists(st.floats(0.01, 2.0), min_size=draws, max_size=draws), min_size=1
+    )
+)
+
+
+@given(measurements)
+def test_groups_rise_and_neighbours_are_parted_only_where_every_draw_agrees(measured):
+    groups = rising_groups(measured)
+    kept = sorted(itertools.chain(*groups), key=lambda pair: (fmean(measured[pair]), pair))
+    assert kept == sorted(set(kept), key=kept.index) and set(kept) == {p for p in measured if max(measured[p]) < 1}
+    assert [pair for group in groups for pair in sorted(group, key=kept.index)] == kept
+    assert all(list(group) == sorted(group) for group in groups)
+    ends = {max(group, key=kept.index) for group in groups[:-1]}
+    for easier, harder in itertools.pairwise(kept):
+        assert (easier in ends) == all(map(float.__lt__, measured[easier], measured[harder]))
+
+
+@given(measurements, st.randoms())
+def test_the_order_of_layers_and_draws_does_not_matter(measured, random):
+    pairs, draws = list(measured), list(range(len(next(iter(measured.values())))))
+    random.shuffle(pairs)
+    random.shuffle(draws)
+    assert rising_groups({pair: [measured[pair][d] for d in draws] for pair in pairs}) == rising_groups(measured)
+
+
+@given(st.permutations([0.1, 0.3, 0.5, 0.7, 0.9]), st.floats(0.2, 3.0))
+def test_one_draw_orders_by_value_alone_and_no_rising_map_that_keeps_1_changes_it(values, power):
+    groups = rising_groups({pair: [value] for pair, value in zip(LAYERS, values, strict=True)})
+    assert groups == [(pair,) for _, pair in sorted(zip(values, LAYERS, strict=True))]
+    assert groups == rising_groups({pair: [value**power] for pair, value in zip(LAYERS, values, strict=True)})
+
+
+@pytest.mark.parametrize(
+    "measured, groups",
+    [
+        ([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]], [(0, 1, 2)]),  # equally hard: together
+        ([[0.3, 0.6], [0.4, 0.5], [0.6, 0.7]], [(0, 1), (2,)]),  # the draws differ on the first two
+        ([[0.9, 0.8], [0.5, 0.5], [0.2, 0.4]], [(2,), (1,), (0,)]),
+        ([[0.5, 0.5], [1.0, 1.0], [0.8, 1.1]], [(0,)]),  # as hard as random ones: left out
+        ([[0.5, 0.5], [1.2, 1.3], [1.4, 0.9]], [(0,)]),
+        ([[1.1, 0.9], [1.0, 1.2], [1.5, 1.5]], []),
+        ([[0.7, 1.2], [0.2, 0.3], [0.6, 1.1]], [(1,)]),  # not easier in every draw
+    ],
+    ids=str,
+)
+def test_known_groups(measured, groups):
+    expected = [tuple(LAYERS[number] for number in group) for group in groups]
+    assert rising_groups(dict(zip(LAYERS, measured, strict=False))) == expected
+
+
+def test_stages_by_complexity_are_the_groups_and_the_last_is_kept_beside_the_logits():
+    groups = [((2, 4),), ((1, 2), (3, 6))]
+    logit_stage = {"kl_weight": 1.0, "hidden_weight": 1.0}
+    stages = curriculum_stages(LAYERS, "complexity", 0.5, 1.0, logit_stage, groups)
+    assert [(stage.name, stage.until) for stage in stages] == [
+        ("layer 2", 0.25),
+        ("layers 1, 3", 0.5),
+        ("kl + layers 1, 3", None),
+    ]
