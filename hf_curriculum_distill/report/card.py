@@ -16,19 +16,19 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from hf_curriculum_distill.report.figures import PLOT_FILE
 
 _METHODS = {
-    "curriculum": "It first learns hidden states of the teacher, which a fixed projection brings to its width, and "
-    "then the teacher's logits, as the stages below say. The teacher is fully trained and stays as it is.",
+    "curriculum": "It first learns hidden states of the teacher through a fixed projection, and then the teacher's "
+    "logits, as the stages below say. The teacher is fully trained and stays as it is.",
     "one_shot": "It learns the logits of the teacher from the first step to the last. The teacher is fully trained and "
     "stays as it is.",
     "progressive": "It learns the logits of checkpoints of the teacher's own training, one after another. Each "
     "checkpoint teaches until the student has come to the step of the next one.",
     "online": "It learns the logits of a teacher that trains alongside it. Both see the same batches.",
-    "hidden": "It learns hidden states of the teacher, which a fixed projection brings to its width. The teacher stays "
-    "as it is, and its head, if it has one, teaches nothing.",
+    "hidden": "It learns hidden states of the teacher through a fixed projection. The teacher stays as it is, and its "
+    "head, if it has one, teaches nothing.",
     "labels": "It learns the labels of the data alone. A teacher, if there is one, is only what evaluations compare "
     "with.",
-    "stages": "It learns, in the stages below, hidden states of the teacher, the teacher's logits or the labels. Fixed "
-    "projections bring hidden states of the teacher to its width.",
+    "stages": "It learns, in the stages below, hidden states of the teacher through a fixed projection, the teacher's "
+    "logits or the labels. Projections are not trained.",
 }
 _METRICS = {
     "loss": "loss of the student's own task",
