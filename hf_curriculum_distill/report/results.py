@@ -9,7 +9,7 @@ import json
 import os
 import re
 import reprlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -30,6 +30,7 @@ RESULTS_FILE = "results.json"
 
 # Fields of a record that were worked out from its arguments, the models and the data.
 _RESOLVED = ("max_steps", "samples_per_step", "stages", "settings", "projection_matrices", "cached_logits")
+_NUM_EXAMPLES = "data.num_examples"
 _NO_SETTINGS = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a student's config.json
 
 
@@ -212,7 +213,8 @@ def _tell_apart(results: Sequence[dict[str, Any]], sources: Sequence[str]) -> li
 
     Where a method's runs differ in more, its name is followed by the settings that tell them apart if these are one or
     two short ones, else by the folder. Settings are those of `curriculum.json`, and the student's `config.json`. The
-    records of earlier versions lack most: what they leave open is taken for the same within one `results.json` only.
+    records of earlier versions lack most: what they leave open is taken for the same within one `results.json` only. So
+    is the number of training examples, which may follow the seed that draws them.
 
     Args:
         sources: the folder that each result was read from.
@@ -222,6 +224,12 @@ def _tell_apart(results: Sequence[dict[str, Any]], sources: Sequence[str]) -> li
     finite = [index for index, result in enumerate(results) if result["finite"]]
     for index in finite:
         settings[index], seeds[index] = _read_settings(results[index], sources[index])
+    drawn = defaultdict(set)
+    for index in finite:
+        drawn[results[index]["method"], sources[index]].add(settings[index].get(_NUM_EXAMPLES))
+    for index in finite:
+        if len(numbers := drawn[results[index]["method"], sources[index]]) > 1:
+            settings[index][_NUM_EXAMPLES] = sorted(filter(None, numbers))
 
     def row(index: int) -> tuple[str, str]:
         return results[index]["method"], json.dumps(settings[index], sort_keys=True)

@@ -19,6 +19,7 @@ def test_what_is_not_read_is_an_option_of_a_recipe(recipe):
     options = {}
     for path in (ROOT / "recipes/configs" / recipe).glob("*.yaml"):
         options |= read_yaml(path)
+    assert options.pop("recipe") == recipe
     unread = unread_options([RECIPES[recipe]], options)
     assert set(unread) == {name for name in options if name not in PLANNED}
     assert not {"max_steps", "learning_rate", "method", "teacher", "per_device_train_batch_size"} & set(unread)

@@ -195,6 +195,20 @@ def test_the_same_seed_again_and_records_without_arguments_have_rows_of_their_ow
     assert rows(read_results([tmp_path / "one"])) == ["one_shot"] * 2  # a recipe's runs differ in the seed alone
 
 
+def test_seeds_that_draw_other_numbers_of_examples_share_a_row_of_one_recipe_alone(tmp_path):
+    for folder, first_seed in (("a", 0), ("b", 2)):
+        of_a_recipe = [
+            finished_run(
+                tmp_path / folder, accuracy={4: 0.5}, seed=seed, arguments={}, data={"num_examples": 60 + seed}
+            )
+            for seed in (first_seed, first_seed + 1)
+        ]
+        write_results(tmp_path / folder, of_a_recipe)
+    assert rows(read_results([tmp_path / "a"])) == ["one_shot"] * 2
+    both = rows(read_results([tmp_path / "a", tmp_path / "b"]))
+    assert both == ["one_shot (a)"] * 2 + ["one_shot (b)"] * 2
+
+
 def test_students_teachers_and_batches_tell_runs_apart_as_arguments_do(tmp_path):
     def write(name, config=None, **record):
         finished_run(tmp_path / name, accuracy={4: 0.5}, seed=len(name), arguments={}, **record)
