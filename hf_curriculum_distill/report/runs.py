@@ -25,7 +25,7 @@ from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.report.checks import check_output
 from hf_curriculum_distill.report.figures import PLOT_FILE, plot_comparison
-from hf_curriculum_distill.report.results import read_results, update_results
+from hf_curriculum_distill.report.results import earlier_results, read_results, update_results
 from hf_curriculum_distill.report.tables import format_summary, format_table
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
@@ -187,10 +187,12 @@ def plan_runs(recipe: ComparisonOptions, args: CurriculumDistillationConfig) -> 
         args: what all runs share.
 
     Returns:
-        The runs, method by method, in folders `<output_dir>/<method>/seed-<seed>`; a single one in `output_dir` itself.
+        The runs, method by method, in folders `<output_dir>/<method>/seed-<seed>`; a single one in `output_dir` itself,
+        unless that holds other runs of a comparison, which it joins.
 
     Raises:
-        ValueError: a name is no method, a field is unknown, or a value is wrong.
+        ValueError: a name is no method, a field is unknown, a value is wrong, or the `results.json` that is there is
+            damaged.
     """
     methods, variants = list(dict.fromkeys(recipe.methods)), recipe.variants or {}
     if isinstance(variants, str):
@@ -222,7 +224,7 @@ def plan_runs(recipe: ComparisonOptions, args: CurriculumDistillationConfig) -> 
         for seed in [args.seed] if recipe.seeds is None else recipe.seeds:
             place = {"seed": seed, "output_dir": os.path.join(folder, f"seed-{seed}")}
             runs.append(Run(method, own, dataclasses.replace(args, **changes, **place)))
-    if len(runs) == 1:
+    if len(runs) == 1 and not earlier_results(args.output_dir, [args.output_dir]):
         runs = [dataclasses.replace(runs[0], args=dataclasses.replace(runs[0].args, output_dir=args.output_dir))]
     if len(runs) > 1 and args.push_to_hub:
         raise ValueError(f"push_to_hub pushes one student, but methods and seeds ask for {len(runs)}; push one by one.")

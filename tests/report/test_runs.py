@@ -15,6 +15,7 @@ from transformers import TrainerCallback, set_seed
 from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import main
 from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill.report.results import write_results
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     compare_methods,
@@ -77,6 +78,17 @@ def test_a_single_run_is_the_output_folder_itself(config):
     [run] = plan_runs(Options(["one_shot"]), args)
     assert run.args.output_dir == args.output_dir
     assert plan_runs(Options([]), args) == []
+
+
+def test_a_single_run_joins_a_comparison_that_is_there(config):
+    args = config("here")
+    [alone] = plan_runs(Options(["one_shot"]), args)
+    write_results(args.output_dir, [{"method": "one_shot", "path": args.output_dir, "finite": False, "error": "NaN"}])
+    assert plan_runs(Options(["one_shot"]), args) == [alone]
+    other = {"method": "labels", "path": os.path.join(args.output_dir, "labels", "seed-0"), "finite": False}
+    write_results(args.output_dir, [other | {"error": "NaN"}])
+    [joined] = plan_runs(Options(["one_shot"]), args)
+    assert joined.args.output_dir == os.path.join(args.output_dir, "one_shot", f"seed-{args.seed}")
 
 
 def test_a_method_without_a_lasting_teacher_is_compared_with_others_that_read_a_cache(config):
