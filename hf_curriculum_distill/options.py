@@ -101,7 +101,20 @@ class ComparisonOptions:
 
 
 @dataclass
-class TextOptions(ModelOptions):
+class EmbeddingOptions:
+    """How the student of a text recipe starts: see [`~report.runs.start_embeddings`]."""
+
+    student_embeddings: str = field(
+        default="random",
+        metadata={
+            "help": "How the embeddings of a randomly initialised student start: 'random', or 'projected', as the "
+            "teacher's through the projection's one matrix."
+        },
+    )
+
+
+@dataclass
+class TextOptions(ModelOptions, EmbeddingOptions):
     """Which models a language-model recipe trains, and on which text: see `tasks.documents`.
 
     Raises:

@@ -6,6 +6,7 @@ A YAML file gives defaults, the command line wins, unknown keys are errors.
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 import sys
 from argparse import Action, ArgumentParser
@@ -85,7 +86,9 @@ def parse_arguments(
         if "help" in field.metadata
     }
     for action in parser._actions:
-        action.help = action.help or helps.get(action.dest)
+        help = action.help or helps.get(action.dest)
+        # argparse formats a help; those of transformers have %% already
+        action.help = help and re.sub(r"(?<!%)%(?![%(])", "%%", help)
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     path = config_parser.parse_known_args(argv)[0].config

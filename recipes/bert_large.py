@@ -28,17 +28,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_curriculum_distill import (
-    CurriculumDistillationTrainer,
-    ProjectionBank,
-    project_embeddings,
-)
+from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.layers import make_student, student_size
 from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, TextOptions, teacher_source
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import SIZES, find_config, find_size, is_config_only, is_hub_name
-from hf_curriculum_distill.report.checks import check_models, check_student_tokenizer, load_tokenizer
+from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer, load_tokenizer
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
@@ -47,6 +43,7 @@ from hf_curriculum_distill.report.runs import (
     keep_teacher,
     log_progress,
     planned_or_exit,
+    start_embeddings,
     summarize,
     train_all,
     train_student,
@@ -74,13 +71,6 @@ class RecipeArguments(TextOptions, ComparisonOptions):
     mask_once: bool = field(
         default=False,
         metadata={"help": "Mask the training blocks once for all epochs; teacher_cache needs that."},
-    )
-    student_embeddings: str = field(
-        default="random",
-        metadata={
-            "help": "How the embeddings of a randomly initialised student start: 'random', or 'projected', as the "
-            "teacher's through the projection's one matrix."
-        },
     )
     allow_untrained_teacher: bool = field(
         default=False, metadata={"help": "Take a teacher that hardly knows more than the most frequent token."}
@@ -195,24 +185,15 @@ def train_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict)
 
 def start_student(run: Run, tokenizer) -> PreTrainedModel:
     """The student before its first step."""
-    recipe, args = run.recipe, run.args
-    projected = recipe.student_embeddings == "projected"
-    if not (projected or student_size(recipe.student)):
+    recipe, of_teacher = run.recipe, student_size(run.recipe.student) is not None
+    if not of_teacher and recipe.student_embeddings == "random":
         return make_model(recipe.student, recipe.dropout, tokenizer)
-    teacher, bank = load_model(recipe.teacher, recipe.dropout), None
-    if projected:
-        config = find_config(recipe.student, teacher=teacher.config)
-        bank = ProjectionBank.create(
-            [(1, 1)],
-            [config.hidden_size],
-            [teacher.config.hidden_size],
-            kind=args.projection,
-            seed=args.projection_seed,
-            shared=True,
-        )
-    if student_size(recipe.student):
-        return make_student(recipe.student, teacher, projection_bank=bank)
-    return project_embeddings(make_model(recipe.student, recipe.dropout, tokenizer), teacher, bank)
+    teacher = load_model(recipe.teacher, recipe.dropout)
+    if of_teacher:
+        student = make_student(recipe.student, teacher)
+    else:
+        student = make_model(recipe.student, recipe.dropout, tokenizer)
+    return start_embeddings(student, teacher, run)
 
 
 def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
@@ -254,15 +235,8 @@ def check_run(run: Run) -> None:
 
 def check_student(run: Run) -> None:
     """Whether the options describe a student, as far as can be said before the teacher is there."""
-    recipe, args = run.recipe, run.args
-    check_size(recipe.student)
-    if recipe.student_embeddings not in ("random", "projected"):
-        raise SystemExit(f"student_embeddings is {recipe.student_embeddings!r}; use 'random' or 'projected'.")
-    if recipe.student_embeddings == "projected" and args.method == "curriculum" and not args.shared_projection:
-        raise SystemExit(
-            f"{run.method}: with student_embeddings='projected' the student starts in the basis of one matrix, but the "
-            "targets of each layer have a matrix of their own; set --shared_projection true."
-        )
+    check_size(run.recipe.student)
+    check_embeddings(run.recipe.student, run.recipe.student_embeddings, run.args)
 
 
 def check_size(size: str) -> None:

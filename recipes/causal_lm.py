@@ -46,13 +46,14 @@ from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, TextOptions
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import is_hub_name
-from hf_curriculum_distill.report.checks import check_models, check_student_tokenizer
+from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
     check_finite,
     log_progress,
     planned_or_exit,
+    start_embeddings,
     summarize,
     train_all,
     train_student,
@@ -139,7 +140,7 @@ def distil(run: Run) -> dict:
     teacher = find_teacher(recipe, args)
     set_seed(args.seed)
     trainer = CurriculumDistillationTrainer(
-        model=make_student(recipe, teacher),
+        model=start_embeddings(make_student(recipe, teacher), teacher, run),
         args=args,
         teacher_model=recipe.teacher if args.method == "progressive" else teacher,
         train_dataset=train,
@@ -189,6 +190,7 @@ def num_predicted(blocks: Dataset) -> int:
 def check_run(run: Run) -> None:
     """Raise a `ValueError` or `OSError` for models that can't be used, before weights and data are read."""
     recipe = run.recipe
+    check_embeddings(recipe.student, recipe.student_embeddings, run.args)
     config = find_config(recipe.teacher, recipe.gguf_file)
     heads = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
     classes = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]

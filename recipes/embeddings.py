@@ -29,12 +29,20 @@ from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.layers import make_student, student_size
 from hf_curriculum_distill.layers.pooling import pooled
 from hf_curriculum_distill.lines import errors_in_one_line
-from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig
+from hf_curriculum_distill.options import ComparisonOptions, EmbeddingOptions, RecipeConfig
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import find_config, is_config_only
-from hf_curriculum_distill.report.checks import check_models, check_student_tokenizer
+from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer
 from hf_curriculum_distill.report.results import read_results
-from hf_curriculum_distill.report.runs import Run, log_progress, num_examples, planned_or_exit, train_all, train_student
+from hf_curriculum_distill.report.runs import (
+    Run,
+    log_progress,
+    num_examples,
+    planned_or_exit,
+    start_embeddings,
+    train_all,
+    train_student,
+)
 from hf_curriculum_distill.tasks.classification import draw_sentences, encode
 from hf_curriculum_distill.tasks.reading import find_column, num_held_out, read_dataset
 
@@ -42,7 +50,7 @@ logger = logging.getLogger("embeddings")
 
 
 @dataclass
-class RecipeArguments(ComparisonOptions):
+class RecipeArguments(ComparisonOptions, EmbeddingOptions):
     dataset: str | None = field(
         default=None,
         metadata={
@@ -118,6 +126,7 @@ def check_run(run: Run) -> None:
     recipe = run.recipe
     if run.args.pooling in (None, "pooler"):
         raise ValueError(f"pooling is {run.args.pooling!r}; this recipe pools tokens: use 'mean', 'cls' or 'last'.")
+    check_embeddings(recipe.student, recipe.student_embeddings, run.args)
     teacher, tokenizer = find_config(recipe.teacher), AutoTokenizer.from_pretrained(recipe.teacher)
     check_student_tokenizer(recipe.student, tokenizer)
     configs = find_config(recipe.student, teacher=teacher, vocab_size=len(tokenizer)), teacher
@@ -132,7 +141,7 @@ def distil(run: Run) -> dict[str, Any]:
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.teacher)
     teacher = AutoModel.from_pretrained(recipe.teacher)
-    student = find_student(recipe.student, teacher, len(tokenizer))
+    student = start_embeddings(find_student(recipe.student, teacher, len(tokenizer)), teacher, run)
     train, heldout = (
         encode(Dataset.from_dict({"text": sentences}), "text", tokenizer, recipe.max_length)
         for sentences in read_sentences(recipe, num_examples(args, args.max_steps), args.seed)

@@ -36,10 +36,10 @@ from transformers import (
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.layers import find_block_stack, make_student, student_size
 from hf_curriculum_distill.lines import errors_in_one_line
-from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, teacher_source
+from hf_curriculum_distill.options import ComparisonOptions, EmbeddingOptions, RecipeConfig, teacher_source
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import SIZES, find_config, find_size, is_config_only, is_hub_name
-from hf_curriculum_distill.report.checks import check_models, check_student_tokenizer, load_tokenizer
+from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer, load_tokenizer
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     Run,
@@ -48,6 +48,7 @@ from hf_curriculum_distill.report.runs import (
     keep_teacher,
     num_examples,
     planned_or_exit,
+    start_embeddings,
     train_student,
 )
 from hf_curriculum_distill.tasks.classification import Task, draw_sentences, encode, encode_task, epochs, read_task
@@ -58,7 +59,7 @@ TASK = "SequenceClassification"  # for `hf-curriculum-distill plan text_classifi
 
 
 @dataclass
-class RecipeArguments(ComparisonOptions):
+class RecipeArguments(ComparisonOptions, EmbeddingOptions):
     dataset: str | None = field(
         default=None,
         metadata={
@@ -161,10 +162,7 @@ def distil(run: Run, _: None) -> dict:
     set_seed(args.seed)
     teacher = AutoConfig.from_pretrained(recipe.teacher)
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.teacher)
-    if student_size(recipe.student) is None:
-        student = make_model(recipe.student, recipe.dropout, tokenizer, teacher.id2label)
-    else:
-        student = make_student(recipe.student, AutoModelForSequenceClassification.from_pretrained(recipe.teacher))
+    student = start_student(run, tokenizer, teacher.id2label)
     data = as_tokens(read(recipe), recipe, tokenizer, teacher.id2label)
     if recipe.unlabelled_text is not None and (steps := num_layer_steps(args, student, teacher)):
         data["train_dataset"] = in_order(recipe, args, tokenizer, steps, data["train_dataset"])
@@ -177,9 +175,23 @@ def distil(run: Run, _: None) -> dict:
 # ---- models ----
 
 
+def start_student(run: Run, tokenizer: PreTrainedTokenizerBase, classes: Mapping[int, str]) -> PreTrainedModel:
+    """The student before its first step."""
+    recipe, of_teacher = run.recipe, student_size(run.recipe.student) is not None
+    if not of_teacher and recipe.student_embeddings == "random":
+        return make_model(recipe.student, recipe.dropout, tokenizer, classes)
+    teacher = AutoModelForSequenceClassification.from_pretrained(recipe.teacher)
+    if of_teacher:
+        student = make_student(recipe.student, teacher)
+    else:
+        student = make_model(recipe.student, recipe.dropout, tokenizer, classes)
+    return start_embeddings(student, teacher, run)
+
+
 def check_run(run: Run) -> None:
     """Check models, vocabulary and steps before the data are read."""
     recipe = run.recipe
+    check_embeddings(recipe.student, recipe.student_embeddings, run.args)
     source = teacher_source(recipe.teacher, recipe.teacher_from)
     teacher, tokenizer = find_config(source), load_tokenizer(recipe)
     if recipe.teacher_from not in (None, source):

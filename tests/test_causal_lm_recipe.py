@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_curriculum_distill import ProjectionBank
 from hf_curriculum_distill.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,9 @@ TINY = f"--student 2-16 --block_size {BLOCK} --eval_blocks 8 --train_documents 1
 TINY += "--save_steps 2 --eval_strategy no --logging_steps 1 --per_device_train_batch_size 4 --calibration_samples 8 "
 TINY += "--use_cpu true --disable_tqdm true --resume_from_checkpoint True "
 TINY += "--methods curriculum one_shot labels smaller --seeds 0 1"
-VARIANTS = {"smaller": {"method": "one_shot", "student": "1-8"}}
+VARIANTS = {
+    "smaller": {"method": "one_shot", "student": "1-8", "student_embeddings": "projected", "learning_rate": 0.0}
+}
 
 
 def documents(count, seed):
@@ -103,6 +106,10 @@ def test_every_student_is_a_small_model_of_the_teachers_family(folder, finished)
         assert config.intermediate_size == 2 * config.hidden_size
         assert config.num_attention_heads == config.hidden_size // 8  # as wide as the teacher's
     assert Path(folder, "students/comparison.png").is_file()
+    matrix = ProjectionBank.create([(1, 1)], [8], [32], shared=True).tensors()["layer_1_1.weight"]
+    name, places = "model.embed_tokens.weight", (folder / "teacher", Path(results[-1]["path"]))
+    theirs, ours = (load_file(place / "model.safetensors")[name] for place in places)
+    torch.testing.assert_close(ours, theirs @ matrix.T)  # its learning rate is 0
 
 
 def test_the_teacher_runs_once_for_all_methods_and_seeds_and_the_log_says_so(folder, finished):
@@ -158,6 +165,7 @@ def test_a_launch_that_was_killed_and_goes_on_ends_as_if_it_had_not_been(folder,
         (["--tokenizer", "endless"], "has no end-of-sequence token"),
         (["--teacher", "nothing"], "The model 'nothing' is not within reach"),
         (["--student", "teacher-9"], "num_layers is 9, but the teacher has 4 blocks"),
+        (["--student", "teacher-2", "--student_embeddings", "projected"], "'teacher-2' has embeddings to start from"),
         (["--student", "2-15"], "There is no LlamaConfig with num_layers=2 and hidden_size=15"),
         (["--gguf_file", "teacher.gguf"], "the package that reads it is missing; pip install gguf"),
         (["--teacher_from", "teacher"], "teacher_from is set, but"),

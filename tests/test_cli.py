@@ -256,22 +256,28 @@ def test_a_recipe_runs_as_a_command(tmp_path, capfd, monkeypatch):
     assert (tmp_path / "students/model.safetensors").is_file()
 
 
-def test_the_help_of_a_recipe_begins_with_its_own_options(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("recipe", "option"),
+    [
+        ("bert_large", "mlm_probability"),
+        ("causal_lm", "gguf_file"),
+        ("embeddings", "heldout_sentences"),
+        ("image_classification", "dataset"),
+        ("pcfg", "grammar"),
+        ("sparse_parity", "sparsity"),
+        ("text_classification", "unlabelled_text"),
+    ],
+)
+def test_the_help_of_a_recipe_begins_with_its_own_options(capsys, monkeypatch, recipe, option):
     monkeypatch.setattr(sys, "argv", sys.argv)
     with pytest.raises(SystemExit) as exit:
-        main(["train", "sparse_parity", "--help"])
-    assert exit.value.code == 0
+        main(["train", recipe, "--help"])
     out = capsys.readouterr().out
-    assert out.startswith("usage: sparse_parity.py [--help] [--config FILE.yaml]")
-    names = [
-        "\noptions:",
-        "\n  --methods ",
-        "\n  --sparsity ",
-        "\ndistillation:",
-        "\n  --layer_order ",
-    ]
-    places = [out.index(name) for name in [*names, "\ntraining, as for any Trainer:", "\n  --learning_rate "]]
-    assert places == sorted(places)
+    assert exit.value.code == 0 and out.startswith(f"usage: {recipe}.py [--help] [--config FILE.yaml]")
+    names = ["\ndistillation:", "\n  --layer_order ", "\ntraining, as for any Trainer:", "\n  --learning_rate "]
+    for own in ("methods", option):
+        places = [out.index(name) for name in ["\noptions:", f"\n  --{own} ", *names]]
+        assert places == sorted(places)
 
 
 def test_every_configuration_names_its_recipe():

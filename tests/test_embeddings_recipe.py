@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
+from hf_curriculum_distill import ProjectionBank
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.report.runs import plan_runs
 
@@ -53,10 +54,12 @@ def launch(embeddings, monkeypatch, folder, *more):
 
 def test_students_are_compared_before_and_after(embeddings, folder, monkeypatch, capsys):
     variants = {"narrower": {"student": "bert-1-8", "projection": "pca"}}
-    methods = ["--methods", "one_shot", "curriculum", "narrower", "--variants", json.dumps(variants)]
-    launch(embeddings, monkeypatch, folder, *methods)
+    projected = {"student": "bert-1-8", "projection": "gaussian", "shared_projection": True}
+    variants["projected"] = projected | {"student_embeddings": "projected", "learning_rate": 0.0}
+    methods = ["one_shot", "curriculum", "narrower", "projected"]
+    launch(embeddings, monkeypatch, folder, "--methods", *methods, "--variants", json.dumps(variants))
     results = json.loads((folder / "students/results.json").read_text())
-    assert [result["method"] for result in results] == ["one_shot", "curriculum", "narrower"]
+    assert [result["method"] for result in results] == methods
     for result in results:
         assert result["steps"] == 4 and -1 <= result["eval_cosine"] <= 1 and 0 <= result["neighbours"] <= 1
         assert AutoModel.from_pretrained(result["path"]).config.num_hidden_layers == 1
@@ -65,7 +68,11 @@ def test_students_are_compared_before_and_after(embeddings, folder, monkeypatch,
     assert all(result["cosine"] > result["cosine before"] for result in copied)
     assert all(result["cosine"] == pytest.approx(result["eval_cosine"], abs=1e-4) for result in results)
     table = capsys.readouterr().out.strip().splitlines()
-    assert len(table) == 5 and all(line.count("|") == 9 for line in table)
+    matrix = ProjectionBank.create([(1, 1)], [8], [16], shared=True).tensors()["layer_1_1.weight"]
+    theirs, ours = (AutoModel.from_pretrained(path) for path in (folder / "teacher", results[-1]["path"]))
+    expected = theirs.get_input_embeddings().weight @ matrix.T
+    torch.testing.assert_close(ours.get_input_embeddings().weight, expected)  # its learning rate is 0
+    assert len(table) == 6 and all(line.count("|") == 9 for line in table)
 
 
 def test_a_student_starts_from_weights_or_is_made_by_a_configuration(embeddings, folder):
@@ -106,6 +113,7 @@ def test_embeddings_do_not_depend_on_the_batch(embeddings, folder):
     ("more", "status", "message"),
     [
         (["--pooling", "pooler"], 1, "pooling is 'pooler'; this recipe pools tokens"),
+        (["--student_embeddings", "projected"], 1, "'teacher-1' has embeddings to start from"),
         (["--heldout_sentences", "10"], 2, "heldout_sentences is 10"),
         (["--student", "teacher-3"], 1, "num_layers is 3, but the teacher has 2 blocks"),
         (["--heldout_sentences", "30", "--dataset", "none.tsv"], 1, "none.tsv is no such file"),

@@ -16,7 +16,7 @@ class Options:
     name: str = field(metadata={"help": "A required option."})
     rate: float = 1.0
     sizes: list[int] = field(default_factory=list)
-    quiet: bool = False
+    quiet: bool = field(default=False, metadata={"help": "Whether to say 10 % or less."})
 
 
 @dataclass
@@ -30,7 +30,8 @@ class OtherDefaults(Options):
 def test_an_option_with_another_default_keeps_its_help(capsys):
     with pytest.raises(SystemExit):
         parse_arguments([OtherDefaults], ["--help"])
-    assert "--name NAME A required option. (default: a)" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--name NAME A required option. (default: a)" in out and "Whether to say 10 % or less. (default" in out
     assert parse_arguments([OtherDefaults], []) == (OtherDefaults(name="a", rate=2.0),)
 
 

@@ -94,6 +94,30 @@ def test_results_table_and_students_are_complete(finished):
     assert len([line for line in table if line.startswith(tuple(METHODS))]) == len(METHODS)
 
 
+@pytest.mark.parametrize("student", ["bert-1-16", "teacher-1-16"])
+def test_a_students_embeddings_start_in_the_basis_of_its_targets(finished, classification, student):
+    more = [
+        "--methods",
+        "curriculum",
+        "--student",
+        student,
+        "--student_embeddings",
+        "projected",
+        "--eval_strategy",
+        "no",
+    ]
+    command = options(finished[0], *more)
+    parsed = parse_arguments([classification.RecipeArguments, classification.TrainingConfig], command)
+    [run] = plan_runs(*parsed)
+    teacher = AutoModelForSequenceClassification.from_pretrained(finished[0] / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(finished[0] / "teacher")
+    student = classification.start_student(run, tokenizer, teacher.config.id2label)
+    trainer = classification.CurriculumDistillationTrainer(student, run.args, teacher_model=teacher)
+    matrix = trainer.projection_bank.tensors()["layer_1_2.weight"]
+    own, theirs = (model.get_input_embeddings().weight.detach() for model in (student, teacher))
+    torch.testing.assert_close(own, theirs @ matrix.T)
+
+
 def test_the_layer_stage_on_other_text_is_a_part_of_one_training(finished):
     folder, _ = finished
     task, other = (
@@ -139,6 +163,7 @@ def test_one_json_file_with_numbers_as_labels_is_enough(folder, tmp_path):
     ("more", "status", "message"),
     [
         (["--student", "bert-huge"], 2, "'bert-huge' is no student"),
+        (["--student_embeddings", "some"], 1, "student_embeddings is 'some'; use 'random' or 'projected'"),
         (["--student", "teacher-3"], 1, "num_layers is 3, but the teacher has 2 blocks"),
         (["--variants", '{"deep": {"student": "teacher-9"}}', "--methods", "deep"], 1, "num_layers is 9"),
         (["--variants", '{"deep": {"student": "bert-9"}}', "--methods", "deep"], 1, "'bert-9' is no student"),

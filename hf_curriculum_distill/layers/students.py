@@ -112,14 +112,14 @@ def project_embeddings(
     Args:
         student, teacher: of one vocabulary.
         projection_bank: with one `[student_dim, teacher_dim]` matrix for all of its pairs, as with `shared=True`. It
-            need not be fitted.
+            need not be fitted, but for a PCA.
 
     Returns:
         the student, changed in place.
 
     Raises:
-        ValueError: the bank has a matrix for each layer or for models of other widths, the vocabularies differ, or a
-            model's embeddings are no table as wide as its hidden states.
+        ValueError: the bank has a matrix for each layer, for models of other widths, or of a PCA that was not fitted;
+            the vocabularies differ, or a model's embeddings are no table as wide as its hidden states.
     """
     words, widths = [], []
     for who, model in (("student", student), ("teacher", teacher)):
@@ -283,6 +283,10 @@ def _assign(student: PreTrainedModel, saved: Mapping[str, Tensor], computed: Map
 
 
 def _shared_matrix(bank: ProjectionBank, shape: tuple[int, int]) -> Tensor:
+    if bank.lacks_matrices:
+        raise ValueError(
+            "The projection bank is a PCA that was not measured yet: it has no matrix; call its fit first."
+        )
     matrices = [tensor for name, tensor in bank.tensors().items() if name.endswith(".weight")]
     if wrong := {tuple(matrix.shape) for matrix in matrices} - {shape}:
         raise ValueError(

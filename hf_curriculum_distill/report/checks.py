@@ -12,7 +12,8 @@ from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.files import check_writable
 from hf_curriculum_distill.layers import find_block_stack, student_size
 from hf_curriculum_distill.options import teacher_source
-from hf_curriculum_distill.planning.models import is_config_only, num_positions
+from hf_curriculum_distill.planning.models import is_config_only, is_hub_name, num_positions
+from hf_curriculum_distill.projections.matrices import MEASURED
 from hf_curriculum_distill.report.results import RESULTS_FILE, earlier_results
 from hf_curriculum_distill.teachers.loading import tokenizer_folder
 
@@ -48,6 +49,39 @@ def check_student_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> No
         raise ValueError(
             f"The student {name!r} was trained with a tokenizer that maps tokens to other ids than the run's, which is "
             "the teacher's; start from a model with the teacher's tokenizer, or from a size."
+        )
+
+
+def check_embeddings(name: str, student_embeddings: str, args: CurriculumDistillationConfig) -> None:
+    """Check that a student's embeddings can start as an option says.
+
+    Args:
+        name: the student, as `--student` names it.
+        student_embeddings: see [`~options.EmbeddingOptions`].
+        args: of the run.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if student_embeddings not in ("random", "projected"):
+        raise ValueError(f"student_embeddings is {student_embeddings!r}; use 'random' or 'projected'.")
+    if student_embeddings == "random":
+        return
+    size = student_size(name)
+    if (size and size[1] is None) or os.path.isdir(name) or is_hub_name(name):
+        raise ValueError(
+            f"student_embeddings is 'projected', but the student {name!r} has embeddings to start from; leave it out, "
+            "or start from a size."
+        )
+    if args.method in ("curriculum", "hidden") and not args.shared_projection:
+        raise ValueError(
+            "With student_embeddings='projected' the student starts in the basis of one matrix, but the targets of "
+            "each layer have a matrix of their own; set --shared_projection true."
+        )
+    if args.projection in MEASURED:
+        raise ValueError(
+            f"With student_embeddings='projected' the student starts from the projection's matrix, but that of a "
+            f"{args.projection!r} is measured when training begins; use --projection gaussian or orthogonal."
         )
 
 

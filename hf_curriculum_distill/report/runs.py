@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
-from transformers import CONFIG_NAME
+from transformers import CONFIG_NAME, PreTrainedModel
 
 from hf_curriculum_distill.config import METHODS, UNCACHED_METHODS, CurriculumDistillationConfig
+from hf_curriculum_distill.layers.blocks import backbone_config
+from hf_curriculum_distill.layers.students import project_embeddings
 from hf_curriculum_distill.lines import one_line
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.options import ComparisonOptions
+from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.report.checks import check_output
 from hf_curriculum_distill.report.figures import PLOT_FILE, plot_comparison
 from hf_curriculum_distill.report.results import earlier_results, read_results, update_results
@@ -285,6 +288,19 @@ def _describe(result: Mapping[str, Any]) -> str:
         return result["error"]
     name = "accuracy" if "eval_accuracy" in result else "cosine"
     return f"{name} {result[f'eval_{name}']:.4f} after {result['samples']:,} examples, {result['seconds']:.0f} s"
+
+
+def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, run: Run) -> PreTrainedModel:
+    """Set a new student's embeddings as the run's `student_embeddings` says: see [`project_embeddings`].
+
+    Returns:
+        the student, changed in place.
+    """
+    if run.recipe.student_embeddings == "random":
+        return student
+    widths = ([backbone_config(model).hidden_size] for model in (student, teacher))
+    kind, seed = run.args.projection, run.args.projection_seed
+    return project_embeddings(student, teacher, ProjectionBank.create([(1, 1)], *widths, kind, seed, shared=True))
 
 
 def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[str, Any]:

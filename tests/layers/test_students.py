@@ -296,6 +296,7 @@ def test_tables_that_are_computed_stay_as_they_are():
     "name, projections, message",
     [
         ("bert", bank(16, 32, shared=False), "a matrix of its own for each of 2 layers.*shared=True"),
+        ("bert", bank(16, 32, kind="pca"), "is a PCA that was not measured yet"),
         ("bert", bank(8, 32), r"matrices of shape \(8, 32\), but student and teacher need \[16, 32\]"),
         ("electra", bank(16, 32), "no table as wide as its hidden states"),
         ("mobilebert", bank(16, 32), "no table as wide as its hidden states"),

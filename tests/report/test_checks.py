@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_bert
 from transformers import AutoTokenizer
 
-from hf_curriculum_distill.report.checks import check_models, check_student_tokenizer, load_tokenizer
+from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer, load_tokenizer
 
 TOKENIZER = Path(__file__).parents[2] / "recipes/data/bert_uncased"
 
@@ -28,6 +28,28 @@ def test_models_that_make_no_run_are_refused(config, fields, tokens, length, mes
     check_models(config(), *models, range(50), ("block_size", 32))
     with pytest.raises(ValueError, match=message):
         check_models(config(**fields), *models, range(tokens), ("block_size", length))
+
+
+@pytest.mark.parametrize(
+    ("student", "fields", "message"),
+    [
+        ("teacher-2", {}, "the student 'teacher-2' has embeddings to start from"),
+        ("here", {}, "the student '.*here' has embeddings to start from"),
+        ("org/model", {}, "the student 'org/model' has embeddings to start from"),
+        ("bert-2-16", {"shared_projection": False}, "targets of each layer have a matrix of their own"),
+        ("2-16", {"shared_projection": False, "method": "hidden"}, "targets of each layer have a matrix of their own"),
+        ("bert-2-16", {"projection": "pca"}, "that of a 'pca' is measured when training begins; use"),
+        ("bert-2-16", {"projection": "rotated_pca"}, "that of a 'rotated_pca' is measured"),
+    ],
+)
+def test_projected_embeddings_need_a_new_student_and_one_matrix(config, tmp_path, student, fields, message):
+    (tmp_path / "here").mkdir()
+    student, args = str(tmp_path / student) if student == "here" else student, {"shared_projection": True} | fields
+    check_embeddings(student, "random", config(**args))
+    check_embeddings("teacher-2-16", "projected", config(shared_projection=True))
+    check_embeddings("2-16", "projected", config(method="one_shot", shared_projection=False))
+    with pytest.raises(ValueError, match=message):
+        check_embeddings(student, "projected", config(**args))
 
 
 def test_a_student_that_starts_from_weights_has_the_tokenizer_of_the_run(tmp_path):
