@@ -118,6 +118,17 @@ def test_a_students_embeddings_start_in_the_basis_of_its_targets(finished, class
     torch.testing.assert_close(own, theirs @ matrix.T)
 
 
+def test_embeddings_that_are_the_teachers_are_not_projected(finished, classification):
+    more = ["--methods", "curriculum", "--student", "teacher-1-32", "--student_embeddings", "projected"]
+    parsed = parse_arguments(
+        [classification.RecipeArguments, classification.TrainingConfig], options(finished[0], *more)
+    )
+    [run] = plan_runs(*parsed)
+    tokenizer = AutoTokenizer.from_pretrained(finished[0] / "teacher")
+    with pytest.raises(ValueError, match="'teacher-1-32' is as wide as the teacher and has its embeddings as they are"):
+        classification.start_student(run, tokenizer, {0: "bad"})
+
+
 def test_the_layer_stage_on_other_text_is_a_part_of_one_training(finished):
     folder, _ = finished
     task, other = (

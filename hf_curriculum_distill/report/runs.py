@@ -20,6 +20,7 @@ import transformers
 from transformers import CONFIG_NAME, PreTrainedModel
 
 from hf_curriculum_distill.config import METHODS, UNCACHED_METHODS, CurriculumDistillationConfig
+from hf_curriculum_distill.layers import student_size
 from hf_curriculum_distill.layers.blocks import backbone_config
 from hf_curriculum_distill.layers.students import project_embeddings
 from hf_curriculum_distill.lines import one_line
@@ -295,10 +296,18 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, run: Ru
 
     Returns:
         the student, changed in place.
+
+    Raises:
+        ValueError: a student of the teacher's blocks is as wide as the teacher, and so has its embeddings already.
     """
     if run.recipe.student_embeddings == "random":
         return student
-    widths = ([backbone_config(model).hidden_size] for model in (student, teacher))
+    widths = [[backbone_config(model).hidden_size] for model in (student, teacher)]
+    if student_size(run.recipe.student) is not None and widths[0] == widths[1]:
+        raise ValueError(
+            f"student_embeddings is 'projected', but the student {run.recipe.student!r} is as wide as the teacher and "
+            "has its embeddings as they are; leave it out, or name another width."
+        )
     kind, seed = run.args.projection, run.args.projection_seed
     return project_embeddings(student, teacher, ProjectionBank.create([(1, 1)], *widths, kind, seed, shared=True))
 
