@@ -88,7 +88,7 @@ class CurriculumDistillationConfig(TrainingArguments):
     hidden_loss: str = field(
         default="mse",
         metadata={
-            "help": "What is minimised between hidden states, a position: 'mse', 'cosine' (1 - cosine similarity) or "
+            "help": "The loss between hidden states, per position: 'mse', 'cosine' (1 - cosine similarity) or "
             "'layer_norm_mse' (MSE after a layer norm of both, which leaves out mean and size, as MobileBERT); logged "
             "as hidden_ and this name."
         },
@@ -281,7 +281,7 @@ class CurriculumDistillationConfig(TrainingArguments):
     )
     teacher_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "The teacher's peak learning rate with method='online'; by default the student's."},
+        metadata={"help": "Peak learning rate of a teacher that is trained here; None: the student's."},
     )
 
     # Parameters that control the cache of the teacher's targets
