@@ -136,7 +136,7 @@ class TrainingConfig(RecipeConfig):
     max_steps: int = 2000
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     teacher_learning_rate: float | None = 1e-4
     weight_decay: float = 0.01
     warmup_steps: float = 0.1
