@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import CONFIG_NAME
@@ -82,7 +83,10 @@ class ModelOptions:
 
 @dataclass
 class ComparisonOptions:
-    """Which students a comparison trains: see `runs.plan_runs`."""
+    """Which students a comparison trains: see `launch.plan_runs`."""
+
+    shared_by_runs: ClassVar[frozenset[str]] = frozenset()
+    """The options of a recipe that a variant cannot set, because the recipe reads them once."""
 
     methods: list[str] = field(
         default_factory=lambda: ["curriculum", "one_shot"],

@@ -259,6 +259,11 @@ class CurriculumDistillationTrainer(PublishedTrainer):
 
     # ---- the whole run ----
 
+    @property
+    def train_seconds(self) -> float:
+        """Seconds for which the run has trained, evaluations along the way included, in all parts of a resumed run."""
+        return self._totals.seconds
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As `Trainer`. Calibrates the projection bank first, or reads it from the checkpoint to resume from.
 

@@ -18,6 +18,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -35,14 +36,13 @@ from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, TextO
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import SIZES, find_config, find_size, is_config_only, is_hub_name
 from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer, load_tokenizer
+from hf_curriculum_distill.report.launch import Run, planned_or_exit
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
-    Run,
     check_finite,
     check_kept_teacher,
     keep_teacher,
     log_progress,
-    planned_or_exit,
     start_embeddings,
     summarize,
     train_all,
@@ -57,6 +57,14 @@ TASK = "MaskedLM"  # for `hf-curriculum-distill plan bert_large`
 
 @dataclass
 class RecipeArguments(TextOptions, ComparisonOptions):
+    shared_by_runs: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("dataset", "dataset_config", "text_column", "train_documents", "heldout_documents", "eval_blocks"),
+            *("evaluate_on", "preprocessing_workers", "tokenizer", "block_size", "packed", "streaming", "whole_words"),
+            *("mlm_probability", "mask_once", "teacher_from", "teacher_steps", "allow_untrained_teacher"),
+        }
+    )
+
     methods: list[str] = field(default_factory=lambda: ["curriculum"])
     seeds: list[int] | None = None
     student: str = "bert-large"

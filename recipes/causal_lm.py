@@ -47,12 +47,11 @@ from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, TextO
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import is_hub_name
 from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer
+from hf_curriculum_distill.report.launch import Run, planned_or_exit
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
-    Run,
     check_finite,
     log_progress,
-    planned_or_exit,
     start_embeddings,
     summarize,
     train_all,

@@ -33,12 +33,11 @@ from hf_curriculum_distill.options import ComparisonOptions, EmbeddingOptions, R
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import find_config, is_config_only
 from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer
+from hf_curriculum_distill.report.launch import Run, planned_or_exit
 from hf_curriculum_distill.report.results import read_results
 from hf_curriculum_distill.report.runs import (
-    Run,
     log_progress,
     num_examples,
-    planned_or_exit,
     start_embeddings,
     train_all,
     train_student,

@@ -21,6 +21,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from transformers import (
     AutoModelForImageClassification,
@@ -38,11 +39,10 @@ from hf_curriculum_distill.layers import make_student, student_size
 from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig
 from hf_curriculum_distill.parsing import parse_arguments
+from hf_curriculum_distill.report.launch import Run, planned_or_exit
 from hf_curriculum_distill.report.runs import (
-    Run,
     check_kept_teacher,
     compare_methods,
-    planned_or_exit,
     teacher_arguments,
     train_student,
 )
@@ -57,6 +57,13 @@ SIZES = ("hidden_size", "num_hidden_layers", "hidden_sizes", "depths", "image_si
 
 @dataclass
 class RecipeArguments(ComparisonOptions):
+    shared_by_runs: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("dataset", "image_size", "train_images", "heldout_images"),
+            *("teacher", "teacher_steps", "teacher_save_steps", "teacher_batch_size"),
+        }
+    )
+
     dataset: str = field(
         default="digits",
         metadata={"help": "'digits' (scikit-learn's), or images with labels: files, a folder or a Hub data set."},

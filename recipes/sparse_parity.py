@@ -39,14 +39,12 @@ from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.report.checks import check_steps
+from hf_curriculum_distill.report.launch import Run, plan_runs, planned_or_exit
 from hf_curriculum_distill.report.runs import (
-    Run,
     check_kept_teacher,
     compare_methods,
     log_progress,
     num_examples,
-    plan_runs,
-    planned_or_exit,
     teacher_arguments,
     train_student,
 )

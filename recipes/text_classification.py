@@ -40,14 +40,13 @@ from hf_curriculum_distill.options import ComparisonOptions, EmbeddingOptions, R
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import SIZES, find_config, find_size, is_config_only, is_hub_name
 from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer, load_tokenizer
+from hf_curriculum_distill.report.launch import Run, planned_or_exit
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
-    Run,
     check_kept_teacher,
     compare_methods,
     keep_teacher,
     num_examples,
-    planned_or_exit,
     start_embeddings,
     train_student,
 )

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from hf_curriculum_distill import ProjectionBank
 from hf_curriculum_distill.parsing import parse_arguments
-from hf_curriculum_distill.report.runs import plan_runs
+from hf_curriculum_distill.report.launch import plan_runs
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes/configs/embeddings"

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_curriculum_distill.config import METHODS
 from hf_curriculum_distill.parsing import parse_arguments
-from hf_curriculum_distill.report.runs import plan_runs
+from hf_curriculum_distill.report.launch import plan_runs
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes/image_classification.py"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_curriculum_distill.config import METHODS
 from hf_curriculum_distill.parsing import parse_arguments
-from hf_curriculum_distill.report.runs import plan_runs
+from hf_curriculum_distill.report.launch import plan_runs
 from hf_curriculum_distill.tasks.parity import ParityMLPForSequenceClassification, draw_support
 
 ROOT = Path(__file__).parents[1]

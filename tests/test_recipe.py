@@ -167,7 +167,7 @@ def test_the_defaults_are_the_real_job(bert_large, tmp_path):
         ("--text_column body", "The column 'body' of recipes/data/wikipedia_excerpt is not there"),
         ("--teacher_from no/model --teacher no/teacher", "'no/model' has no configuration within reach"),
         ("--teacher no/teacher --teacher_from bert-2-32 --tokenizer no/words", "no/words"),
-        ("--output_dir {finished}", "results.json is what a finished run left"),
+        ("--output_dir {finished}", "results.json is what an earlier run left"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line_and_nothing_is_written(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 from hf_curriculum_distill.parsing import parse_arguments
-from hf_curriculum_distill.report.runs import plan_runs
+from hf_curriculum_distill.report.launch import plan_runs
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes/configs/text_classification"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import CONFIG_NAME, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import sort_checkpoints
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.files import check_writable
@@ -140,20 +141,28 @@ def check_output(args: CurriculumDistillationConfig, folders: Sequence[str], ove
         overwrite: whether they may write over a finished run.
 
     Raises:
-        OSError: `output_dir` cannot be written, or holds a finished run.
-        ValueError: its `results.json`, which keeps the runs of earlier launches, is damaged.
+        OSError: `output_dir` cannot be written, or holds what an earlier run left.
+        ValueError: `resume_from_checkpoint` is neither "last" nor a folder, or the `results.json` there, which keeps
+            the runs of earlier launches, is damaged.
     """
     folder = os.path.abspath(args.output_dir)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     check_writable(folder, "output_dir", "students")  # makes none that later checks would leave empty
-    if overwrite or args.resume_from_checkpoint:
+    resumed = args.resume_from_checkpoint
+    if resumed and resumed.lower() not in ("last", "true") and not os.path.isdir(resumed):
+        raise ValueError(
+            f"resume_from_checkpoint is {resumed!r}, which is no folder; name a checkpoint, or say last for the last "
+            "one of each run."
+        )
+    if overwrite or resumed:
         earlier_results(args.output_dir, folders)
         return
     left = [os.path.join(args.output_dir, RESULTS_FILE)]
     left += [os.path.join(each, CONFIG_NAME) for each in folders]
+    left += [checkpoint for each in folders for checkpoint in sort_checkpoints(each)]
     if found := next(filter(os.path.exists, left), None):
         raise FileExistsError(
-            f"{found} is what a finished run left; name another --output_dir, go on with "
+            f"{found} is what an earlier run left; name another --output_dir, go on with "
             "--resume_from_checkpoint last, or train again with --overwrite_output_dir."
         )

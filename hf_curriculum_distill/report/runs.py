@@ -1,4 +1,4 @@
-"""Several methods on equal footing: which runs a comparison consists of, how they are trained, what each leaves.
+"""Several methods on equal footing: how the runs of a comparison are trained, and what each leaves.
 
 [`compare_methods`] is what a recipe does; a recipe of its own kind calls [`plan_runs`], [`train_all`] and
 [`train_student`] itself.
@@ -7,30 +7,28 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import logging
 import os
-import time
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import transformers
 from transformers import CONFIG_NAME, PreTrainedModel
+from transformers.trainer_utils import sort_checkpoints
 
-from hf_curriculum_distill.config import METHODS, UNCACHED_METHODS, CurriculumDistillationConfig
+from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.layers import student_size
 from hf_curriculum_distill.layers.blocks import backbone_config
 from hf_curriculum_distill.layers.students import project_embeddings
-from hf_curriculum_distill.lines import one_line
 from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.projections import ProjectionBank
-from hf_curriculum_distill.report.checks import check_output
 from hf_curriculum_distill.report.figures import PLOT_FILE, plot_comparison
-from hf_curriculum_distill.report.results import earlier_results, read_results, update_results
+from hf_curriculum_distill.report.launch import Run, earlier_result, planned_or_exit
+from hf_curriculum_distill.report.results import RESULTS_FILE, read_results, update_results
 from hf_curriculum_distill.report.tables import format_summary, format_table
+from hf_curriculum_distill.resuming.checkpoints import find_last_checkpoint
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
 logger = get_logger(__name__)
@@ -38,21 +36,6 @@ logger = get_logger(__name__)
 LABELS_ALONE = [{"label_weight": 1.0}]  # the stages of a training without a teacher, of a teacher for instance
 
 _METRICS = ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl", "eval_cosine")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One student of a comparison.
-
-    Args:
-        method: its name in tables and in `results.json`: a method of the library, or the name of a variant.
-        recipe: the recipe's options, with what the variant changes.
-        args: the training arguments, likewise, with the run's own seed and folder.
-    """
-
-    method: str
-    recipe: ComparisonOptions
-    args: CurriculumDistillationConfig
 
 
 def compare_methods(
@@ -171,74 +154,22 @@ def keep_teacher(trainer: CurriculumDistillationTrainer, folder: str) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def planned_or_exit(recipe: ComparisonOptions, args: CurriculumDistillationConfig) -> list[Run]:
-    """[`plan_runs`] for a command line, which ends with one line if the options describe no runs, or if these would
-    be written where they cannot or should not be: see [`check_output`]."""
-    try:
-        runs = plan_runs(recipe, args)
-        check_output(args, [run.args.output_dir for run in runs], recipe.overwrite_output_dir)
-    except (ValueError, TypeError, OSError) as error:
-        raise SystemExit(one_line(error)) from error
-    return runs
-
-
-def plan_runs(recipe: ComparisonOptions, args: CurriculumDistillationConfig) -> list[Run]:
-    """Which runs a comparison consists of: each method of `recipe.methods` with each seed.
-
-    Args:
-        recipe: its `variants` set options of the recipe or training arguments: `{"last layer": {"layer_order":
-            "last"}}`, or that as JSON; its `seeds` are `args.seed` alone by default.
-        args: what all runs share.
-
-    Returns:
-        The runs, method by method, in folders `<output_dir>/<method>/seed-<seed>`; a single one in `output_dir` itself,
-        unless that holds other runs of a comparison, which it joins.
-
-    Raises:
-        ValueError: a name is no method, a field is unknown, a value is wrong, or the `results.json` that is there is
-            damaged.
-    """
-    methods, variants = list(dict.fromkeys(recipe.methods)), recipe.variants or {}
-    if isinstance(variants, str):
-        try:
-            variants = json.loads(variants)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"variants is {variants!r}, which is no valid JSON ({error}).") from error
-    shared = {"methods", "variants", "seeds", "overwrite_output_dir"}
-    options = {field.name for field in dataclasses.fields(recipe)} - shared
-    arguments = {field.name for field in dataclasses.fields(args) if field.init} - {"seed", "output_dir"}
-    for name, changes in variants.items():
-        for field in changes or {}:
-            if field not in options | arguments:
-                near = difflib.get_close_matches(field, options | arguments, n=1)
-                hint = f"; did you mean {near[0]}?" if near else "."
-                raise ValueError(f"variants.{name} sets {field!r}, which is no option of a run{hint}")
-    if len({name.replace(" ", "_") for name in methods}) < len(methods):
-        raise ValueError(f"methods are {', '.join(methods)}; two of these would share a folder, so rename one.")
-    runs = []
-    for method in methods:
-        if method not in variants and method not in METHODS:
-            names = ", ".join(dict.fromkeys([*variants, *METHODS]))
-            raise ValueError(f"methods names {method!r}; use {names}, or describe it in variants.")
-        changes = ({"method": method} if method in METHODS else {}) | dict(variants.get(method) or {})
-        if changes.get("method", args.method) in UNCACHED_METHODS:
-            changes.setdefault("teacher_cache", None)
-        own = dataclasses.replace(recipe, **{name: changes.pop(name) for name in options & changes.keys()})
-        folder = os.path.join(args.output_dir, method.replace(" ", "_"))
-        for seed in [args.seed] if recipe.seeds is None else recipe.seeds:
-            place = {"seed": seed, "output_dir": os.path.join(folder, f"seed-{seed}")}
-            runs.append(Run(method, own, dataclasses.replace(args, **changes, **place)))
-    if len(runs) == 1 and not earlier_results(args.output_dir, [args.output_dir]):
-        runs = [dataclasses.replace(runs[0], args=dataclasses.replace(runs[0].args, output_dir=args.output_dir))]
-    if len(runs) > 1 and args.push_to_hub:
-        raise ValueError(f"push_to_hub pushes one student, but methods and seeds ask for {len(runs)}; push one by one.")
-    return runs
+def _clear(folder: str, runs: Sequence[str]) -> None:
+    """Remove what says that runs which are trained again have ended, and the checkpoints that a resume would find."""
+    if os.path.exists(os.path.join(folder, RESULTS_FILE)):
+        update_results(folder, [], runs)
+    for checkpoint in (checkpoint for run in runs for checkpoint in sort_checkpoints(run)):
+        logger.info("%s is removed, because its run is trained again", checkpoint)
+        shutil.rmtree(checkpoint)
 
 
 def train_all(
     runs: Sequence[Run], distil: Callable[[Run], dict[str, Any]], args: CurriculumDistillationConfig
 ) -> list[dict[str, Any]]:
     """Train one run after another, log how each ended, and keep `results.json` up to date.
+
+    A launch that resumes leaves a finished run without a whole checkpoint as it is. One with `overwrite_output_dir`
+    removes the checkpoints of the runs that it trains again, before it trains any.
 
     Args:
         runs: those that [`plan_runs`] returns.
@@ -249,10 +180,18 @@ def train_all(
         The objects of these runs in `results.json`, which keeps those of earlier launches, too: see [`read_results`].
     """
     results: list[dict[str, Any]] = []
-    for run in runs:
-        results.append(result := distil(run))
+    folders = [run.args.output_dir for run in runs]
+    if args.should_save and not args.resume_from_checkpoint and any(run.recipe.overwrite_output_dir for run in runs):
+        _clear(args.output_dir, folders)
+    for run, folder in zip(runs, folders, strict=True):
+        there = earlier_result(args.output_dir, folder) if args.resume_from_checkpoint else None
+        if there and there["finite"] and find_last_checkpoint(folder) is None:
+            logger.info("%s is finished and has no checkpoint to go on from; it stays as it is", folder)
+            results.append(result := there)
+        else:
+            results.append(result := distil(run))
         if args.should_save:
-            update_results(args.output_dir, results, [each.args.output_dir for each in runs])
+            update_results(args.output_dir, results, folders[: len(results)])
             logger.info("%s, seed %d: %s", run.method, run.args.seed, _describe(result))
     return results
 
@@ -315,8 +254,8 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, run: Ru
 def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[str, Any]:
     """Train, evaluate and save a student; returns its object in `results.json`.
 
-    With `args.resume_from_checkpoint` training goes on from that folder or, for any other value, from the run's last
-    checkpoint if it has one. A run whose loss or weights stop being finite has `finite: false` and the error in its
+    With `args.resume_from_checkpoint` training goes on from that folder or, for "last", from the run's last checkpoint
+    if it has one. A run whose loss or weights stop being finite has `finite: false` and the error in its
     object, and no metrics.
 
     Args:
@@ -325,11 +264,9 @@ def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[s
     """
     args = trainer.args
     run = {"method": method, "seed": args.seed, "path": args.output_dir}
-    start = time.monotonic()
     try:
         resumed = args.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=resumed if resumed is None or os.path.isdir(resumed) else True)
-        seconds = time.monotonic() - start
         metrics = trainer.evaluate()
     except FloatingPointError as error:
         return run | {"finite": False, "error": str(error)}
@@ -343,7 +280,7 @@ def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[s
         "steps": steps,
         "student_flops": spent["student_flops"],
         "teacher_flops": spent["teacher_flops"],
-        "seconds": seconds,
+        "seconds": trainer.train_seconds,
         "finite": True,
     }
 

@@ -1,6 +1,7 @@
-"""Which runs a comparison consists of, and what each leaves in `results.json`."""
+"""How the runs of a comparison are trained, and what each leaves in `results.json`."""
 
 import dataclasses
+import glob
 import json
 import logging
 import os
@@ -8,140 +9,28 @@ import re
 import shutil
 
 import pytest
-import torch
 from conftest import assert_same_weights, tiny_bert, weights
 from transformers import TrainerCallback, set_seed
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.cli import main
 from hf_curriculum_distill.options import ComparisonOptions
-from hf_curriculum_distill.report.results import write_results
+from hf_curriculum_distill.report.launch import planned_or_exit
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     compare_methods,
     keep_teacher,
-    plan_runs,
-    planned_or_exit,
     summarize,
+    train_all,
     train_student,
 )
 from hf_curriculum_distill.tasks.parity import ParityMLPConfig, ParityMLPForSequenceClassification, SparseParity, stack
-
-# ---- the plan ----
 
 
 @dataclasses.dataclass
 class Options(ComparisonOptions):
     seeds: list[int] | None = None
     student: str = "bert-2-16"
-
-
-def test_every_method_has_a_run_for_each_seed_in_a_folder_of_its_own(config):
-    args = config("all", learning_rate=0.25, max_steps=100)
-    variants = {"last layer": {"layer_order": "last", "max_steps": 50}, "one_shot": {"temperature": 2.0}}
-    runs = plan_runs(Options(["curriculum", "last layer", "one_shot"], variants, seeds=[3, 5]), args)
-    assert [(run.method, run.args.seed, os.path.relpath(run.args.output_dir, args.output_dir)) for run in runs] == [
-        (method, seed, os.path.join(folder, f"seed-{seed}"))
-        for method, folder in (("curriculum", "curriculum"), ("last layer", "last_layer"), ("one_shot", "one_shot"))
-        for seed in (3, 5)
-    ]
-    chosen = {
-        (run.method, run.args.method, run.args.layer_order, run.args.max_steps, run.args.temperature) for run in runs
-    }
-    assert chosen == {
-        ("curriculum", "curriculum", "sequential", 100, 1.0),
-        ("last layer", "curriculum", "last", 50, 1.0),
-        ("one_shot", "one_shot", "sequential", 100, 2.0),
-    }
-
-
-def test_a_run_has_the_shared_arguments_but_for_what_its_variant_changes(config):
-    args = config("all", lr_scheduler_type="cosine", warmup_steps=3, logging_steps=0.1, eval_steps=5, seed=9)
-    before = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    [_, run] = plan_runs(Options(["labels", "slow"], {"slow": {"learning_rate": 1e-5, "method": "online"}}), args)
-    run = run.args
-    differing = {n for n, value in before.items() if getattr(run, n) != value and n not in ("distributed_state",)}
-    assert differing - {"logging_dir", "deepspeed_plugin"} == {"method", "learning_rate", "output_dir"}
-    assert (run.method, run.learning_rate, run.seed) == ("online", 1e-5, 9)
-    assert {name: getattr(args, name) for name in before} == before
-
-
-def test_a_variant_sets_options_of_the_recipe_too(config):
-    options = Options(["one_shot", "wide"], {"wide": {"student": "bert-2-32", "max_steps": 3}})
-    narrow, wide = plan_runs(options, config(max_steps=5))
-    assert [(run.recipe.student, run.args.max_steps) for run in (narrow, wide)] == [("bert-2-16", 5), ("bert-2-32", 3)]
-    assert options.student == "bert-2-16"
-
-
-def test_a_single_run_is_the_output_folder_itself(config):
-    args = config("here")
-    [run] = plan_runs(Options(["one_shot"]), args)
-    assert run.args.output_dir == args.output_dir
-    assert plan_runs(Options([]), args) == []
-
-
-def test_a_single_run_joins_a_comparison_that_is_there(config):
-    args = config("here")
-    [alone] = plan_runs(Options(["one_shot"]), args)
-    write_results(args.output_dir, [{"method": "one_shot", "path": args.output_dir, "finite": False, "error": "NaN"}])
-    assert plan_runs(Options(["one_shot"]), args) == [alone]
-    other = {"method": "labels", "path": os.path.join(args.output_dir, "labels", "seed-0"), "finite": False}
-    write_results(args.output_dir, [other | {"error": "NaN"}])
-    [joined] = plan_runs(Options(["one_shot"]), args)
-    assert joined.args.output_dir == os.path.join(args.output_dir, "one_shot", f"seed-{args.seed}")
-
-
-def test_a_method_without_a_lasting_teacher_is_compared_with_others_that_read_a_cache(config):
-    methods = ["curriculum", "one_shot", "progressive", "online", "labels", "more labels"]
-    options = Options(methods, {"more labels": {"method": "labels", "max_steps": 9}})
-    runs = plan_runs(options, config(teacher_cache="cache"))
-    assert [run.args.teacher_cache for run in runs] == ["cache", "cache", None, None, None, None]
-
-
-def test_a_variant_without_changes_is_its_method_and_a_name_twice_is_one_run(config):
-    runs = plan_runs(
-        Options(["labels", "labels", "online"], {"labels": {}, "online": None, "unused": {"max_steps": 1}}), config()
-    )
-    assert [(run.method, run.args.method) for run in runs] == [("labels", "labels"), ("online", "online")]
-
-
-@pytest.mark.parametrize(
-    "methods, variants, message",
-    [
-        (
-            ["two_shot"],
-            {},
-            r"methods names 'two_shot'; use curriculum, one_shot, progressive, online, labels, hidden, or desc",
-        ),
-        (["lst"], {"last": {}}, r"methods names 'lst'; use last, curriculum"),
-        (["a"], {"a": {"learning_rat": 1.0}}, r"variants.a sets 'learning_rat', .* did you mean learning_rate\?"),
-        (["labels"], {"a": {"hiden_weight": 1.0}}, r"variants.a sets 'hiden_weight', .* did you mean hidden_weight\?"),
-        (["labels"], {"a": {"studnt": 1.0}}, r"variants.a sets 'studnt', .* did you mean student\?"),
-        (["a"], {"a": {"seed": 1}}, r"variants.a sets 'seed', which is no option of a run"),
-        (["a"], {"a": {"methods": ["b"]}}, r"variants.a sets 'methods', which is no option of a run"),
-        (["a b", "a_b"], {"a b": {}, "a_b": {}}, "methods are a b, a_b; two of these would share a folder"),
-        (["a"], {"a": {"qqqqq": 1.0}}, r"variants.a sets 'qqqqq', which is no option of a run\."),
-        (["a"], {"a": {"method": "curiculum"}}, r"method is 'curiculum'; use one of 'curriculum'"),
-        (["a"], {"a": {"temperature": -1.0}}, r"temperature is -1.0"),
-        (["a"], '{"a": ', r"variants is '{\"a\": ', which is no valid JSON"),
-    ],
-)
-def test_a_plan_that_cannot_run_is_refused(config, methods, variants, message):
-    with pytest.raises(ValueError, match=message):
-        plan_runs(Options(methods, variants), config())
-
-
-def test_several_students_are_not_pushed_to_one_repository(config):
-    args = config(push_to_hub=True)
-    assert len(plan_runs(Options(["one_shot"]), args)) == 1
-    with pytest.raises(ValueError, match="push_to_hub pushes one student, but methods and seeds ask for 2"):
-        plan_runs(Options(["one_shot"], seeds=[1, 2]), args)
-
-
-@pytest.mark.parametrize("field", ["seed", "output_dir"])
-def test_a_variant_cannot_set_what_the_plan_sets(config, field):
-    with pytest.raises((ValueError, TypeError), match=field):
-        plan_runs(Options(["a"], {"a": {field: 3}}), config())
 
 
 # ---- one run ----
@@ -261,18 +150,6 @@ def test_a_finished_run_that_is_resumed_trains_no_more(train):
     assert_same_weights(actual[1], expected)
 
 
-def test_a_subclass_of_the_configuration_stays_one(tmp_path):
-    @dataclasses.dataclass
-    class Own(CurriculumDistillationConfig):
-        extra: int = 3
-
-    args = Own(str(tmp_path), use_cpu=True, report_to="none")
-    [run] = plan_runs(Options(["a"], {"a": {"extra": 5}}), args)
-    run = run.args
-    assert type(run) is Own and run.extra == 5 and args.extra == 3
-    assert torch.device("cpu") == run.device
-
-
 # ---- several launches ----
 
 
@@ -320,44 +197,64 @@ def test_a_folder_of_several_launches_is_compared_whole(make, config, capsys):
     assert all(result["path"] in page for result in results)
 
 
-# ---- before the data are read ----
+@pytest.fixture
+def results_of(config):
+    """What `results.json` says of the runs in `all`."""
+
+    def read():
+        with open(os.path.join(config("all").output_dir, "results.json")) as file:
+            return json.load(file)
+
+    return read
 
 
-@pytest.mark.parametrize("left", ["results.json", "one_shot/seed-0/config.json"])
-def test_a_finished_run_is_written_over_only_if_the_user_says_so(config, left):
+def test_a_launch_that_writes_over_runs_leaves_nothing_of_theirs_to_resume(make, config, results_of):
     args = config("all")
-    options = Options(["one_shot"], seeds=[0, 1])
-    assert len(planned_or_exit(options, args)) == 2
-    assert not os.listdir(args.output_dir) if os.path.exists(args.output_dir) else True
-    path = os.path.join(args.output_dir, left)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "x") as file:
-        file.write("[]")
-    with pytest.raises(SystemExit, match=f"{left} is what a finished run left; name another --output_dir") as exit:
-        planned_or_exit(options, args)
-    assert len(exit.value.code.splitlines()) == 1
-    for told in (
-        (dataclasses.replace(options, overwrite_output_dir=True), args),
-        (options, dataclasses.replace(args, resume_from_checkpoint="last")),
-    ):
-        assert len(planned_or_exit(*told)) == 2
+    saved = {"save_strategy": "steps", "save_steps": 4}
+
+    def distil(run):
+        return train_student(make(run.args.output_dir, method=run.args.method, **saved), run.method)
+
+    train_all(planned_or_exit(Options(["curriculum", "one_shot", "labels"]), args), distil, args)
+    kept = results_of()[2]
+    options = Options(["curriculum", "one_shot"], overwrite_output_dir=True)
+    runs = planned_or_exit(options, args)
+
+    def killed(run):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_all(runs, killed, args)
+    assert results_of() == [kept]
+    there = {
+        name: sorted(glob.glob(f"{args.output_dir}/{name}/seed-*/checkpoint-*")) for name in os.listdir(args.output_dir)
+    }
+    assert not there["curriculum"] + there["one_shot"] and there["labels"]
 
 
-def test_damaged_results_of_an_earlier_launch_are_not_written_over(config):
-    args = config("all")
-    os.makedirs(args.output_dir)
-    with open(os.path.join(args.output_dir, "results.json"), "x") as file:
-        file.write('[{"method"')
-    with pytest.raises(SystemExit, match=r"results\.json is damaged: Expecting"):
-        planned_or_exit(Options(["one_shot"], overwrite_output_dir=True), args)
+def test_a_launch_that_resumes_leaves_finished_runs_as_they_are(make, config, results_of):
+    args = config("all", save_strategy="no")
+    launch(make, args, ["curriculum", "one_shot"])
+    first, trained = results_of(), []
+    args.resume_from_checkpoint = "last"
+    runs = planned_or_exit(Options(["one_shot", "labels", "curriculum"]), args)
+
+    def distil(run):
+        trained.append(run.method)
+        assert results_of()[:1] == first[:1]  # until its turn comes
+        return train_student(make(run.args.output_dir, method=run.args.method), run.method)
+
+    results = train_all(runs, distil, args)
+    assert trained == ["labels"] and [results[0], results[2]] == [first[1], first[0]] and results_of() == results
 
 
-def test_a_folder_that_cannot_be_written_is_refused_and_none_is_made(config, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=r"output_dir .*file cannot be written"):
-        planned_or_exit(Options(["one_shot"]), dataclasses.replace(config(), output_dir=str(tmp_path / "file/run")))
-    planned_or_exit(Options(["one_shot"]), dataclasses.replace(config(), output_dir=str(tmp_path / "new/run")))
-    assert not (tmp_path / "new").exists()
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(make, config):
+    saved = {"save_strategy": "steps", "save_steps": 4}
+    whole = train_student(make("whole", **saved), "curriculum")
+    again = make("whole", resume_from_checkpoint="last", **saved)
+    assert again.train_seconds == 0
+    result = train_student(again, "curriculum")
+    assert result["seconds"] == again.train_seconds > whole["seconds"] / 2
 
 
 def test_a_teacher_is_kept_whole_with_its_configuration_last(config, tmp_path, monkeypatch):
