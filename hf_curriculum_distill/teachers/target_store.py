@@ -101,6 +101,7 @@ class TargetStore:
         self.folder = args.teacher_cache
         os.makedirs(self.folder, exist_ok=True)
         self._bank, self._k, self._temperature = bank, args.teacher_cache_logits, args.temperature
+        self._pooling = args.pooling
         self._num_classes = teacher.partial_forward.num_classes
         config = {n: v for n, v in teacher.model.config.to_dict().items() if n[0] != "_" and n not in _WITHOUT_EFFECT}
         self._teacher = {
@@ -124,8 +125,12 @@ class TargetStore:
                 tensors = (
                     self._bank.tensors()[f"layer_{target}_{teacher_layer}.{n}"] for n in ("weight", "mean", "std")
                 )
-                matrix = hashlib.sha256(b"".join(f"{t.shape}".encode() + _bytes(t.cpu()) for t in tensors)).hexdigest()
-                facts = {"target": "hidden", "teacher_layer": teacher_layer, "projection": matrix}
+                facts = {"target": "hidden", "teacher_layer": teacher_layer, "projection": _hash(*tensors)}
+            elif self._pooling is not None:  # embeddings take the logits' place, in the student's width
+                facts["pooling"] = self._pooling
+                if self._bank is not None:
+                    weight = next(iter(self._bank.tensors().values()))  # of any layer: the teacher has one width
+                    facts["projection"] = _hash(self._bank.project_output(torch.eye(weight.shape[1]).to(weight)))
             described = json.dumps(self._teacher | facts, sort_keys=True, indent=2)
             folder = os.path.join(self.folder, hashlib.sha256(described.encode()).hexdigest()[:32])
             self._records[target] = RecordStore(folder)
@@ -290,6 +295,10 @@ class TargetStore:
         if target == _LOGITS:
             return examples.counts
         return [1 if length is None else length for length in examples.lengths]
+
+
+def _hash(*tensors: Tensor) -> str:
+    return hashlib.sha256(b"".join(f"{t.shape}".encode() + _bytes(t.cpu()) for t in tensors)).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:

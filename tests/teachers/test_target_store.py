@@ -8,6 +8,7 @@ import torch
 from conftest import VOCAB_SIZE, assert_same_weights, masked_lm_examples, tiny_bert
 from hypothesis import given
 from hypothesis import strategies as st
+from test_embeddings import make
 
 from hf_curriculum_distill import CurriculumDistillationTrainer, ProjectionBank
 from hf_curriculum_distill.teachers.records import RecordStore
@@ -150,6 +151,19 @@ def test_targets_of_another_run_are_never_taken_for_this_ones(change, config, tm
     among, alone = (train(config, tmp_path / folder, make(), **fields) for folder in ("shared", "own"))
     assert_same_weights(among.model.state_dict(), alone.model.state_dict())
     assert logged(among, "loss") == logged(alone, "loss")
+
+
+@pytest.mark.parametrize("change", [{"pooling": "cls"}, {"projection_seed": 1}, {"projection": "orthogonal"}], ids=str)
+def test_embeddings_of_another_run_are_never_taken_for_this_ones(change, config, tmp_path):
+    def losses(folder, **changed):
+        fields = {"method": "one_shot", "pooling": "mean", "max_steps": 4, "teacher_cache_logits": None}
+        run = make(config(**fields | changed, teacher_cache=str(tmp_path / folder)), width=24)
+        run.train()
+        return logged(run, "output_mse"), logged(run, "teacher_flops")
+
+    losses("shared")
+    assert losses("shared", **change) == losses("own", **change)
+    assert losses("shared", **change)[1] == [0.0] * 4
 
 
 def test_each_folder_says_whose_targets_it_holds(config, tmp_path):
