@@ -41,6 +41,7 @@ _SETTINGS = (
     "finished_layer_rate",
     "carry_optimizer",
     "hidden_positions",
+    "layer_stack",
     "standardize_targets",
     "restart_schedule_per_stage",
     "stage_warmup_ratio",
@@ -49,7 +50,7 @@ _SETTINGS = (
     "teacher_learning_rate",
 )
 
-# What a record that lacks a setting stands for: it was written before there was a choice.
+# What a record that lacks a setting, among its arguments too, stands for: it was written before there was a choice.
 _ONCE_FIXED = {
     "hidden_loss": "mse",
     "pooling": None,
@@ -60,6 +61,7 @@ _ONCE_FIXED = {
     "teacher_attention": None,
     "class_weights": None,
     "teacher_entropy_threshold": None,
+    "layer_stack": "encoder",
 }
 
 # Prefixes of the arguments that say where, when and how a run reads, writes and evaluates, but not what it learns; and
@@ -227,8 +229,7 @@ def recorded_groups(record: Mapping[str, Any], folder: str) -> list[tuple[LayerP
     Raises:
         ValueError: the run had another layer order, or the record is damaged.
     """
-    arguments = record.get("arguments")
-    order = arguments.get("layer_order") if isinstance(arguments, dict) else None
+    order = _arguments(record).get("layer_order")
     if order != "complexity" or record["method"] == "stages":
         raise ValueError(
             f"{folder} was written by a run whose stages were not chosen by layer_order='complexity', but "
@@ -256,7 +257,7 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder
     Raises:
         ValueError: something changed since the checkpoint was written; says what, from what, to what.
     """
-    saved, current = (record | {"settings": _ONCE_FIXED | record.get("settings", {})} for record in (saved, current))
+    saved, current = (record | {"settings": _settings(record)} for record in (saved, current))
     changes = []
     for name in _FIXED + _FIXED_DATA * same_data:
         changes += _differences(name, saved.get(name), json.loads(json.dumps(current.get(name))))
@@ -265,6 +266,17 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder
             f"{folder} was written by a run with other settings: {'; '.join(changes)}. Resume with the settings it was "
             "started with, or start a new run in another output_dir."
         )
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    known = {name: value for name, value in _arguments(record).items() if name in _ONCE_FIXED}
+    return _ONCE_FIXED | known | record.get("settings", {})
+
+
+def _arguments(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a run; none if its record was written before they were in it, or is damaged."""
+    arguments = record.get("arguments")
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def _differences(name: str, saved: Any, current: Any) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_families import labels_alone, pairs
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.resuming.record import (
@@ -174,6 +175,19 @@ def test_a_record_from_before_there_was_a_choice_resumes_with_what_was_fixed_the
         check_resumable(saved, RECORD | {"settings": RECORD["settings"] | {"hidden_loss": "cosine"}}, "folder")
 
 
+def test_a_record_from_before_a_setting_was_compared_may_have_it_among_its_arguments():
+    saved = json.loads(json.dumps(RECORD))
+    encoder, decoder = (RECORD | {"settings": RECORD["settings"] | {"layer_stack": s}} for s in ("encoder", "decoder"))
+    check_resumable(saved, encoder, "folder")
+    check_resumable(saved | {"arguments": {"layer_stack": "decoder"}}, decoder, "folder")
+    for arguments, current, change in (
+        (None, decoder, "'encoder' to 'decoder'"),
+        ({"layer_stack": "decoder"}, encoder, "'decoder' to 'encoder'"),
+    ):
+        with pytest.raises(ValueError, match=rf"settings\.layer_stack changed from {change}"):
+            check_resumable(saved | {"arguments": arguments}, current, "folder")
+
+
 CHANGES = {
     "class_weights": [1.0, *[2.0] * 49],
     "teacher_entropy_threshold": 0.5,
@@ -198,6 +212,17 @@ def test_what_changes_the_loss_may_not_change_when_a_run_is_resumed(config, stud
     with pytest.raises(ValueError, match=rf"settings\.{setting} changed from None to "):
         changed.train(resume_from_checkpoint=f"{changed.args.output_dir}/checkpoint-1")
     make().train(resume_from_checkpoint=f"{changed.args.output_dir}/checkpoint-1")
+
+
+def test_a_run_that_matched_one_stack_may_not_go_on_with_the_other(config):
+    def make(stack):
+        args = config(max_steps=1, method="hidden", layer_stack=stack, save_strategy="steps", save_steps=1)
+        models = {"model": pairs("t5", 1), "teacher_model": pairs("t5", 1)}
+        return CurriculumDistillationTrainer(args=args, train_dataset=labels_alone("t5"), **models)
+
+    make("encoder").train()
+    with pytest.raises(ValueError, match=r"settings\.layer_stack changed from 'encoder' to 'decoder'"):
+        make("decoder").train(resume_from_checkpoint=True)
 
 
 def test_other_data_resume_where_their_order_need_not_go_on():
