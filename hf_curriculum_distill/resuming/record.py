@@ -80,6 +80,7 @@ _NO_SETTING_EITHER = ("project", "teacher_cache")
 _FIXED = ("method", "max_steps", "stages", "settings", "teacher", "base_model", "projection_matrices", "cached_logits")
 _MAY_MOVE = ("teacher.name", "teacher.revision")  # the same weights under another name are the same teacher
 _FIXED_DATA = ("samples_per_step", "data")  # must not change if the batches that were trained on are skipped
+_ACCUMULATION = "gradient_accumulation_steps"  # may change, for the most part
 
 # What every record must hold, and what that of a complete checkpoint must hold, too; `[x]` is a list of x.
 _FIELDS = {"method": str, "max_steps": int, "stages": [dict], "settings": dict, "data": dict}
@@ -261,11 +262,43 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder
     changes = []
     for name in _FIXED + _FIXED_DATA * same_data:
         changes += _differences(name, saved.get(name), json.loads(json.dumps(current.get(name))))
+    data = current.get("data", {})
+    drops = data.get("dataloader_drop_last") and data["num_examples"] % current["samples_per_step"]
+    if same_data and (drops or data.get("dataloader_num_workers", 0) > 1):
+        # what is dropped follows from the micro-batch; and each worker makes whole ones, of its part of a stream
+        now = _arguments(current).get(_ACCUMULATION)
+        changes += _differences(_ACCUMULATION, _arguments(saved).get(_ACCUMULATION, now), now)
     if changes:
         raise ValueError(
             f"{folder} was written by a run with other settings: {'; '.join(changes)}. Resume with the settings it was "
             "started with, or start a new run in another output_dir."
         )
+
+
+def resumed_at(record: Mapping[str, Any], accumulation: int, folder: str) -> tuple[int, int]:
+    """Where a checkpoint's run goes on reading a stream, whose batches may be accumulated otherwise than before.
+
+    Args:
+        record: of the checkpoint.
+        accumulation: the number of micro-batches of a step now.
+        folder: of the checkpoint.
+
+    Returns:
+        the number of the pass over the stream, from 0, and of the micro-batches of now that it skips.
+
+    Raises:
+        ValueError: what was read is no whole number of steps, so that it can't be counted in other micro-batches.
+    """
+    epoch, batches, before = record["epoch"], record["batches"], _arguments(record).get(_ACCUMULATION, accumulation)
+    if before == accumulation:
+        return epoch, batches
+    if not isinstance(before, int) or before < 1 or batches % before:
+        raise ValueError(
+            f"{folder} was written after {batches} micro-batches of a stream, which are no whole number of steps of "
+            f"{_short.repr(before)}; resume with the {_ACCUMULATION} that it was written with, or from another "
+            "checkpoint."
+        )
+    return epoch, batches // before * accumulation
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from hf_curriculum_distill.resuming.record import (
     check_resumable,
     read_record,
     recorded_groups,
+    resumed_at,
     write_record,
 )
 from hf_curriculum_distill.stages import Stage
@@ -231,6 +232,26 @@ def test_other_data_resume_where_their_order_need_not_go_on():
     check_resumable(saved, changed, "folder", same_data=False)
     with pytest.raises(ValueError, match=r"other settings: max_steps changed from 8 to 9\. Resume"):
         check_resumable(saved, changed | {"max_steps": 9}, "folder", same_data=False)
+
+
+def test_a_stream_goes_on_after_as_many_steps_however_they_are_cut():
+    record = CHECKPOINT | {"epoch": 1, "batches": 6, "arguments": {"gradient_accumulation_steps": 2}}
+    assert [resumed_at(record, accumulation, "folder") for accumulation in (1, 2, 4)] == [(1, 3), (1, 6), (1, 12)]
+    assert resumed_at(record | {"batches": 7}, 2, "folder") == (1, 7)
+    assert resumed_at(record | {"arguments": None}, 4, "folder") == (1, 6)  # of a version that wrote none
+    for damaged in ({"batches": 7}, *({"arguments": {"gradient_accumulation_steps": n}} for n in (0, "2", [DEEP]))):
+        with pytest.raises(ValueError, match=r"folder was written after . micro-batches of a stream.* no whole number"):
+            resumed_at(record | damaged, 1, "folder")
+
+
+def test_micro_batches_may_change_if_none_is_dropped():
+    two, one = ({"arguments": {"gradient_accumulation_steps": steps}} for steps in (2, 1))
+    whole = json.loads(json.dumps(RECORD)) | {"data": RECORD["data"] | {"dataloader_drop_last": True}}
+    check_resumable(whole | two, whole | one, "folder")
+    cut = whole | {"data": whole["data"] | {"num_examples": 65}}
+    check_resumable(cut, cut | one, "folder")  # of a version that wrote no arguments
+    with pytest.raises(ValueError, match="gradient_accumulation_steps changed from 2 to 1"):
+        check_resumable(cut | two, cut | one, "folder")
 
 
 def test_what_a_damaged_file_holds_is_quoted_in_one_short_line():
