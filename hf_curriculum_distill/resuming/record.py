@@ -41,6 +41,7 @@ _SETTINGS = (
     "finished_layer_rate",
     "carry_optimizer",
     "hidden_positions",
+    "layer_stack",
     "standardize_targets",
     "restart_schedule_per_stage",
     "stage_warmup_ratio",
@@ -49,7 +50,7 @@ _SETTINGS = (
     "teacher_learning_rate",
 )
 
-# What a record that lacks a setting stands for: it was written before there was a choice.
+# What a record that lacks a setting, among its arguments too, stands for: it was written before there was a choice.
 _ONCE_FIXED = {
     "hidden_loss": "mse",
     "pooling": None,
@@ -60,6 +61,7 @@ _ONCE_FIXED = {
     "teacher_attention": None,
     "class_weights": None,
     "teacher_entropy_threshold": None,
+    "layer_stack": "encoder",
 }
 
 # Prefixes of the arguments that say where, when and how a run reads, writes and evaluates, but not what it learns; and
@@ -78,6 +80,7 @@ _NO_SETTING_EITHER = ("project", "teacher_cache")
 _FIXED = ("method", "max_steps", "stages", "settings", "teacher", "base_model", "projection_matrices", "cached_logits")
 _MAY_MOVE = ("teacher.name", "teacher.revision")  # the same weights under another name are the same teacher
 _FIXED_DATA = ("samples_per_step", "data")  # must not change if the batches that were trained on are skipped
+_ACCUMULATION = "gradient_accumulation_steps"  # may change, for the most part
 
 # What every record must hold, and what that of a complete checkpoint must hold, too; `[x]` is a list of x.
 _FIELDS = {"method": str, "max_steps": int, "stages": [dict], "settings": dict, "data": dict}
@@ -227,8 +230,7 @@ def recorded_groups(record: Mapping[str, Any], folder: str) -> list[tuple[LayerP
     Raises:
         ValueError: the run had another layer order, or the record is damaged.
     """
-    arguments = record.get("arguments")
-    order = arguments.get("layer_order") if isinstance(arguments, dict) else None
+    order = _arguments(record).get("layer_order")
     if order != "complexity" or record["method"] == "stages":
         raise ValueError(
             f"{folder} was written by a run whose stages were not chosen by layer_order='complexity', but "
@@ -256,15 +258,58 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], folder
     Raises:
         ValueError: something changed since the checkpoint was written; says what, from what, to what.
     """
-    saved, current = (record | {"settings": _ONCE_FIXED | record.get("settings", {})} for record in (saved, current))
+    saved, current = (record | {"settings": _settings(record)} for record in (saved, current))
     changes = []
     for name in _FIXED + _FIXED_DATA * same_data:
         changes += _differences(name, saved.get(name), json.loads(json.dumps(current.get(name))))
+    data = current.get("data", {})
+    drops = data.get("dataloader_drop_last") and data["num_examples"] % current["samples_per_step"]
+    if same_data and (drops or data.get("dataloader_num_workers", 0) > 1):
+        # what is dropped follows from the micro-batch; and each worker makes whole ones, of its part of a stream
+        now = _arguments(current).get(_ACCUMULATION)
+        changes += _differences(_ACCUMULATION, _arguments(saved).get(_ACCUMULATION, now), now)
     if changes:
         raise ValueError(
             f"{folder} was written by a run with other settings: {'; '.join(changes)}. Resume with the settings it was "
             "started with, or start a new run in another output_dir."
         )
+
+
+def resumed_at(record: Mapping[str, Any], accumulation: int, folder: str) -> tuple[int, int]:
+    """Where a checkpoint's run goes on reading a stream, whose batches may be accumulated otherwise than before.
+
+    Args:
+        record: of the checkpoint.
+        accumulation: the number of micro-batches of a step now.
+        folder: of the checkpoint.
+
+    Returns:
+        the number of the pass over the stream, from 0, and of the micro-batches of now that it skips.
+
+    Raises:
+        ValueError: what was read is no whole number of steps, so that it can't be counted in other micro-batches.
+    """
+    epoch, batches, before = record["epoch"], record["batches"], _arguments(record).get(_ACCUMULATION, accumulation)
+    if before == accumulation:
+        return epoch, batches
+    if not isinstance(before, int) or before < 1 or batches % before:
+        raise ValueError(
+            f"{folder} was written after {batches} micro-batches of a stream, which are no whole number of steps of "
+            f"{_short.repr(before)}; resume with the {_ACCUMULATION} that it was written with, or from another "
+            "checkpoint."
+        )
+    return epoch, batches // before * accumulation
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    known = {name: value for name, value in _arguments(record).items() if name in _ONCE_FIXED}
+    return _ONCE_FIXED | known | record.get("settings", {})
+
+
+def _arguments(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a run; none if its record was written before they were in it, or is damaged."""
+    arguments = record.get("arguments")
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def _differences(name: str, saved: Any, current: Any) -> list[str]:

@@ -26,7 +26,7 @@ from hf_curriculum_distill.logs import get_logger
 from hf_curriculum_distill.projections import ProjectionBank
 from hf_curriculum_distill.resuming.checkpoints import find_last_checkpoint, list_files, read_whole, remove_unfinished
 from hf_curriculum_distill.resuming.events import TrainingEvents
-from hf_curriculum_distill.resuming.record import check_resumable, describe_data, make_record, write_record
+from hf_curriculum_distill.resuming.record import check_resumable, describe_data, make_record, resumed_at, write_record
 from hf_curriculum_distill.resuming.totals import RunningTotals
 from hf_curriculum_distill.stages import Stage, StageScheduler
 from hf_curriculum_distill.teachers.teacher import Teacher
@@ -136,7 +136,7 @@ class ResumableTrainer(Trainer):
                 self.state.best_model_checkpoint = best
             if not hasattr(self.train_dataset, "__len__") and not self.args.ignore_data_skip:
                 # a stream may have ended and begun again since the run's first step, which Trainer cannot know
-                epoch, batches = self._resumed["epoch"], self._resumed["batches"]
+                epoch, batches = resumed_at(self._resumed, self.args.gradient_accumulation_steps, checkpoint)
         self._position = {"epoch": epoch, "batches": batches}
         if self._resumed is not None and self.state.global_step >= self.state.max_steps:
             return self.state.num_train_epochs, 0  # the run is finished: Trainer might take a step more

@@ -84,7 +84,8 @@ class CachedTeacher:
 
     def _examples(self, batch: Batch) -> Examples:
         inputs, rows = self._teacher.known(batch.model_inputs), batch.rows if self._wanted.kl_weight else None
-        return Examples(inputs, rows, batch.rows_per_example, batch.head is SPAN)
+        stack = self._teacher.partial_forward.stack
+        return Examples(inputs, rows, batch.rows_per_example, batch.head is SPAN, stack)
 
     def log_epoch(self, epoch: int) -> None:
         """Log the share of examples that were found in this epoch; warn if a later epoch found few.

@@ -1,8 +1,8 @@
 """A teacher's targets on disk, by example.
 
 A record is one target of one example. Its key is a hash of the example's inputs to the teacher, so the order of the
-data, the batches and padding after the example do not matter. Each teacher, projection matrix and precision has its own
-folder.
+data, the batches and padding after the example do not matter, but for that of a decoder's tokens. Each teacher,
+projection matrix and precision has its own folder.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Examples:
         rows: numbers `[rows]` of the rows that count in the flattened logits; None if no logits are wanted.
         rows_per_example: the number of rows of logits of an example, padding included.
         classes_are_tokens: whether a row of logits has a class for each token, padding included.
+        stack: the stack of an encoder-decoder whose states are wanted. The decoder's may count where it reads padding,
+            so with them nothing of an example is left out.
 
     Raises:
         ValueError: an input does not have one entry per example.
@@ -54,6 +56,7 @@ class Examples:
         rows: Tensor | None,
         rows_per_example: int,
         classes_are_tokens: bool = False,
+        stack: str = "encoder",
     ):
         tensors = {name: value.detach().cpu() for name, value in inputs.items() if isinstance(value, Tensor)}
         self.size = len(next(iter(tensors.values())))
@@ -68,7 +71,7 @@ class Examples:
         self.length = None if tokens is None else tokens[1]
         self.lengths = [self.length] * self.size
         mask = tensors.get("attention_mask")
-        if mask is not None and mask.shape == tokens:  # no token sees the padding after these
+        if stack == "encoder" and mask is not None and mask.shape == tokens:  # no token sees the padding after these
             self.lengths = (mask.ne(0) * torch.arange(1, self.length + 1)).amax(1).tolist()
         rows = torch.empty(0, dtype=torch.long) if rows is None else rows.cpu()
         self.counts = torch.bincount(rows // rows_per_example, minlength=self.size).tolist()
@@ -77,12 +80,18 @@ class Examples:
         for index, (length, own) in enumerate(zip(self.lengths, positions, strict=True)):
             digest = hashlib.blake2b(digest_size=16)
             for name, tensor in sorted(tensors.items()):
-                value = tensor[index, :length] if tensor.shape[:2] == tokens else tensor[index]
+                # the mask is the text's: a decoder's tokens, even if they are as many, end elsewhere
+                of_text = tensor.shape[:2] == tokens and not name.startswith("decoder_")
+                value = tensor[index, :length] if of_text else tensor[index]
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
                 digest.update(_bytes(value))
             self.keys.append(digest.digest())
             digest.update(b"rows " + _bytes(own) + (b" of %d tokens" % self.length if classes_are_tokens else b""))
             self.logit_keys.append(digest.digest())
+        decoded = tensors.get("decoder_input_ids", tensors.get("decoder_inputs_embeds"))
+        if stack == "decoder" and decoded is not None:
+            self.length = decoded.shape[1]
+            self.lengths = [self.length] * self.size
 
 
 class TargetStore:
@@ -101,6 +110,7 @@ class TargetStore:
         self.folder = args.teacher_cache
         os.makedirs(self.folder, exist_ok=True)
         self._bank, self._k, self._temperature = bank, args.teacher_cache_logits, args.temperature
+        self._pooling, self._stack = args.pooling, teacher.partial_forward.stack
         self._num_classes = teacher.partial_forward.num_classes
         config = {n: v for n, v in teacher.model.config.to_dict().items() if n[0] != "_" and n not in _WITHOUT_EFFECT}
         self._teacher = {
@@ -124,8 +134,13 @@ class TargetStore:
                 tensors = (
                     self._bank.tensors()[f"layer_{target}_{teacher_layer}.{n}"] for n in ("weight", "mean", "std")
                 )
-                matrix = hashlib.sha256(b"".join(f"{t.shape}".encode() + _bytes(t.cpu()) for t in tensors)).hexdigest()
-                facts = {"target": "hidden", "teacher_layer": teacher_layer, "projection": matrix}
+                facts = {"target": "hidden", "teacher_layer": teacher_layer, "projection": _hash(*tensors)}
+                facts |= {"layer_stack": "decoder"} if self._stack == "decoder" else {}
+            elif self._pooling is not None:  # embeddings take the logits' place, in the student's width
+                facts["pooling"] = self._pooling
+                if self._bank is not None:
+                    weight = next(iter(self._bank.tensors().values()))  # of any layer: the teacher has one width
+                    facts["projection"] = _hash(self._bank.project_output(torch.eye(weight.shape[1]).to(weight)))
             described = json.dumps(self._teacher | facts, sort_keys=True, indent=2)
             folder = os.path.join(self.folder, hashlib.sha256(described.encode()).hexdigest()[:32])
             self._records[target] = RecordStore(folder)
@@ -290,6 +305,10 @@ class TargetStore:
         if target == _LOGITS:
             return examples.counts
         return [1 if length is None else length for length in examples.lengths]
+
+
+def _hash(*tensors: Tensor) -> str:
+    return hashlib.sha256(b"".join(f"{t.shape}".encode() + _bytes(t.cpu()) for t in tensors)).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -137,11 +137,16 @@ def collate(examples):
 class Watched(CurriculumDistillationTrainer):
     sampler = None
 
+    def __init__(self, *args, **kwargs):
+        self.seen, self.first_tokens = [], {}
+        super().__init__(*args, **kwargs)
+
     def _get_train_sampler(self, train_dataset=None):
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler()
 
     def training_step(self, model, inputs, *args):
         self.seen.append((self.state.global_step, inputs["input_ids"].tolist()))
+        self.first_tokens.setdefault(self.state.global_step, []).extend(inputs["labels"][:, 0].tolist())
         return super().training_step(model, inputs, *args)
 
 
@@ -170,7 +175,7 @@ def run(config, teacher):
         trainer = Watched(
             tiny_bert(1, seed=1), args, data_collator=collate, train_dataset=Data(), teacher_model=teacher
         )
-        trainer.sampler, trainer.seen = sampler, []
+        trainer.sampler = sampler
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer.seen, weights(trainer.model), trainer.args.output_dir
 
@@ -232,9 +237,7 @@ def trainer(config, teacher):
         )
         data = Data() if data is None else data
         data = [Data()[index] for index in data] if isinstance(data, list) else data
-        return CurriculumDistillationTrainer(
-            tiny_bert(1, seed=1), args, data_collator=collate, train_dataset=data, teacher_model=teacher
-        )
+        return Watched(tiny_bert(1, seed=1), args, data_collator=collate, train_dataset=data, teacher_model=teacher)
 
     return build
 
@@ -254,13 +257,31 @@ def test_what_would_change_the_order_of_the_data_is_refused(trainer, name):
     assert ignoring.state.global_step == 2
 
 
-def test_the_same_batch_may_be_cut_otherwise_and_loaded_by_any_number_of_workers(trainer):
-    first = trainer()
+IN_ONE, IN_TWO = {}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("before, after", [(IN_ONE, IN_TWO), (IN_TWO, IN_ONE)], ids=["cut", "joined"])
+@pytest.mark.parametrize("data", [Data, Stream])
+def test_the_same_batch_may_be_cut_otherwise_and_loaded_by_any_number_of_workers(trainer, data, before, after):
+    first = trainer(data=data(), max_steps=9, **before)
     first.train()
-    fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "dataloader_num_workers": 1}
-    resumed = trainer("cut", **fields)
-    resumed.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-1")
-    assert resumed.state.global_step == 2
+    for step in (2, 7):  # in the first pass over the data, and in the second
+        workers = {"dataloader_num_workers": 1} if data is Data else {}
+        resumed = trainer("cut", data=data(), max_steps=9, save_strategy="no", **after, **workers)
+        resumed.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-{step}")
+        assert resumed.state.global_step == 9
+        assert [resumed.first_tokens[s] for s in (step, step + 1)] == [first.first_tokens[s] for s in (step, step + 1)]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"data": Stream(), "dataloader_num_workers": 2}, {"dataloader_drop_last": True}], ids=["workers", "drop"]
+)
+def test_where_other_micro_batches_are_of_other_examples_they_are_refused(trainer, fields):
+    first = trainer(**fields, **IN_TWO)
+    first.train()
+    changed = trainer("changed", **fields)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps changed from 2 to 1"):
+        changed.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-1")
 
 
 @pytest.mark.parametrize("before, after", [(0, 1), (1, 2)])

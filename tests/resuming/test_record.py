@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_families import labels_alone, pairs
 
 from hf_curriculum_distill import CurriculumDistillationTrainer
 from hf_curriculum_distill.resuming.record import (
@@ -11,6 +12,7 @@ from hf_curriculum_distill.resuming.record import (
     check_resumable,
     read_record,
     recorded_groups,
+    resumed_at,
     write_record,
 )
 from hf_curriculum_distill.stages import Stage
@@ -174,6 +176,19 @@ def test_a_record_from_before_there_was_a_choice_resumes_with_what_was_fixed_the
         check_resumable(saved, RECORD | {"settings": RECORD["settings"] | {"hidden_loss": "cosine"}}, "folder")
 
 
+def test_a_record_from_before_a_setting_was_compared_may_have_it_among_its_arguments():
+    saved = json.loads(json.dumps(RECORD))
+    encoder, decoder = (RECORD | {"settings": RECORD["settings"] | {"layer_stack": s}} for s in ("encoder", "decoder"))
+    check_resumable(saved, encoder, "folder")
+    check_resumable(saved | {"arguments": {"layer_stack": "decoder"}}, decoder, "folder")
+    for arguments, current, change in (
+        (None, decoder, "'encoder' to 'decoder'"),
+        ({"layer_stack": "decoder"}, encoder, "'decoder' to 'encoder'"),
+    ):
+        with pytest.raises(ValueError, match=rf"settings\.layer_stack changed from {change}"):
+            check_resumable(saved | {"arguments": arguments}, current, "folder")
+
+
 CHANGES = {
     "class_weights": [1.0, *[2.0] * 49],
     "teacher_entropy_threshold": 0.5,
@@ -200,12 +215,43 @@ def test_what_changes_the_loss_may_not_change_when_a_run_is_resumed(config, stud
     make().train(resume_from_checkpoint=f"{changed.args.output_dir}/checkpoint-1")
 
 
+def test_a_run_that_matched_one_stack_may_not_go_on_with_the_other(config):
+    def make(stack):
+        args = config(max_steps=1, method="hidden", layer_stack=stack, save_strategy="steps", save_steps=1)
+        models = {"model": pairs("t5", 1), "teacher_model": pairs("t5", 1)}
+        return CurriculumDistillationTrainer(args=args, train_dataset=labels_alone("t5"), **models)
+
+    make("encoder").train()
+    with pytest.raises(ValueError, match=r"settings\.layer_stack changed from 'encoder' to 'decoder'"):
+        make("decoder").train(resume_from_checkpoint=True)
+
+
 def test_other_data_resume_where_their_order_need_not_go_on():
     saved = json.loads(json.dumps(RECORD))
     changed = RECORD | {"samples_per_step": 8, "data": RECORD["data"] | {"seed": 0}}
     check_resumable(saved, changed, "folder", same_data=False)
     with pytest.raises(ValueError, match=r"other settings: max_steps changed from 8 to 9\. Resume"):
         check_resumable(saved, changed | {"max_steps": 9}, "folder", same_data=False)
+
+
+def test_a_stream_goes_on_after_as_many_steps_however_they_are_cut():
+    record = CHECKPOINT | {"epoch": 1, "batches": 6, "arguments": {"gradient_accumulation_steps": 2}}
+    assert [resumed_at(record, accumulation, "folder") for accumulation in (1, 2, 4)] == [(1, 3), (1, 6), (1, 12)]
+    assert resumed_at(record | {"batches": 7}, 2, "folder") == (1, 7)
+    assert resumed_at(record | {"arguments": None}, 4, "folder") == (1, 6)  # of a version that wrote none
+    for damaged in ({"batches": 7}, *({"arguments": {"gradient_accumulation_steps": n}} for n in (0, "2", [DEEP]))):
+        with pytest.raises(ValueError, match=r"folder was written after . micro-batches of a stream.* no whole number"):
+            resumed_at(record | damaged, 1, "folder")
+
+
+def test_micro_batches_may_change_if_none_is_dropped():
+    two, one = ({"arguments": {"gradient_accumulation_steps": steps}} for steps in (2, 1))
+    whole = json.loads(json.dumps(RECORD)) | {"data": RECORD["data"] | {"dataloader_drop_last": True}}
+    check_resumable(whole | two, whole | one, "folder")
+    cut = whole | {"data": whole["data"] | {"num_examples": 65}}
+    check_resumable(cut, cut | one, "folder")  # of a version that wrote no arguments
+    with pytest.raises(ValueError, match="gradient_accumulation_steps changed from 2 to 1"):
+        check_resumable(cut | two, cut | one, "folder")
 
 
 def test_what_a_damaged_file_holds_is_quoted_in_one_short_line():

@@ -8,6 +8,9 @@ import torch
 from conftest import VOCAB_SIZE, assert_same_weights, masked_lm_examples, tiny_bert
 from hypothesis import given
 from hypothesis import strategies as st
+from test_embeddings import make
+from test_families import pairs
+from torch.nn.utils.rnn import pad_sequence
 
 from hf_curriculum_distill import CurriculumDistillationTrainer, ProjectionBank
 from hf_curriculum_distill.teachers.records import RecordStore
@@ -122,6 +125,41 @@ def test_hidden_targets_are_the_projected_states_in_bfloat16(config, tmp_path):
     assert_same_weights(runs[1].model.state_dict(), runs[0].model.state_dict())
 
 
+def text_and_target(length, target_length):
+    ids, labels = (torch.randint(3, VOCAB_SIZE, (n,)) for n in (length, target_length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def pad(examples):
+    padding = {"input_ids": 1, "attention_mask": 0, "labels": -100}
+    return {name: pad_sequence([e[name] for e in examples], True, value) for name, value in padding.items()}
+
+
+@pytest.mark.parametrize("other, stack", [("decoder", "encoder"), ("encoder", "decoder")])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_decoder_has_tokens_and_states_of_its_own(config, tmp_path, name, other, stack):
+    data = [text_and_target(*lengths) for lengths in ((5, 9), (12, 12), (6, 10), (4, 8), (10, 6), (9, 7))]
+    labels = data[0]["labels"]
+    data += [data[0] | {"labels": torch.cat([labels[:6], labels[6:].flip(0)])}, data[1]]  # one text, another target
+    runs, cache = [], str(tmp_path / "cache")
+    for layer_stack, folder in ((other, cache), (stack, cache), (stack, None)):
+        args = config(
+            stages=[{"hidden": [[1, 2]], "kl_weight": 1.0}], layer_stack=layer_stack, teacher_cache=folder,
+            teacher_cache_logits=None, standardize_targets=False, learning_rate=0.0, per_device_train_batch_size=2,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        teacher = pairs(name, 2, seed=2)
+        run = CurriculumDistillationTrainer(
+            pairs(name, 1, seed=1), args, data_collator=pad, train_dataset=data, teacher_model=teacher
+        )
+        run.train()
+        runs.append(run)
+    _, cached, plain = runs
+    for term, precision in (("hidden_mse", 1e-3), ("kl", 1e-5)):
+        assert logged(cached, term) == pytest.approx(logged(plain, term), rel=precision)
+    assert logged(cached, "teacher_flops")[3:] == logged(cached, "teacher_flops")[3:4] * 5  # the second pass is read
+
+
 CHANGES = {
     "teacher": {"teacher": lambda: changed_by_one_bit(strong_teacher())},
     "teacher's configuration": {"teacher": lambda: strong_teacher(layer_norm_eps=1e-3)},
@@ -150,6 +188,19 @@ def test_targets_of_another_run_are_never_taken_for_this_ones(change, config, tm
     among, alone = (train(config, tmp_path / folder, make(), **fields) for folder in ("shared", "own"))
     assert_same_weights(among.model.state_dict(), alone.model.state_dict())
     assert logged(among, "loss") == logged(alone, "loss")
+
+
+@pytest.mark.parametrize("change", [{"pooling": "cls"}, {"projection_seed": 1}, {"projection": "orthogonal"}], ids=str)
+def test_embeddings_of_another_run_are_never_taken_for_this_ones(change, config, tmp_path):
+    def losses(folder, **changed):
+        fields = {"method": "one_shot", "pooling": "mean", "max_steps": 4, "teacher_cache_logits": None}
+        run = make(config(**fields | changed, teacher_cache=str(tmp_path / folder)), width=24)
+        run.train()
+        return logged(run, "output_mse"), logged(run, "teacher_flops")
+
+    losses("shared")
+    assert losses("shared", **change) == losses("own", **change)
+    assert losses("shared", **change)[1] == [0.0] * 4
 
 
 def test_each_folder_says_whose_targets_it_holds(config, tmp_path):
