@@ -144,7 +144,7 @@ def distil(pipeline: dict, run: Run) -> dict:
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:
     """The teacher's own accuracy; with --teacher_from, after training it on the labels if it is not there yet."""
-    args = replace(args, stages=LABELS_ALONE, teacher_cache=None, push_to_hub=False)
+    args = replace(args, **LABELS_ALONE)
     if teacher_source(recipe.teacher, recipe.teacher_from) != recipe.teacher:
         train_teacher(recipe, args, pipeline)
     model = AutoModelForMaskedLM.from_pretrained(recipe.teacher)

@@ -157,7 +157,7 @@ def evaluate_teacher(recipe: RecipeArguments, args: TrainingConfig, teacher: Pre
     _, heldout = load_data(recipe, args, find_tokenizer(recipe))
     trainer = CurriculumDistillationTrainer(
         model=teacher,
-        args=replace(args, stages=LABELS_ALONE, teacher_cache=None, push_to_hub=False),
+        args=replace(args, **LABELS_ALONE),
         eval_dataset=heldout,
         data_collator=default_data_collator,
     )

@@ -208,7 +208,7 @@ def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
     """Train the teacher if it is not there yet, log how good it is, and refuse one that knows nothing."""
     task = read(recipe)
     tokenizer = load_tokenizer(recipe)
-    args = replace(args, stages=LABELS_ALONE, teacher_cache=None, push_to_hub=False)
+    args = replace(args, **LABELS_ALONE)
     if teacher_source(recipe.teacher, recipe.teacher_from) != recipe.teacher:
         train_teacher(recipe, args, task, tokenizer)
     model = AutoModelForSequenceClassification.from_pretrained(recipe.teacher)

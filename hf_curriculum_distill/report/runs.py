@@ -35,7 +35,9 @@ from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
 logger = get_logger(__name__)
 
-LABELS_ALONE = [{"label_weight": 1.0}]  # the stages of a training without a teacher, of a teacher for instance
+# what a training without a teacher, of a teacher for instance, has in place of its students' arguments
+LABELS_ALONE = {"stages": [{"label_weight": 1.0}], "teacher_entropy_threshold": None, "teacher_cache": None}
+LABELS_ALONE |= {"push_to_hub": False}
 
 _METRICS = ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl", "eval_cosine")
 
@@ -120,7 +122,6 @@ def teacher_arguments(
     return dataclasses.replace(
         args,
         output_dir=folder,
-        stages=LABELS_ALONE,
         max_steps=max_steps,
         per_device_train_batch_size=batch_size,
         learning_rate=args.teacher_learning_rate,
@@ -131,6 +132,7 @@ def teacher_arguments(
         save_strategy="steps",
         save_steps=every,
         save_only_model=True,
+        **LABELS_ALONE,
         **others,
     )
 

@@ -23,8 +23,10 @@ from hf_curriculum_distill.report.runs import (
     plan_runs,
     planned_or_exit,
     summarize,
+    teacher_arguments,
     train_student,
 )
+from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.tasks.parity import ParityMLPConfig, ParityMLPForSequenceClassification, SparseParity, stack
 
 # ---- the plan ----
@@ -361,7 +363,7 @@ def test_a_folder_that_cannot_be_written_is_refused_and_none_is_made(config, tmp
 
 
 def test_a_teacher_is_kept_whole_with_its_configuration_last(config, tmp_path, monkeypatch):
-    trainer = CurriculumDistillationTrainer(tiny_bert(1), config("training", stages=LABELS_ALONE))
+    trainer = CurriculumDistillationTrainer(tiny_bert(1), config("training", **LABELS_ALONE))
     moved, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (moved.append(os.path.basename(paths[1])), replace(*paths)))
     folder = str(tmp_path / "teacher")
@@ -370,3 +372,14 @@ def test_a_teacher_is_kept_whole_with_its_configuration_last(config, tmp_path, m
     assert {*moved} == {*os.listdir(folder)} > {"model.safetensors", "config.json"} and moved[-1] == "config.json"
     assert not os.path.exists(os.path.join(trainer.args.output_dir, "model"))
     assert_same_weights(weights(type(trainer.model).from_pretrained(folder)), weights(trainer.model))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"teacher_entropy_threshold": 0.5, "label_loss_weight": 1.0}, {"teacher_cache": "cache"}], ids=str
+)
+def test_a_teacher_learns_from_labels_alone_whatever_its_students_do(config, tmp_path, examples, fields):
+    args = config(max_steps=1, teacher_learning_rate=1e-3, **fields)
+    for own in (dataclasses.replace(args, **LABELS_ALONE), teacher_arguments(args, str(tmp_path / "teacher"), 1, 4, 1)):
+        trainer = CurriculumDistillationTrainer(tiny_bert(1), own, train_dataset=examples, eval_dataset=examples[:4])
+        trainer.train()
+        assert trainer.stages == [Stage(label_weight=1.0)]
