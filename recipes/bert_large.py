@@ -193,7 +193,7 @@ def start_student(run: Run, tokenizer) -> PreTrainedModel:
         student = make_student(recipe.student, teacher)
     else:
         student = make_model(recipe.student, recipe.dropout, tokenizer)
-    return start_embeddings(student, teacher, run)
+    return start_embeddings(student, teacher, run, tokenizer)
 
 
 def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
@@ -217,12 +217,13 @@ def load_model(name: str, dropout: float) -> PreTrainedModel:
 def check_run(run: Run) -> None:
     """Check models, vocabulary and steps before the data are read."""
     recipe = run.recipe
-    check_student(run)
+    check_size(recipe.student)
     if recipe.teacher_from is not None and student_size(recipe.teacher_from):
         raise SystemExit(f"teacher_from is {recipe.teacher_from!r}, a student of a teacher; name a size or a model.")
     source, tokenizer = teacher_source(recipe.teacher, recipe.teacher_from), load_tokenizer(recipe)
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     teacher = find_config(source, recipe.dropout, **tokens)
+    check_embeddings(recipe.student, recipe.student_embeddings, run.args, teacher)
     if recipe.teacher_from not in (None, source):
         wanted, sizes = find_config(recipe.teacher_from), ("hidden_size", "num_hidden_layers", "num_attention_heads")
         check_kept_teacher(source, {size: (getattr(teacher, size), getattr(wanted, size)) for size in sizes})
@@ -231,12 +232,6 @@ def check_run(run: Run) -> None:
     with torch.device("meta"):
         models = [AutoModelForMaskedLM.from_config(config) for config in (student, teacher)]
     check_models(run.args, *models, tokenizer, ("block_size", recipe.block_size))
-
-
-def check_student(run: Run) -> None:
-    """Whether the options describe a student, as far as can be said before the teacher is there."""
-    check_size(run.recipe.student)
-    check_embeddings(run.recipe.student, run.recipe.student_embeddings, run.args)
 
 
 def check_size(size: str) -> None:

@@ -140,7 +140,7 @@ def distil(run: Run) -> dict:
     teacher = find_teacher(recipe, args)
     set_seed(args.seed)
     trainer = CurriculumDistillationTrainer(
-        model=start_embeddings(make_student(recipe, teacher), teacher, run),
+        model=start_embeddings(make_student(recipe, teacher), teacher, run, tokenizer),
         args=args,
         teacher_model=recipe.teacher if args.method == "progressive" else teacher,
         train_dataset=train,
@@ -190,8 +190,8 @@ def num_predicted(blocks: Dataset) -> int:
 def check_run(run: Run) -> None:
     """Raise a `ValueError` or `OSError` for models that can't be used, before weights and data are read."""
     recipe = run.recipe
-    check_embeddings(recipe.student, recipe.student_embeddings, run.args)
     config = find_config(recipe.teacher, recipe.gguf_file)
+    check_embeddings(recipe.student, recipe.student_embeddings, run.args, config)
     heads = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
     classes = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
     teacher = skeleton(config)

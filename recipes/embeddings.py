@@ -126,8 +126,8 @@ def check_run(run: Run) -> None:
     recipe = run.recipe
     if run.args.pooling in (None, "pooler"):
         raise ValueError(f"pooling is {run.args.pooling!r}; this recipe pools tokens: use 'mean', 'cls' or 'last'.")
-    check_embeddings(recipe.student, recipe.student_embeddings, run.args)
     teacher, tokenizer = find_config(recipe.teacher), AutoTokenizer.from_pretrained(recipe.teacher)
+    check_embeddings(recipe.student, recipe.student_embeddings, run.args, teacher)
     check_student_tokenizer(recipe.student, tokenizer)
     configs = find_config(recipe.student, teacher=teacher, vocab_size=len(tokenizer)), teacher
     with torch.device("meta"):
@@ -141,7 +141,7 @@ def distil(run: Run) -> dict[str, Any]:
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.teacher)
     teacher = AutoModel.from_pretrained(recipe.teacher)
-    student = start_embeddings(find_student(recipe.student, teacher, len(tokenizer)), teacher, run)
+    student = start_embeddings(find_student(recipe.student, teacher, len(tokenizer)), teacher, run, tokenizer)
     train, heldout = (
         encode(Dataset.from_dict({"text": sentences}), "text", tokenizer, recipe.max_length)
         for sentences in read_sentences(recipe, num_examples(args, args.max_steps), args.seed)

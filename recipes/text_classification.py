@@ -185,15 +185,15 @@ def start_student(run: Run, tokenizer: PreTrainedTokenizerBase, classes: Mapping
         student = make_student(recipe.student, teacher)
     else:
         student = make_model(recipe.student, recipe.dropout, tokenizer, classes)
-    return start_embeddings(student, teacher, run)
+    return start_embeddings(student, teacher, run, tokenizer)
 
 
 def check_run(run: Run) -> None:
     """Check models, vocabulary and steps before the data are read."""
     recipe = run.recipe
-    check_embeddings(recipe.student, recipe.student_embeddings, run.args)
     source = teacher_source(recipe.teacher, recipe.teacher_from)
     teacher, tokenizer = find_config(source), load_tokenizer(recipe)
+    check_embeddings(recipe.student, recipe.student_embeddings, run.args, teacher)
     if recipe.teacher_from not in (None, source):
         wanted, sizes = find_config(recipe.teacher_from), ("hidden_size", "num_hidden_layers", "num_attention_heads")
         check_kept_teacher(source, {size: (getattr(teacher, size), getattr(wanted, size)) for size in sizes})

@@ -226,7 +226,7 @@ def student_of(bert_large, finished, tokenizer, *options):
     command += ["--eval_strategy", "no", *options]
     recipe, args = parse_arguments([bert_large.RecipeArguments, bert_large.TrainingConfig], command)
     [run] = bert_large.planned_or_exit(recipe, args)
-    bert_large.check_student(run)
+    bert_large.check_run(run)
     return bert_large.start_student(run, tokenizer), bert_large.load_model(teacher, 0.0), args
 
 

@@ -118,17 +118,6 @@ def test_a_students_embeddings_start_in_the_basis_of_its_targets(finished, class
     torch.testing.assert_close(own, theirs @ matrix.T)
 
 
-def test_embeddings_that_are_the_teachers_are_not_projected(finished, classification):
-    more = ["--methods", "curriculum", "--student", "teacher-1-32", "--student_embeddings", "projected"]
-    parsed = parse_arguments(
-        [classification.RecipeArguments, classification.TrainingConfig], options(finished[0], *more)
-    )
-    [run] = plan_runs(*parsed)
-    tokenizer = AutoTokenizer.from_pretrained(finished[0] / "teacher")
-    with pytest.raises(ValueError, match="'teacher-1-32' is as wide as the teacher and has its embeddings as they are"):
-        classification.start_student(run, tokenizer, {0: "bad"})
-
-
 def test_the_layer_stage_on_other_text_is_a_part_of_one_training(finished):
     folder, _ = finished
     task, other = (
@@ -175,6 +164,11 @@ def test_one_json_file_with_numbers_as_labels_is_enough(folder, tmp_path):
     [
         (["--student", "bert-huge"], 2, "'bert-huge' is no student"),
         (["--student_embeddings", "some"], 1, "student_embeddings is 'some'; use 'random' or 'projected'"),
+        (
+            ["--student", "teacher-1-32", "--student_embeddings", "projected"],
+            1,
+            "'teacher-1-32' is as wide as the teacher and has its embeddings as they are",
+        ),
         (["--student", "teacher-3"], 1, "num_layers is 3, but the teacher has 2 blocks"),
         (["--variants", '{"deep": {"student": "teacher-9"}}', "--methods", "deep"], 1, "num_layers is 9"),
         (["--variants", '{"deep": {"student": "bert-9"}}', "--methods", "deep"], 1, "'bert-9' is no student"),

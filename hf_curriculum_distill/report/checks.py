@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import CONFIG_NAME, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_NAME, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
 from hf_curriculum_distill.files import check_writable
@@ -52,13 +52,16 @@ def check_student_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> No
         )
 
 
-def check_embeddings(name: str, student_embeddings: str, args: CurriculumDistillationConfig) -> None:
+def check_embeddings(
+    name: str, student_embeddings: str, args: CurriculumDistillationConfig, teacher: PreTrainedConfig
+) -> None:
     """Check that a student's embeddings can start as an option says.
 
     Args:
         name: the student, as `--student` names it.
         student_embeddings: see [`~options.EmbeddingOptions`].
         args: of the run.
+        teacher: the configuration of the teacher.
 
     Raises:
         ValueError: they cannot.
@@ -72,6 +75,11 @@ def check_embeddings(name: str, student_embeddings: str, args: CurriculumDistill
         raise ValueError(
             f"student_embeddings is 'projected', but the student {name!r} has embeddings to start from; leave it out, "
             "or start from a size."
+        )
+    if size and size[1] == teacher.get_text_config().hidden_size:
+        raise ValueError(
+            f"student_embeddings is 'projected', but the student {name!r} is as wide as the teacher and has its "
+            "embeddings as they are; leave it out, or name another width."
         )
     if args.method in ("curriculum", "hidden") and not args.shared_projection:
         raise ValueError(

@@ -20,7 +20,6 @@ import transformers
 from transformers import CONFIG_NAME, PreTrainedModel
 
 from hf_curriculum_distill.config import METHODS, UNCACHED_METHODS, CurriculumDistillationConfig
-from hf_curriculum_distill.layers import student_size
 from hf_curriculum_distill.layers.blocks import backbone_config
 from hf_curriculum_distill.layers.students import project_embeddings
 from hf_curriculum_distill.lines import one_line
@@ -31,6 +30,7 @@ from hf_curriculum_distill.report.checks import check_output
 from hf_curriculum_distill.report.figures import PLOT_FILE, plot_comparison
 from hf_curriculum_distill.report.results import earlier_results, read_results, update_results
 from hf_curriculum_distill.report.tables import format_summary, format_table
+from hf_curriculum_distill.teachers.vocabularies import shared_vocabulary
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
 logger = get_logger(__name__)
@@ -293,25 +293,21 @@ def _describe(result: Mapping[str, Any]) -> str:
     return f"{name} {result[f'eval_{name}']:.4f} after {result['samples']:,} examples, {result['seconds']:.0f} s"
 
 
-def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, run: Run) -> PreTrainedModel:
+def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, run: Run, tokenizer: Any) -> PreTrainedModel:
     """Set a new student's embeddings as the run's `student_embeddings` says: see [`project_embeddings`].
+
+    Args:
+        tokenizer: of both.
 
     Returns:
         the student, changed in place.
-
-    Raises:
-        ValueError: a student of the teacher's blocks is as wide as the teacher, and so has its embeddings already.
     """
     if run.recipe.student_embeddings == "random":
         return student
     widths = [[backbone_config(model).hidden_size] for model in (student, teacher)]
-    if student_size(run.recipe.student) is not None and widths[0] == widths[1]:
-        raise ValueError(
-            f"student_embeddings is 'projected', but the student {run.recipe.student!r} is as wide as the teacher and "
-            "has its embeddings as they are; leave it out, or name another width."
-        )
     kind, seed = run.args.projection, run.args.projection_seed
-    return project_embeddings(student, teacher, ProjectionBank.create([(1, 1)], *widths, kind, seed, shared=True))
+    bank = ProjectionBank.create([(1, 1)], *widths, kind, seed, shared=True)
+    return project_embeddings(student, teacher, bank, shared_vocabulary(student, teacher, tokenizer))
 
 
 def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[str, Any]:

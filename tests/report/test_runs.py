@@ -6,28 +6,32 @@ import logging
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_same_weights, tiny_bert, weights
 from transformers import TrainerCallback, set_seed
 
-from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer
+from hf_curriculum_distill import CurriculumDistillationConfig, CurriculumDistillationTrainer, ProjectionBank
 from hf_curriculum_distill.cli import main
 from hf_curriculum_distill.options import ComparisonOptions
 from hf_curriculum_distill.report.results import write_results
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
+    Run,
     compare_methods,
     keep_teacher,
     plan_runs,
     planned_or_exit,
+    start_embeddings,
     summarize,
     teacher_arguments,
     train_student,
 )
 from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.tasks.parity import ParityMLPConfig, ParityMLPForSequenceClassification, SparseParity, stack
+from hf_curriculum_distill.tasks.pcfg import pcfg_tokenizer
 
 # ---- the plan ----
 
@@ -372,6 +376,17 @@ def test_a_teacher_is_kept_whole_with_its_configuration_last(config, tmp_path, m
     assert {*moved} == {*os.listdir(folder)} > {"model.safetensors", "config.json"} and moved[-1] == "config.json"
     assert not os.path.exists(os.path.join(trainer.args.output_dir, "model"))
     assert_same_weights(weights(type(trainer.model).from_pretrained(folder)), weights(trainer.model))
+
+
+def test_embeddings_start_as_those_of_a_teacher_whose_vocabulary_is_padded(config):
+    student, teacher = tiny_bert(1, seed=1), tiny_bert(1, width=24, vocab_size=56)
+    run = Run("some name", SimpleNamespace(student_embeddings="projected"), config(projection_seed=3))
+    with pytest.raises(ValueError, match="vocabulary has 50 entries and the teacher's 56"):
+        start_embeddings(student, teacher, run, None)
+    assert start_embeddings(student, teacher, run, pcfg_tokenizer()) is student
+    matrix = ProjectionBank.create([(1, 1)], [16], [24], seed=3, shared=True).tensors()["layer_1_1.weight"]
+    ours, theirs = (model.get_input_embeddings().weight for model in (student, teacher))
+    torch.testing.assert_close(ours, theirs[:50] @ matrix.T)
 
 
 @pytest.mark.parametrize(
