@@ -240,6 +240,22 @@ def test_a_student_is_some_of_the_teachers_blocks(bert_large, finished, tokenize
     assert torch.equal(own[name], theirs[name])
 
 
+def test_a_teacher_is_read_from_where_its_arguments_say(bert_large, finished, tokenizer, tmp_path):
+    shutil.copytree(finished[0] / "teacher", tmp_path / "best")
+    for path in (tmp_path / "best").glob("*token*"):
+        path.rename(tmp_path / path.name)
+    where = ["--teacher", str(tmp_path), "--teacher_model_init_kwargs", '{"subfolder": "best"}']
+    student, teacher, _ = student_of(bert_large, finished, tokenizer, "--student", "teacher-1", *where)
+    assert torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
+    command = [*where, "--allow_untrained_teacher", "--use_cpu", "true", "--bf16", "false", "--eval_strategy", "no"]
+    command += ["--dataloader_num_workers", "0"]
+    recipe, args = parse_arguments([bert_large.RecipeArguments, bert_large.TrainingConfig], command)
+    heldout = bert_large.mask_once([{"input_ids": [101, *range(2000, 2030), 102]}], tokenizer, 0.5, seed=0)
+    pipeline = {"eval_dataset": heldout, "data_collator": bert_large.MaskedBlocksCollator(tokenizer)}
+    assert 0 <= bert_large.find_teacher(recipe, args, pipeline)["eval_accuracy"] <= 1
+    assert bert_large.load_tokenizer(recipe, args).get_vocab() == tokenizer.get_vocab()
+
+
 @pytest.mark.parametrize("on_hub", [False, True], ids=["folder", "Hub"])
 def test_a_student_starts_from_weights_that_a_folder_or_the_hub_has(
     bert_large, finished, tokenizer, monkeypatch, tmp_path, on_hub

@@ -193,6 +193,26 @@ def test_wrong_options_are_said_before_training(folder, classification, monkeypa
     assert not (folder / "wrong").exists()
 
 
+def test_a_teacher_is_read_from_where_its_arguments_say(finished, classification, monkeypatch, tmp_path):
+    shutil.copytree(finished[0] / "teacher", tmp_path / "teacher/best")
+    for path in (tmp_path / "teacher/best").glob("*token*"):
+        path.rename(tmp_path / "teacher" / path.name)
+    more = ["--teacher", str(tmp_path / "teacher"), "--teacher_model_init_kwargs", '{"subfolder": "best"}']
+    more += ["--output_dir", str(tmp_path / "student"), "--methods", "curriculum", "--student", "teacher-1"]
+    command = [*options(finished[0], *more), "--projection", "identity", "--learning_rate", "0"]
+    monkeypatch.setattr(sys, "argv", ["text_classification.py", *command])
+    with pytest.raises(SystemExit, match=r"has 'subfolder': 'best', but teacher_from trains a teacher into .* itself"):
+        classification.main()
+    at = command.index("--teacher_from")
+    monkeypatch.setattr(sys, "argv", ["text_classification.py", *command[:at], *command[at + 2 :]])
+    classification.main()
+    name = "bert.embeddings.word_embeddings.weight"
+    student, teacher = (
+        load_file(place / "model.safetensors")[name] for place in (tmp_path / "student", finished[0] / "teacher")
+    )
+    assert torch.equal(student, teacher)
+
+
 def test_a_teacher_that_always_says_the_same_is_refused(finished, classification, monkeypatch):
     folder, _ = finished
     teacher = AutoModelForSequenceClassification.from_pretrained(folder / "teacher")

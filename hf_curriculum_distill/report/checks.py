@@ -16,17 +16,35 @@ from hf_curriculum_distill.planning.models import is_config_only, is_hub_name, n
 from hf_curriculum_distill.projections.matrices import MEASURED
 from hf_curriculum_distill.report.results import RESULTS_FILE, earlier_results
 from hf_curriculum_distill.teachers.loading import tokenizer_folder
+from hf_curriculum_distill.teachers.pretrained import file_arguments
 
 
-def load_tokenizer(recipe: Any) -> PreTrainedTokenizerBase:
+def teacher_files(recipe: Any, args: CurriculumDistillationConfig) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say where the files of a recipe's teacher are, as the trainer reads them.
+
+    Raises:
+        ValueError: they name a subfolder, but the recipe trains the teacher, into the folder itself.
+    """
+    where = file_arguments(args.teacher_model_init_kwargs)
+    if recipe.teacher_from is not None and "subfolder" in where:
+        raise ValueError(
+            f"teacher_model_init_kwargs has 'subfolder': {where['subfolder']!r}, but teacher_from trains a teacher "
+            f"into {recipe.teacher} itself; leave one of the two out."
+        )
+    return {} if teacher_source(recipe.teacher, recipe.teacher_from) != recipe.teacher else where
+
+
+def load_tokenizer(recipe: Any, args: CurriculumDistillationConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that a recipe's options name: `tokenizer`, else that of `teacher` or of `teacher_from`.
 
     Raises:
         OSError: there is none.
+        ValueError: see [`teacher_files`].
     """
     name = recipe.tokenizer or teacher_source(recipe.teacher, recipe.teacher_from)
+    where = {} if recipe.tokenizer else file_arguments(teacher_files(recipe, args), of_tokenizer=True)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
         raise OSError(
             f"There is no tokenizer of {name!r} within reach; name one with --tokenizer. ({error})"

@@ -66,6 +66,6 @@ def test_a_student_that_starts_from_weights_has_the_tokenizer_of_the_run(tmp_pat
         check_student_tokenizer(str(tmp_path), tokenizer)
 
 
-def test_a_tokenizer_that_is_not_there_is_named():
+def test_a_tokenizer_that_is_not_there_is_named(config):
     with pytest.raises(OSError, match="There is no tokenizer of 'no/words' within reach; name one with --tokenizer"):
-        load_tokenizer(SimpleNamespace(tokenizer="no/words", teacher=None, teacher_from=None))
+        load_tokenizer(SimpleNamespace(tokenizer="no/words", teacher=None, teacher_from=None), config())
