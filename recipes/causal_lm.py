@@ -11,7 +11,7 @@ What the student has to say:
     python -c "from transformers import pipeline; print(pipeline('text-generation', 'runs/causal_lm')('The city'))"
 
 Text is packed into blocks without padding, documents joined by <eos>, so blocks are the same in every epoch and for
-every student: what the teacher makes of them is kept in <output_dir>/teacher_cache, and the teacher runs once.
+every student: what the teacher makes of them is kept in <output_dir>/_teacher_cache, and the teacher runs once.
 
 Bits a byte compare models of different vocabularies: the cross-entropy, in bits, of all tokens of the held-out blocks
 but the first of each, divided by the UTF-8 bytes of the text that these tokens stand for. <eos> counts as a token, and
@@ -87,7 +87,7 @@ class RecipeArguments(TextOptions, ComparisonOptions):
     block_size: int = 128
     dropout: float = 0.0
     cache_targets: bool = field(
-        default=True, metadata={"help": "Whether teacher_cache is <output_dir>/teacher_cache where it is not set."}
+        default=True, metadata={"help": "Whether teacher_cache is <output_dir>/_teacher_cache where it is not set."}
     )
 
     def __post_init__(self):
@@ -121,7 +121,8 @@ def main():
     log_progress(logger, args)
     log_progress(cached.logger, args)  # how much the cache saves
     if recipe.cache_targets and args.teacher_cache is None and args.method not in UNCACHED_METHODS:
-        args = replace(args, teacher_cache=os.path.join(args.output_dir, "teacher_cache"))
+        # Trainer pushes no file whose path begins with an underscore
+        args = replace(args, teacher_cache=os.path.join(args.output_dir, "_teacher_cache"))
     runs = planned_or_exit(recipe, args)
     for run in runs:
         check_run(run)

@@ -119,6 +119,8 @@ def test_the_teacher_runs_once_for_all_methods_and_seeds_and_the_log_says_so(fol
     assert ran == [("curriculum", 0)]
     found = re.findall(r"teacher_cache: (\S+) % of epoch (\d) were found", done.stderr)
     assert found == [("0.0", "1"), ("100.0", "2"), *5 * [("100.0", "1"), ("100.0", "2")]]  # none for the labels
+    assert any((folder / "students/_teacher_cache").iterdir())  # a name that Trainer does not push
+    assert not (folder / "students/teacher_cache").exists()
 
 
 def test_bits_a_byte_are_those_of_a_hand_computation(folder, finished):
