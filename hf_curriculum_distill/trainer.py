@@ -191,8 +191,10 @@ class CurriculumDistillationTrainer(PublishedTrainer):
         batch = self._read(inputs, whole_logits=True)
         with naming_batch("the evaluation"):
             check_batch(self.model, batch.inputs, self._reads_labels)
-        loss, outputs = super().compute_loss(model, batch.for_student(batch.inputs), return_outputs=True)
-        self._comparison.update(batch, outputs, relative_error(self.args, self.model))
+        own = batch.for_student(batch.inputs)
+        loss, outputs = super().compute_loss(model, own, return_outputs=True)
+        has_loss = all(name in own for name in batch.head.label_names)  # Trainer takes out labels that it smooths
+        self._comparison.update(batch, outputs, relative_error(self.args, self.model), has_loss)
         self._compare_layers(batch, model)
         return loss, outputs
 

@@ -18,7 +18,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -35,7 +35,13 @@ from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, RecipeConfig, TextOptions, teacher_source
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import SIZES, find_config, find_size, is_config_only, is_hub_name
-from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer, load_tokenizer
+from hf_curriculum_distill.report.checks import (
+    check_embeddings,
+    check_models,
+    check_student_tokenizer,
+    load_tokenizer,
+    teacher_files,
+)
 from hf_curriculum_distill.report.launch import Run, planned_or_exit
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
@@ -115,7 +121,7 @@ def main():
     runs = planned_or_exit(recipe, args)
     for run in runs:
         check_run(run)
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe, args)
     if recipe.streaming:
         for run in runs:
             run.args.accelerator_config.dispatch_batches = False  # each process reads shards of its own
@@ -152,10 +158,10 @@ def distil(pipeline: dict, run: Run) -> dict:
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig, pipeline: dict) -> dict:
     """The teacher's own accuracy; with --teacher_from, after training it on the labels if it is not there yet."""
-    args = replace(args, stages=LABELS_ALONE, teacher_cache=None, push_to_hub=False)
+    args = replace(args, **LABELS_ALONE)
     if teacher_source(recipe.teacher, recipe.teacher_from) != recipe.teacher:
         train_teacher(recipe, args, pipeline)
-    model = AutoModelForMaskedLM.from_pretrained(recipe.teacher)
+    model = AutoModelForMaskedLM.from_pretrained(recipe.teacher, **teacher_files(recipe, args))
     args = replace(args, report_to="none")
     accuracy = CurriculumDistillationTrainer(model=model, args=args, **pipeline).evaluate()["eval_accuracy"]
     share = share_of_most_frequent(pipeline["eval_dataset"])
@@ -196,12 +202,12 @@ def start_student(run: Run, tokenizer) -> PreTrainedModel:
     recipe, of_teacher = run.recipe, student_size(run.recipe.student) is not None
     if not of_teacher and recipe.student_embeddings == "random":
         return make_model(recipe.student, recipe.dropout, tokenizer)
-    teacher = load_model(recipe.teacher, recipe.dropout)
+    teacher = load_model(recipe.teacher, recipe.dropout, **teacher_files(recipe, run.args))
     if of_teacher:
         student = make_student(recipe.student, teacher)
     else:
         student = make_model(recipe.student, recipe.dropout, tokenizer)
-    return start_embeddings(student, teacher, run)
+    return start_embeddings(student, teacher, run, tokenizer)
 
 
 def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
@@ -213,24 +219,25 @@ def make_model(size: str, dropout: float, tokenizer) -> PreTrainedModel:
     return AutoModelForMaskedLM.from_config(find_config(size, dropout, **tokens))
 
 
-def load_model(name: str, dropout: float) -> PreTrainedModel:
+def load_model(name: str, dropout: float, **where: Any) -> PreTrainedModel:
     """A saved model, to train on in float32."""
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, **where)
     for field_name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):  # other families name theirs otherwise
         if hasattr(config, field_name):
             setattr(config, field_name, dropout)
-    return AutoModelForMaskedLM.from_pretrained(name, config=config, dtype=torch.float32)
+    return AutoModelForMaskedLM.from_pretrained(name, config=config, dtype=torch.float32, **where)
 
 
 def check_run(run: Run) -> None:
     """Check models, vocabulary and steps before the data are read."""
     recipe = run.recipe
-    check_student(run)
+    check_size(recipe.student)
     if recipe.teacher_from is not None and student_size(recipe.teacher_from):
         raise SystemExit(f"teacher_from is {recipe.teacher_from!r}, a student of a teacher; name a size or a model.")
-    source, tokenizer = teacher_source(recipe.teacher, recipe.teacher_from), load_tokenizer(recipe)
+    source, tokenizer = teacher_source(recipe.teacher, recipe.teacher_from), load_tokenizer(recipe, run.args)
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    teacher = find_config(source, recipe.dropout, **tokens)
+    teacher = find_config(source, recipe.dropout, where=teacher_files(recipe, run.args), **tokens)
+    check_embeddings(recipe.student, recipe.student_embeddings, run.args, teacher)
     if recipe.teacher_from not in (None, source):
         wanted, sizes = find_config(recipe.teacher_from), ("hidden_size", "num_hidden_layers", "num_attention_heads")
         check_kept_teacher(source, {size: (getattr(teacher, size), getattr(wanted, size)) for size in sizes})
@@ -239,12 +246,6 @@ def check_run(run: Run) -> None:
     with torch.device("meta"):
         models = [AutoModelForMaskedLM.from_config(config) for config in (student, teacher)]
     check_models(run.args, *models, tokenizer, ("block_size", recipe.block_size))
-
-
-def check_student(run: Run) -> None:
-    """Whether the options describe a student, as far as can be said before the teacher is there."""
-    check_size(run.recipe.student)
-    check_embeddings(run.recipe.student, run.recipe.student_embeddings, run.args)
 
 
 def check_size(size: str) -> None:

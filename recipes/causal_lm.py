@@ -11,7 +11,7 @@ What the student has to say:
     python -c "from transformers import pipeline; print(pipeline('text-generation', 'runs/causal_lm')('The city'))"
 
 Text is packed into blocks without padding, documents joined by <eos>, so blocks are the same in every epoch and for
-every student: what the teacher makes of them is kept in <output_dir>/teacher_cache, and the teacher runs once.
+every student: what the teacher makes of them is kept in <output_dir>/_teacher_cache, and the teacher runs once.
 
 Bits a byte compare models of different vocabularies: the cross-entropy, in bits, of all tokens of the held-out blocks
 but the first of each, divided by the UTF-8 bytes of the text that these tokens stand for. <eos> counts as a token, and
@@ -61,6 +61,7 @@ from hf_curriculum_distill.tasks.documents import evaluated_blocks, load_documen
 from hf_curriculum_distill.tasks.text import check_causal_tokenizer, pack_causal_blocks
 from hf_curriculum_distill.teachers import cached
 from hf_curriculum_distill.teachers.loading import load_teacher
+from hf_curriculum_distill.teachers.pretrained import file_arguments
 
 logger = logging.getLogger("causal_lm")
 TASK = "CausalLM"  # for `hf-curriculum-distill plan causal_lm`
@@ -85,7 +86,7 @@ class RecipeArguments(TextOptions, ComparisonOptions):
     block_size: int = 128
     dropout: float = 0.0
     cache_targets: bool = field(
-        default=True, metadata={"help": "Whether teacher_cache is <output_dir>/teacher_cache where it is not set."}
+        default=True, metadata={"help": "Whether teacher_cache is <output_dir>/_teacher_cache where it is not set."}
     )
 
     def __post_init__(self):
@@ -119,7 +120,8 @@ def main():
     log_progress(logger, args)
     log_progress(cached.logger, args)  # how much the cache saves
     if recipe.cache_targets and args.teacher_cache is None and args.method not in UNCACHED_METHODS:
-        args = replace(args, teacher_cache=os.path.join(args.output_dir, "teacher_cache"))
+        # Trainer pushes no file whose path begins with an underscore
+        args = replace(args, teacher_cache=os.path.join(args.output_dir, "_teacher_cache"))
     runs = planned_or_exit(recipe, args)
     for run in runs:
         check_run(run)
@@ -134,14 +136,14 @@ def main():
 def distil(run: Run) -> dict:
     """Train one student; returns its object in results.json."""
     recipe, args = run.recipe, run.args
-    tokenizer = find_tokenizer(recipe)
+    tokenizer = find_tokenizer(recipe, args)
     train, heldout = load_data(recipe, args, tokenizer)
     teacher = find_teacher(recipe, args)
     set_seed(args.seed)
     trainer = CurriculumDistillationTrainer(
-        model=start_embeddings(make_student(recipe, teacher), teacher, run),
-        args=args,
-        teacher_model=recipe.teacher if args.method == "progressive" else teacher,
+        model=start_embeddings(make_student(recipe, teacher), teacher, run, tokenizer),
+        args=args if (by_name := args.method == "progressive") else replace(args, teacher_model_init_kwargs=None),
+        teacher_model=recipe.teacher if by_name else teacher,
         train_dataset=train,
         eval_dataset=heldout,
         processing_class=tokenizer,
@@ -153,10 +155,10 @@ def distil(run: Run) -> dict:
 
 def evaluate_teacher(recipe: RecipeArguments, args: TrainingConfig, teacher: PreTrainedModel) -> dict:
     """How well the teacher itself predicts the held-out text."""
-    _, heldout = load_data(recipe, args, find_tokenizer(recipe))
+    _, heldout = load_data(recipe, args, find_tokenizer(recipe, args))
     trainer = CurriculumDistillationTrainer(
         model=teacher,
-        args=replace(args, stages=LABELS_ALONE, teacher_cache=None, push_to_hub=False),
+        args=replace(args, **LABELS_ALONE),
         eval_dataset=heldout,
         data_collator=default_data_collator,
     )
@@ -189,8 +191,8 @@ def num_predicted(blocks: Dataset) -> int:
 def check_run(run: Run) -> None:
     """Raise a `ValueError` or `OSError` for models that can't be used, before weights and data are read."""
     recipe = run.recipe
-    check_embeddings(recipe.student, recipe.student_embeddings, run.args)
-    config = find_config(recipe.teacher, recipe.gguf_file)
+    config = find_teacher_config(recipe, run.args)
+    check_embeddings(recipe.student, recipe.student_embeddings, run.args, config)
     heads = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
     classes = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
     teacher = skeleton(config)
@@ -199,21 +201,26 @@ def check_run(run: Run) -> None:
             f"The teacher {recipe.teacher!r} is a {', '.join(classes)}, without a head that predicts the next token; "
             "use a model of AutoModelForCausalLM."
         )
-    student, tokenizer = skeleton(find_student_config(recipe, config)), find_tokenizer(recipe)
+    student, tokenizer = skeleton(find_student_config(recipe, config)), find_tokenizer(recipe, run.args)
     check_causal_tokenizer(tokenizer)
     check_student_tokenizer(recipe.student, tokenizer)
     check_models(run.args, student, teacher, tokenizer, ("block_size", recipe.block_size))
 
 
-def find_tokenizer(recipe: RecipeArguments) -> PreTrainedTokenizerBase:
+def find_tokenizer(recipe: RecipeArguments, args: TrainingConfig) -> PreTrainedTokenizerBase:
     if recipe.tokenizer is not None:
         return AutoTokenizer.from_pretrained(recipe.tokenizer)
-    return AutoTokenizer.from_pretrained(recipe.teacher, **gguf(recipe.gguf_file))
+    where = file_arguments(args.teacher_model_init_kwargs, of_tokenizer=True)
+    return AutoTokenizer.from_pretrained(recipe.teacher, **where, **gguf(recipe.gguf_file))
 
 
-def find_config(name: str, gguf_file: str | None = None) -> PreTrainedConfig:
+def find_teacher_config(recipe: RecipeArguments, args: TrainingConfig) -> PreTrainedConfig:
+    return find_config(recipe.teacher, **file_arguments(args.teacher_model_init_kwargs), **gguf(recipe.gguf_file))
+
+
+def find_config(name: str, **where: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name, **gguf(gguf_file))
+        return AutoConfig.from_pretrained(name, **where)
     except OSError as error:
         raise OSError(f"The model {name!r} is not within reach: {str(error).splitlines()[0]}") from error
 
@@ -226,8 +233,8 @@ def gguf(file: str | None) -> dict:
 
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> PreTrainedModel:
     """The teacher with its weights."""
-    student = skeleton(find_config(recipe.teacher, recipe.gguf_file))
-    return load_teacher(recipe.teacher, student, args.teacher_dtype, init_kwargs=gguf(recipe.gguf_file))
+    student, kwargs = skeleton(find_teacher_config(recipe, args)), args.teacher_model_init_kwargs or {}
+    return load_teacher(recipe.teacher, student, args.teacher_dtype, init_kwargs=kwargs | gguf(recipe.gguf_file))
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

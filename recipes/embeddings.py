@@ -9,7 +9,7 @@ that are the teacher's ten; both on held-out sentences, before and after trainin
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     set_seed,
 )
@@ -44,6 +45,7 @@ from hf_curriculum_distill.report.runs import (
 )
 from hf_curriculum_distill.tasks.classification import draw_sentences, encode
 from hf_curriculum_distill.tasks.reading import find_column, num_held_out, read_dataset
+from hf_curriculum_distill.teachers.pretrained import file_arguments
 
 logger = logging.getLogger("embeddings")
 
@@ -125,8 +127,9 @@ def check_run(run: Run) -> None:
     recipe = run.recipe
     if run.args.pooling in (None, "pooler"):
         raise ValueError(f"pooling is {run.args.pooling!r}; this recipe pools tokens: use 'mean', 'cls' or 'last'.")
-    check_embeddings(recipe.student, recipe.student_embeddings, run.args)
-    teacher, tokenizer = find_config(recipe.teacher), AutoTokenizer.from_pretrained(recipe.teacher)
+    kwargs = run.args.teacher_model_init_kwargs
+    teacher, tokenizer = find_config(recipe.teacher, where=file_arguments(kwargs)), find_tokenizer(recipe, kwargs)
+    check_embeddings(recipe.student, recipe.student_embeddings, run.args, teacher)
     check_student_tokenizer(recipe.student, tokenizer)
     configs = find_config(recipe.student, teacher=teacher, vocab_size=len(tokenizer)), teacher
     with torch.device("meta"):
@@ -136,11 +139,11 @@ def check_run(run: Run) -> None:
 
 def distil(run: Run) -> dict[str, Any]:
     """Train one student, and compare its embeddings with the teacher's before and after."""
-    recipe, args = run.recipe, run.args
+    recipe, kwargs = run.recipe, run.args.teacher_model_init_kwargs or {}
+    args = replace(run.args, teacher_model_init_kwargs=None)
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.teacher)
-    teacher = AutoModel.from_pretrained(recipe.teacher)
-    student = start_embeddings(find_student(recipe.student, teacher, len(tokenizer)), teacher, run)
+    tokenizer, teacher = find_tokenizer(recipe, kwargs), AutoModel.from_pretrained(recipe.teacher, **kwargs)
+    student = start_embeddings(find_student(recipe.student, teacher, len(tokenizer)), teacher, run, tokenizer)
     train, heldout = (
         encode(Dataset.from_dict({"text": sentences}), "text", tokenizer, recipe.max_length)
         for sentences in read_sentences(recipe, num_examples(args, args.max_steps), args.seed)
@@ -173,10 +176,15 @@ def distil(run: Run) -> dict[str, Any]:
     return result | compare() if result["finite"] else result
 
 
+def find_tokenizer(recipe: RecipeArguments, kwargs: dict | None) -> PreTrainedTokenizerBase:
+    """The teacher's; `kwargs` are those that the teacher is loaded with."""
+    return AutoTokenizer.from_pretrained(recipe.teacher, **file_arguments(kwargs, of_tokenizer=True))
+
+
 def find_student(name: str, teacher: PreTrainedModel, vocabulary: int) -> PreTrainedModel:
     """Some of the teacher's layers, a size or a config.json, randomly initialised, or a model's weights."""
     if student_size(name) is not None:
-        return make_student(name, teacher)
+        return make_student(name, teacher).float()
     if is_config_only(name):
         return AutoModel.from_config(find_config(name, vocab_size=vocabulary))
     return AutoModel.from_pretrained(name, dtype=torch.float32)

@@ -169,7 +169,7 @@ def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> str:
     check_kept_teacher(recipe.teacher, {name: (there.get(name), wanted[name]) for name in names})
     trainer = CurriculumDistillationTrainer(
         model=BertForMaskedLM.from_pretrained(recipe.teacher),
-        args=replace(args, output_dir=recipe.teacher, stages=LABELS_ALONE, eval_strategy="no"),
+        args=replace(args, output_dir=recipe.teacher, eval_strategy="no", **LABELS_ALONE),
         **data(recipe, recipe.evaluate_on),
     )
     trainer.remove_callback(PrinterCallback)

@@ -24,7 +24,6 @@ from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedConfig,
     PreTrainedModel,
@@ -39,7 +38,13 @@ from hf_curriculum_distill.lines import errors_in_one_line
 from hf_curriculum_distill.options import ComparisonOptions, EmbeddingOptions, RecipeConfig, teacher_source
 from hf_curriculum_distill.parsing import parse_arguments
 from hf_curriculum_distill.planning import SIZES, find_config, find_size, is_config_only, is_hub_name
-from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer, load_tokenizer
+from hf_curriculum_distill.report.checks import (
+    check_embeddings,
+    check_models,
+    check_student_tokenizer,
+    load_tokenizer,
+    teacher_files,
+)
 from hf_curriculum_distill.report.launch import Run, planned_or_exit
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
@@ -159,8 +164,8 @@ def distil(run: Run, _: None) -> dict:
     """Train one student."""
     recipe, args = run.recipe, run.args
     set_seed(args.seed)
-    teacher = AutoConfig.from_pretrained(recipe.teacher)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.teacher)
+    teacher = AutoConfig.from_pretrained(recipe.teacher, **teacher_files(recipe, args))
+    tokenizer = load_tokenizer(recipe, args)
     student = start_student(run, tokenizer, teacher.id2label)
     data = as_tokens(read(recipe), recipe, tokenizer, teacher.id2label)
     if recipe.unlabelled_text is not None and (steps := num_layer_steps(args, student, teacher)):
@@ -179,20 +184,21 @@ def start_student(run: Run, tokenizer: PreTrainedTokenizerBase, classes: Mapping
     recipe, of_teacher = run.recipe, student_size(run.recipe.student) is not None
     if not of_teacher and recipe.student_embeddings == "random":
         return make_model(recipe.student, recipe.dropout, tokenizer, classes)
-    teacher = AutoModelForSequenceClassification.from_pretrained(recipe.teacher)
+    where = teacher_files(recipe, run.args)
+    teacher = AutoModelForSequenceClassification.from_pretrained(recipe.teacher, **where)
     if of_teacher:
         student = make_student(recipe.student, teacher)
     else:
         student = make_model(recipe.student, recipe.dropout, tokenizer, classes)
-    return start_embeddings(student, teacher, run)
+    return start_embeddings(student, teacher, run, tokenizer)
 
 
 def check_run(run: Run) -> None:
     """Check models, vocabulary and steps before the data are read."""
     recipe = run.recipe
-    check_embeddings(recipe.student, recipe.student_embeddings, run.args)
     source = teacher_source(recipe.teacher, recipe.teacher_from)
-    teacher, tokenizer = find_config(source), load_tokenizer(recipe)
+    teacher, tokenizer = find_config(source, where=teacher_files(recipe, run.args)), load_tokenizer(recipe, run.args)
+    check_embeddings(recipe.student, recipe.student_embeddings, run.args, teacher)
     if recipe.teacher_from not in (None, source):
         wanted, sizes = find_config(recipe.teacher_from), ("hidden_size", "num_hidden_layers", "num_attention_heads")
         check_kept_teacher(source, {size: (getattr(teacher, size), getattr(wanted, size)) for size in sizes})
@@ -206,11 +212,11 @@ def check_run(run: Run) -> None:
 def find_teacher(recipe: RecipeArguments, args: TrainingConfig) -> None:
     """Train the teacher if it is not there yet, log how good it is, and refuse one that knows nothing."""
     task = read(recipe)
-    tokenizer = load_tokenizer(recipe)
-    args = replace(args, stages=LABELS_ALONE, teacher_cache=None, push_to_hub=False)
+    tokenizer = load_tokenizer(recipe, args)
+    args = replace(args, **LABELS_ALONE)
     if teacher_source(recipe.teacher, recipe.teacher_from) != recipe.teacher:
         train_teacher(recipe, args, task, tokenizer)
-    model = AutoModelForSequenceClassification.from_pretrained(recipe.teacher)
+    model = AutoModelForSequenceClassification.from_pretrained(recipe.teacher, **teacher_files(recipe, args))
     args = replace(args, report_to="none")
     accuracy = make_trainer(model, args, task, recipe, tokenizer).evaluate()["eval_accuracy"]
     share = max(Counter(task.heldout["label"]).values()) / len(task.heldout)

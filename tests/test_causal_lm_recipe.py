@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,8 @@ def test_the_teacher_runs_once_for_all_methods_and_seeds_and_the_log_says_so(fol
     assert ran == [("curriculum", 0)]
     found = re.findall(r"teacher_cache: (\S+) % of epoch (\d) were found", done.stderr)
     assert found == [("0.0", "1"), ("100.0", "2"), *5 * [("100.0", "1"), ("100.0", "2")]]  # none for the labels
+    assert any((folder / "students/_teacher_cache").iterdir())  # a name that Trainer does not push
+    assert not (folder / "students/teacher_cache").exists()
 
 
 def test_bits_a_byte_are_those_of_a_hand_computation(folder, finished):
@@ -220,16 +223,31 @@ def test_settings_are_chosen_on_other_blocks_than_are_reported(folder, causal_lm
     sets = {}
     for name in ("test", "validation"):
         recipe.evaluate_on = name
-        train, sets[name] = causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe))
+        train, sets[name] = causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe, args))
     assert [len(blocks) for blocks in sets.values()] == [5, 5]
     assert not {*map(tuple, sets["test"]["input_ids"])} & {*map(tuple, sets["validation"]["input_ids"])}
     # without a set of its own, part of the text is held out
     recipe.dataset, recipe.heldout_documents = str(folder / "text/train.jsonl"), 8
-    fewer, heldout = causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe))
+    fewer, heldout = causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe, args))
     assert len(fewer) < len(train) and len(heldout) == 5
     recipe.eval_blocks = 1000
     with pytest.raises(ValueError, match="fills no block of 8 tokens for the validation set; raise --heldout"):
-        causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe))
+        causal_lm.load_data(recipe, args, causal_lm.find_tokenizer(recipe, args))
+
+
+def test_a_teacher_is_read_from_where_its_arguments_say(folder, causal_lm, monkeypatch, tmp_path):
+    shutil.copytree(folder / "teacher", tmp_path / "teacher/best")
+    for path in (tmp_path / "teacher/best").glob("*token*"):
+        path.rename(tmp_path / "teacher" / path.name)
+    where = ["--teacher_model_init_kwargs", '{"subfolder": "best"}', "--teacher", str(tmp_path / "teacher")]
+    one = ["--output_dir", str(tmp_path / "student"), "--methods", "curriculum", "--seeds", "0", "--learning_rate", "0"]
+    command = [*options(folder), *where, *one, "--student", "teacher-2", "--projection", "identity"]
+    monkeypatch.setattr(sys, "argv", ["causal_lm.py", *command])
+    causal_lm.main()
+    name = "model.embed_tokens.weight"
+    places = tmp_path / "student", folder / "teacher"
+    student, teacher = (load_file(place / "model.safetensors")[name] for place in places)
+    assert torch.equal(student, teacher)
 
 
 def test_the_defaults_are_the_real_job(causal_lm):
@@ -246,11 +264,12 @@ def test_a_teacher_is_read_from_a_gguf_file(folder, causal_lm, tmp_path):
     )
     write_gguf(gguf, tmp_path / "teacher.gguf", teacher, tokenizer)
     recipe = causal_lm.RecipeArguments(teacher=str(tmp_path), gguf_file="teacher.gguf")
-    causal_lm.check_run(causal_lm.Run("curriculum", recipe, causal_lm.TrainingConfig(use_cpu=True)))
+    args = causal_lm.TrainingConfig(use_cpu=True)
+    causal_lm.check_run(causal_lm.Run("curriculum", recipe, args))
     text = "the cat sat on É日本"
     ids = tokenizer(text)["input_ids"]
-    assert causal_lm.find_tokenizer(recipe)(text)["input_ids"] == ids
-    read = causal_lm.find_teacher(recipe, causal_lm.TrainingConfig(use_cpu=True))
+    assert causal_lm.find_tokenizer(recipe, args)(text)["input_ids"] == ids
+    read = causal_lm.find_teacher(recipe, args)
     with torch.no_grad():
         expected, actual = (model(torch.tensor([ids])).logits for model in (teacher, read))
     torch.testing.assert_close(actual, expected)

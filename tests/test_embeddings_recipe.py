@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -73,6 +74,20 @@ def test_students_are_compared_before_and_after(embeddings, folder, monkeypatch,
     expected = theirs.get_input_embeddings().weight @ matrix.T
     torch.testing.assert_close(ours.get_input_embeddings().weight, expected)  # its learning rate is 0
     assert len(table) == 6 and all(line.count("|") == 9 for line in table)
+
+
+def test_a_teacher_is_read_from_where_its_arguments_say(embeddings, folder, monkeypatch, tmp_path):
+    shutil.copytree(folder / "teacher", tmp_path / "teacher/best")
+    for path in (tmp_path / "teacher/best").glob("*token*"):
+        path.rename(tmp_path / "teacher" / path.name)
+    where = ["--teacher_model_init_kwargs", '{"subfolder": "best", "dtype": "bfloat16"}']
+    places = ["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "students")]
+    launch(embeddings, monkeypatch, folder, *where, *places, "--methods", "curriculum", "--learning_rate", "0")
+    student, teacher = (
+        AutoModel.from_pretrained(path).get_input_embeddings().weight
+        for path in (tmp_path / "students", folder / "teacher")
+    )
+    assert student.dtype == torch.float32 and torch.equal(student, teacher.bfloat16().float())
 
 
 def test_a_student_starts_from_weights_or_is_made_by_a_configuration(embeddings, folder):

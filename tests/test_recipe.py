@@ -226,7 +226,7 @@ def student_of(bert_large, finished, tokenizer, *options):
     command += ["--eval_strategy", "no", *options]
     recipe, args = parse_arguments([bert_large.RecipeArguments, bert_large.TrainingConfig], command)
     [run] = bert_large.planned_or_exit(recipe, args)
-    bert_large.check_student(run)
+    bert_large.check_run(run)
     return bert_large.start_student(run, tokenizer), bert_large.load_model(teacher, 0.0), args
 
 
@@ -238,6 +238,22 @@ def test_a_student_is_some_of_the_teachers_blocks(bert_large, finished, tokenize
     assert torch.equal(own[block.format(0)], theirs[block.format(1)])  # the last of two
     name = "bert.embeddings.word_embeddings.weight"
     assert torch.equal(own[name], theirs[name])
+
+
+def test_a_teacher_is_read_from_where_its_arguments_say(bert_large, finished, tokenizer, tmp_path):
+    shutil.copytree(finished[0] / "teacher", tmp_path / "best")
+    for path in (tmp_path / "best").glob("*token*"):
+        path.rename(tmp_path / path.name)
+    where = ["--teacher", str(tmp_path), "--teacher_model_init_kwargs", '{"subfolder": "best"}']
+    student, teacher, _ = student_of(bert_large, finished, tokenizer, "--student", "teacher-1", *where)
+    assert torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
+    command = [*where, "--allow_untrained_teacher", "--use_cpu", "true", "--bf16", "false", "--eval_strategy", "no"]
+    command += ["--dataloader_num_workers", "0"]
+    recipe, args = parse_arguments([bert_large.RecipeArguments, bert_large.TrainingConfig], command)
+    heldout = bert_large.mask_once([{"input_ids": [101, *range(2000, 2030), 102]}], tokenizer, 0.5, seed=0)
+    pipeline = {"eval_dataset": heldout, "data_collator": bert_large.MaskedBlocksCollator(tokenizer)}
+    assert 0 <= bert_large.find_teacher(recipe, args, pipeline)["eval_accuracy"] <= 1
+    assert bert_large.load_tokenizer(recipe, args).get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("on_hub", [False, True], ids=["folder", "Hub"])

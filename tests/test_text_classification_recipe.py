@@ -118,17 +118,6 @@ def test_a_students_embeddings_start_in_the_basis_of_its_targets(finished, class
     torch.testing.assert_close(own, theirs @ matrix.T)
 
 
-def test_embeddings_that_are_the_teachers_are_not_projected(finished, classification):
-    more = ["--methods", "curriculum", "--student", "teacher-1-32", "--student_embeddings", "projected"]
-    parsed = parse_arguments(
-        [classification.RecipeArguments, classification.TrainingConfig], options(finished[0], *more)
-    )
-    [run] = plan_runs(*parsed)
-    tokenizer = AutoTokenizer.from_pretrained(finished[0] / "teacher")
-    with pytest.raises(ValueError, match="'teacher-1-32' is as wide as the teacher and has its embeddings as they are"):
-        classification.start_student(run, tokenizer, {0: "bad"})
-
-
 def test_the_layer_stage_on_other_text_is_a_part_of_one_training(finished):
     folder, _ = finished
     task, other = (
@@ -175,6 +164,11 @@ def test_one_json_file_with_numbers_as_labels_is_enough(folder, tmp_path):
     [
         (["--student", "bert-huge"], 2, "'bert-huge' is no student"),
         (["--student_embeddings", "some"], 1, "student_embeddings is 'some'; use 'random' or 'projected'"),
+        (
+            ["--student", "teacher-1-32", "--student_embeddings", "projected"],
+            1,
+            "'teacher-1-32' is as wide as the teacher and has its embeddings as they are",
+        ),
         (["--student", "teacher-3"], 1, "num_layers is 3, but the teacher has 2 blocks"),
         (["--variants", '{"deep": {"student": "teacher-9"}}', "--methods", "deep"], 1, "num_layers is 9"),
         (["--variants", '{"deep": {"student": "bert-9"}}', "--methods", "deep"], 1, "'bert-9' is no student"),
@@ -197,6 +191,26 @@ def test_wrong_options_are_said_before_training(folder, classification, monkeypa
     assert exit.value.code == 2 if status == 2 else len(exit.value.code.splitlines()) == 1
     assert message in str(exit.value.code) + capsys.readouterr().err
     assert not (folder / "wrong").exists()
+
+
+def test_a_teacher_is_read_from_where_its_arguments_say(finished, classification, monkeypatch, tmp_path):
+    shutil.copytree(finished[0] / "teacher", tmp_path / "teacher/best")
+    for path in (tmp_path / "teacher/best").glob("*token*"):
+        path.rename(tmp_path / "teacher" / path.name)
+    more = ["--teacher", str(tmp_path / "teacher"), "--teacher_model_init_kwargs", '{"subfolder": "best"}']
+    more += ["--output_dir", str(tmp_path / "student"), "--methods", "curriculum", "--student", "teacher-1"]
+    command = [*options(finished[0], *more), "--projection", "identity", "--learning_rate", "0"]
+    monkeypatch.setattr(sys, "argv", ["text_classification.py", *command])
+    with pytest.raises(SystemExit, match=r"has 'subfolder': 'best', but teacher_from trains a teacher into .* itself"):
+        classification.main()
+    at = command.index("--teacher_from")
+    monkeypatch.setattr(sys, "argv", ["text_classification.py", *command[:at], *command[at + 2 :]])
+    classification.main()
+    name = "bert.embeddings.word_embeddings.weight"
+    student, teacher = (
+        load_file(place / "model.safetensors")[name] for place in (tmp_path / "student", finished[0] / "teacher")
+    )
+    assert torch.equal(student, teacher)
 
 
 def test_a_teacher_that_always_says_the_same_is_refused(finished, classification, monkeypatch):

@@ -704,6 +704,15 @@ def test_smoothed_labels_are_a_loss_of_their_own(config, task):
     assert step_logs(trainer)[0]["label_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+@pytest.mark.parametrize("hidden_states", [False, True])
+def test_a_student_whose_outputs_are_tuples_is_evaluated_with_smoothed_labels(config, teacher, examples, hidden_states):
+    args, metrics = config(max_steps=4, label_smoothing_factor=0.1), []
+    for fields in ({}, {"return_dict": False, "output_hidden_states": hidden_states}):
+        trainer = train(tiny_bert(2, seed=1, **fields), teacher, args, examples, eval_dataset=examples[:8])
+        metrics.append({name: trainer.evaluate().get(f"eval_{name}") for name in ("loss", "accuracy", "kl")})
+    assert metrics[0] == metrics[1] and None not in metrics[0].values()
+
+
 def test_training_without_labels_matches_every_real_token(config, student, teacher, examples):
     data = [{name: example[name] for name in ("input_ids", "attention_mask")} for example in examples[:8]]
     args = config(method="one_shot", learning_rate=0.0, max_steps=1, per_device_train_batch_size=8)

@@ -100,19 +100,25 @@ def student_from_teacher(
 
 @torch.no_grad()
 def project_embeddings(
-    student: PreTrainedModel, teacher: PreTrainedModel, projection_bank: ProjectionBank
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    projection_bank: ProjectionBank,
+    num_tokens: int | None = None,
 ) -> PreTrainedModel:
     """Set the student's embeddings to the teacher's, projected by the matrix that projects all of its hidden states.
 
     A table `[entries, teacher_dim]` of the teacher becomes `table @ W.T`, `[entries, student_dim]`, so that the student
     and its targets start in one basis. Word embeddings are projected, and all other tables as wide as the hidden states
-    (positions, token types) that the student has under the same name, as far as both have entries. Tables that are not
+    (positions, token types) that the student has under the same name, as far as both have entries. Where one model's
+    positions begin at a later row, as RoBERTa's do, each position gets the same one's entry. Tables that are not
     trained, such as sinusoidal positions, stay.
 
     Args:
         student, teacher: of one vocabulary.
         projection_bank: with one `[student_dim, teacher_dim]` matrix for all of its pairs, as with `shared=True`. It
             need not be fitted, but for a PCA.
+        num_tokens: of the tokenizer of both, if their vocabularies are padded to different sizes, which are refused
+            otherwise; entries that only the student has stay.
 
     Returns:
         the student, changed in place.
@@ -136,7 +142,8 @@ def project_embeddings(
             )
         words.append(table)
         widths.append(width)
-    if words[0].num_embeddings != words[1].num_embeddings:
+    sizes = {table.num_embeddings for table in words}
+    if len(sizes) > 1 and (num_tokens is None or num_tokens > min(sizes)):
         raise ValueError(
             f"The student's vocabulary has {words[0].num_embeddings} entries and the teacher's "
             f"{words[1].num_embeddings}, so that their embeddings are not of the same tokens; build the student with "
@@ -144,16 +151,26 @@ def project_embeddings(
         )
     matrix = _shared_matrix(projection_bank, tuple(widths))
     theirs = dict(teacher.base_model.named_modules())
-    tables = {words[0]: words[1]}
+    tables = {words[0]: (words[1], 0)}
     for name, module in student.base_model.named_modules():
         if isinstance(module, nn.Embedding) and isinstance(theirs.get(name), nn.Embedding):
             fits = (module.embedding_dim, theirs[name].embedding_dim) == tuple(widths)
             if fits and module.weight.requires_grad:
-                tables.setdefault(module, theirs[name])
-    for table, source in tables.items():
-        rows = min(table.num_embeddings, source.num_embeddings)
-        table.weight[:rows] = (source.weight[:rows].float() @ matrix.to(source.weight.device).T).to(table.weight)
+                later = _first_position(theirs[name], teacher) - _first_position(module, student)
+                tables.setdefault(module, (theirs[name], later))
+    for table, (source, later) in tables.items():
+        ours, entries = table.weight[max(0, -later) :], source.weight[max(0, later) :]
+        rows = min(len(ours), len(entries))
+        ours[:rows] = (entries[:rows].float() @ matrix.to(entries.device).T).to(ours)
     return student
+
+
+def _first_position(table: nn.Embedding, model: PreTrainedModel) -> int:
+    """The row of the first position in a table of positions; 0 for other tables."""
+    if table.padding_idx is not None:  # RoBERTa's positions start after the one for padding
+        return table.padding_idx + 1
+    size = getattr(backbone_config(model), "max_position_embeddings", None)
+    return 2 if size and table.num_embeddings == size + 2 else 0  # OPT and BART keep two more rows
 
 
 def make_student(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,7 +63,11 @@ def is_hub_name(name: str) -> bool:
 
 
 def find_config(
-    name: str, dropout: float = 0.1, teacher: PreTrainedConfig | None = None, **bert: Any
+    name: str,
+    dropout: float = 0.1,
+    teacher: PreTrainedConfig | None = None,
+    where: Mapping[str, Any] | None = None,
+    **bert: Any,
 ) -> PreTrainedConfig:
     """Find the configuration of a model's folder, config.json or Hub repository, or make that of a size.
 
@@ -70,6 +75,7 @@ def find_config(
         name: folder, file, Hub repository, or size: see [`find_size`].
         dropout: hidden and attention dropout of a size; a saved configuration, and so a teacher's, has its own.
         teacher: of a student whose name starts with `teacher-`.
+        where: says where a saved configuration is: see [`file_arguments`].
         bert: more fields of a size's `BertConfig`, such as `vocab_size`.
 
     Returns:
@@ -98,7 +104,7 @@ def find_config(
             **bert,
         )
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, **(where or {}))
     except (OSError, ValueError) as error:
         raise OSError(
             f"{name!r} has no configuration within reach; give a model's folder, a config.json, a Hub model, or a "

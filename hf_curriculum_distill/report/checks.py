@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import CONFIG_NAME, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_NAME, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import sort_checkpoints
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
@@ -17,17 +17,35 @@ from hf_curriculum_distill.planning.models import is_config_only, is_hub_name, n
 from hf_curriculum_distill.projections.matrices import MEASURED
 from hf_curriculum_distill.report.results import RESULTS_FILE, earlier_results
 from hf_curriculum_distill.teachers.loading import tokenizer_folder
+from hf_curriculum_distill.teachers.pretrained import file_arguments
 
 
-def load_tokenizer(recipe: Any) -> PreTrainedTokenizerBase:
+def teacher_files(recipe: Any, args: CurriculumDistillationConfig) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say where the files of a recipe's teacher are, as the trainer reads them.
+
+    Raises:
+        ValueError: they name a subfolder, but the recipe trains the teacher, into the folder itself.
+    """
+    where = file_arguments(args.teacher_model_init_kwargs)
+    if recipe.teacher_from is not None and "subfolder" in where:
+        raise ValueError(
+            f"teacher_model_init_kwargs has 'subfolder': {where['subfolder']!r}, but teacher_from trains a teacher "
+            f"into {recipe.teacher} itself; leave one of the two out."
+        )
+    return {} if teacher_source(recipe.teacher, recipe.teacher_from) != recipe.teacher else where
+
+
+def load_tokenizer(recipe: Any, args: CurriculumDistillationConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that a recipe's options name: `tokenizer`, else that of `teacher` or of `teacher_from`.
 
     Raises:
         OSError: there is none.
+        ValueError: see [`teacher_files`].
     """
     name = recipe.tokenizer or teacher_source(recipe.teacher, recipe.teacher_from)
+    where = {} if recipe.tokenizer else file_arguments(teacher_files(recipe, args), of_tokenizer=True)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
         raise OSError(
             f"There is no tokenizer of {name!r} within reach; name one with --tokenizer. ({error})"
@@ -53,13 +71,16 @@ def check_student_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> No
         )
 
 
-def check_embeddings(name: str, student_embeddings: str, args: CurriculumDistillationConfig) -> None:
+def check_embeddings(
+    name: str, student_embeddings: str, args: CurriculumDistillationConfig, teacher: PreTrainedConfig
+) -> None:
     """Check that a student's embeddings can start as an option says.
 
     Args:
         name: the student, as `--student` names it.
         student_embeddings: see [`~options.EmbeddingOptions`].
         args: of the run.
+        teacher: the configuration of the teacher.
 
     Raises:
         ValueError: they cannot.
@@ -73,6 +94,11 @@ def check_embeddings(name: str, student_embeddings: str, args: CurriculumDistill
         raise ValueError(
             f"student_embeddings is 'projected', but the student {name!r} has embeddings to start from; leave it out, "
             "or start from a size."
+        )
+    if size and size[1] == teacher.get_text_config().hidden_size:
+        raise ValueError(
+            f"student_embeddings is 'projected', but the student {name!r} is as wide as the teacher and has its "
+            "embeddings as they are; leave it out, or name another width."
         )
     if args.method in ("curriculum", "hidden") and not args.shared_projection:
         raise ValueError(

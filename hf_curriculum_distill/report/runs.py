@@ -18,7 +18,6 @@ from transformers import CONFIG_NAME, PreTrainedModel
 from transformers.trainer_utils import sort_checkpoints
 
 from hf_curriculum_distill.config import CurriculumDistillationConfig
-from hf_curriculum_distill.layers import student_size
 from hf_curriculum_distill.layers.blocks import backbone_config
 from hf_curriculum_distill.layers.students import project_embeddings
 from hf_curriculum_distill.logs import get_logger
@@ -29,11 +28,14 @@ from hf_curriculum_distill.report.launch import Run, earlier_result, planned_or_
 from hf_curriculum_distill.report.results import RESULTS_FILE, read_results, update_results
 from hf_curriculum_distill.report.tables import format_summary, format_table
 from hf_curriculum_distill.resuming.checkpoints import find_last_checkpoint
+from hf_curriculum_distill.teachers.vocabularies import shared_vocabulary
 from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 
 logger = get_logger(__name__)
 
-LABELS_ALONE = [{"label_weight": 1.0}]  # the stages of a training without a teacher, of a teacher for instance
+# what a training without a teacher, of a teacher for instance, has in place of its students' arguments
+LABELS_ALONE = {"stages": [{"label_weight": 1.0}], "teacher_entropy_threshold": None, "teacher_cache": None}
+LABELS_ALONE |= {"push_to_hub": False}
 
 _METRICS = ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl", "eval_cosine")
 
@@ -103,7 +105,6 @@ def teacher_arguments(
     return dataclasses.replace(
         args,
         output_dir=folder,
-        stages=LABELS_ALONE,
         max_steps=max_steps,
         per_device_train_batch_size=batch_size,
         learning_rate=args.teacher_learning_rate,
@@ -114,6 +115,7 @@ def teacher_arguments(
         save_strategy="steps",
         save_steps=every,
         save_only_model=True,
+        **LABELS_ALONE,
         **others,
     )
 
@@ -230,25 +232,21 @@ def _describe(result: Mapping[str, Any]) -> str:
     return f"{name} {result[f'eval_{name}']:.4f} after {result['samples']:,} examples, {result['seconds']:.0f} s"
 
 
-def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, run: Run) -> PreTrainedModel:
+def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, run: Run, tokenizer: Any) -> PreTrainedModel:
     """Set a new student's embeddings as the run's `student_embeddings` says: see [`project_embeddings`].
+
+    Args:
+        tokenizer: of both.
 
     Returns:
         the student, changed in place.
-
-    Raises:
-        ValueError: a student of the teacher's blocks is as wide as the teacher, and so has its embeddings already.
     """
     if run.recipe.student_embeddings == "random":
         return student
     widths = [[backbone_config(model).hidden_size] for model in (student, teacher)]
-    if student_size(run.recipe.student) is not None and widths[0] == widths[1]:
-        raise ValueError(
-            f"student_embeddings is 'projected', but the student {run.recipe.student!r} is as wide as the teacher and "
-            "has its embeddings as they are; leave it out, or name another width."
-        )
     kind, seed = run.args.projection, run.args.projection_seed
-    return project_embeddings(student, teacher, ProjectionBank.create([(1, 1)], *widths, kind, seed, shared=True))
+    bank = ProjectionBank.create([(1, 1)], *widths, kind, seed, shared=True)
+    return project_embeddings(student, teacher, bank, shared_vocabulary(student, teacher, tokenizer))
 
 
 def train_student(trainer: CurriculumDistillationTrainer, method: str) -> dict[str, Any]:

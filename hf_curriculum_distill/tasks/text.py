@@ -13,6 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, default_data_collator
 
 from hf_curriculum_distill.batches.randomness import preserved_random_state
+from hf_curriculum_distill.logs import get_logger
+
+logger = get_logger(__name__)
 
 
 def pack_blocks(
@@ -62,16 +65,22 @@ def tokenize_documents(
 ) -> Dataset | IterableDataset:
     """Tokenize documents one by one, for texts that mean nothing when joined, such as proteins.
 
-    One row: `{"input_ids": [CLS] the cat sat [SEP]}`, cut to `block_size` tokens.
+    One row: `{"input_ids": [CLS] the cat sat [SEP]}`, cut to `block_size` tokens. Documents without a token that is not
+    special, of which nothing can be masked, are left out.
 
     Arguments and errors as of [`pack_blocks`].
     """
 
     def tokenize(batch: dict[str, list]) -> dict[str, list[list[int]]]:
         encoded = tokenizer(batch[text_column], truncation=True, max_length=block_size, verbose=False)
-        return {"input_ids": encoded["input_ids"]}
+        return {"input_ids": [ids for ids in encoded["input_ids"] if not special.issuperset(ids)]}
 
-    return _packed(documents, tokenize, block_size, text_column, num_proc)
+    special = set(tokenizer.all_special_ids)
+    rows = _packed(documents, tokenize, block_size, text_column, num_proc)
+    if isinstance(rows, Dataset) and len(rows) < len(documents):
+        number = len(documents) - len(rows)
+        logger.warning("%d of %d documents have no token to mask and are left out.", number, len(documents))
+    return rows
 
 
 def pack_causal_blocks(

@@ -49,15 +49,18 @@ class StudentComparison:
         self.num_batches = 0
         self._metric, self._layers, self._cosines = TeacherComparison(), LayerComparison(), []
 
-    def update(self, batch: Batch, outputs: Any, tolerance: float) -> None:
+    def update(self, batch: Batch, outputs: Any, tolerance: float, has_loss: bool = True) -> None:
         """Add a batch.
 
         Args:
             batch: with whole logits.
-            outputs: the student's, with its own loss.
+            outputs: the student's.
             tolerance: the relative error that the precision of the computation allows.
+            has_loss: whether the student was given the labels, so that its own loss is among its outputs.
         """
         self.num_batches += 1
+        if not has_loss and not isinstance(outputs, Mapping):
+            outputs = (None, *outputs)
         if self._knows_rows is None:
             mismatch = label_loss_mismatch(batch, outputs, tolerance)
             self._knows_rows = mismatch is None

@@ -15,11 +15,20 @@ from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 from hf_curriculum_distill.layers.adapted import transformers_model
 from hf_curriculum_distill.layers.forward import PartialForward
 
-# arguments that say where files are; the others are about the model
 _WHERE = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only")
 # of `cached_file`, which then returns None
 LENIENT = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 _PREFIX = "base_model.model."  # of the names in an adapter's file
+
+
+def file_arguments(kwargs: Mapping[str, Any] | None, of_tokenizer: bool = False) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say where a teacher's files are; the others are about the model.
+
+    Args:
+        kwargs: all arguments, as the config's `teacher_model_init_kwargs`.
+        of_tokenizer: whether its tokenizer is looked for, which lies beside the subfolders of models.
+    """
+    return {n: value for n, value in (kwargs or {}).items() if n in _WHERE and not (of_tokenizer and n == "subfolder")}
 
 
 def load_pretrained(
@@ -40,7 +49,7 @@ def load_pretrained(
         OSError: there is no such model, or its files are damaged.
         ValueError: it is of another kind, needs its own code, or an argument is unknown.
     """
-    where = {n: value for n, value in kwargs.items() if n in _WHERE}
+    where = file_arguments(kwargs)
     try:
         if _has_adapters(name, where):
             classes = {"num_labels": student.config.num_labels} if "Classification" in auto.__name__ else {}

@@ -276,8 +276,8 @@ def test_embeddings_are_projected_into_any_student_of_the_vocabulary_as_far_as_i
     assert project_embeddings(student, teacher, one_pair) is student
     matrix = one_pair.tensors()["layer_1_1.weight"]
     ours, theirs = student.roberta.embeddings, teacher.bert.embeddings
-    expected = (theirs.position_embeddings.weight[:20] @ matrix.T).bfloat16()
-    assert torch.equal(ours.position_embeddings.weight, expected)
+    expected = (theirs.position_embeddings.weight[:18] @ matrix.T).bfloat16()
+    assert torch.equal(ours.position_embeddings.weight[2:], expected)  # RoBERTa's first position
     assert torch.equal(ours.token_type_embeddings.weight[2], last)
     assert all(parameter.requires_grad for parameter in student.parameters())
 
@@ -309,9 +309,27 @@ def test_what_does_not_fit_the_embeddings_is_refused(name, projections, message)
         student_from_teacher(build(name)[0], 1, hidden_size=16, projection_bank=projections)
 
 
-def test_embeddings_of_other_tokens_are_refused():
-    with pytest.raises(ValueError, match="vocabulary has 50 entries and the teacher's 99"):
-        project_embeddings(tiny_bert(2), build("bert")[0], bank(16, 32))
+@pytest.mark.parametrize("kind", [hf.RobertaConfig, hf.MPNetConfig, hf.NystromformerConfig])
+def test_a_position_has_the_entry_of_the_same_position(kind):
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    teacher = hf.AutoModel.from_config(kind(**sizes, intermediate_size=32, max_position_embeddings=26))
+    student = tiny_bert(2, vocab_size=99)
+    project_embeddings(student, teacher, bank(16, 32))
+    ours, theirs = (model.embeddings.position_embeddings.weight for model in (student.bert, teacher))
+    teacher(torch.arange(5, 29)[None]).last_hidden_state[..., 0].sum().backward()
+    read = theirs.grad.any(-1)  # what 24 tokens read
+    torch.testing.assert_close(ours[:24], theirs[read] @ bank(16, 32).tensors()["layer_1_2.weight"].T)
+
+
+@pytest.mark.parametrize("size", [50, 120])
+def test_embeddings_of_other_tokens_are_refused_and_padding_is_not(size):
+    teacher, student = build("bert")[0], tiny_bert(2, vocab_size=size)
+    for num_tokens in (None, 51) if size == 50 else (None,):
+        with pytest.raises(ValueError, match=f"vocabulary has {size} entries and the teacher's 99"):
+            project_embeddings(student, teacher, bank(16, 32), num_tokens)
+    project_embeddings(student, teacher, bank(16, 32), num_tokens=50)
+    ours, theirs = (model.get_input_embeddings().weight[: min(size, 99)] for model in (student, teacher))
+    torch.testing.assert_close(ours, theirs @ bank(16, 32).tensors()["layer_1_2.weight"].T)
 
 
 # ---- names ----

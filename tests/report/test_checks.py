@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_bert
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig
 
 from hf_curriculum_distill.report.checks import check_embeddings, check_models, check_student_tokenizer, load_tokenizer
 
@@ -34,6 +34,7 @@ def test_models_that_make_no_run_are_refused(config, fields, tokens, length, mes
     ("student", "fields", "message"),
     [
         ("teacher-2", {}, "the student 'teacher-2' has embeddings to start from"),
+        ("teacher-2-24", {}, "'teacher-2-24' is as wide as the teacher and has its embeddings as they are"),
         ("here", {}, "the student '.*here' has embeddings to start from"),
         ("org/model", {}, "the student 'org/model' has embeddings to start from"),
         ("bert-2-16", {"shared_projection": False}, "targets of each layer have a matrix of their own"),
@@ -45,11 +46,13 @@ def test_models_that_make_no_run_are_refused(config, fields, tokens, length, mes
 def test_projected_embeddings_need_a_new_student_and_one_matrix(config, tmp_path, student, fields, message):
     (tmp_path / "here").mkdir()
     student, args = str(tmp_path / student) if student == "here" else student, {"shared_projection": True} | fields
-    check_embeddings(student, "random", config(**args))
-    check_embeddings("teacher-2-16", "projected", config(shared_projection=True))
-    check_embeddings("2-16", "projected", config(method="one_shot", shared_projection=False))
+    teacher = BertConfig(hidden_size=24)
+    check_embeddings(student, "random", config(**args), teacher)
+    for other in ("teacher-2-16", "bert-2-24"):
+        check_embeddings(other, "projected", config(shared_projection=True), teacher)
+    check_embeddings("2-16", "projected", config(method="one_shot", shared_projection=False), teacher)
     with pytest.raises(ValueError, match=message):
-        check_embeddings(student, "projected", config(**args))
+        check_embeddings(student, "projected", config(**args), teacher)
 
 
 def test_a_student_that_starts_from_weights_has_the_tokenizer_of_the_run(tmp_path):
@@ -63,6 +66,6 @@ def test_a_student_that_starts_from_weights_has_the_tokenizer_of_the_run(tmp_pat
         check_student_tokenizer(str(tmp_path), tokenizer)
 
 
-def test_a_tokenizer_that_is_not_there_is_named():
+def test_a_tokenizer_that_is_not_there_is_named(config):
     with pytest.raises(OSError, match="There is no tokenizer of 'no/words' within reach; name one with --tokenizer"):
-        load_tokenizer(SimpleNamespace(tokenizer="no/words", teacher=None, teacher_from=None))
+        load_tokenizer(SimpleNamespace(tokenizer="no/words", teacher=None, teacher_from=None), config())

@@ -7,24 +7,30 @@ import logging
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import assert_same_weights, tiny_bert, weights
 from transformers import TrainerCallback, set_seed
 
-from hf_curriculum_distill import CurriculumDistillationTrainer
+from hf_curriculum_distill import CurriculumDistillationTrainer, ProjectionBank
 from hf_curriculum_distill.cli import main
 from hf_curriculum_distill.options import ComparisonOptions
-from hf_curriculum_distill.report.launch import planned_or_exit
+from hf_curriculum_distill.report.launch import Run, planned_or_exit
 from hf_curriculum_distill.report.runs import (
     LABELS_ALONE,
     compare_methods,
     keep_teacher,
+    start_embeddings,
     summarize,
+    teacher_arguments,
     train_all,
     train_student,
 )
+from hf_curriculum_distill.stages import Stage
 from hf_curriculum_distill.tasks.parity import ParityMLPConfig, ParityMLPForSequenceClassification, SparseParity, stack
+from hf_curriculum_distill.tasks.pcfg import pcfg_tokenizer
 
 
 @dataclasses.dataclass
@@ -226,10 +232,8 @@ def test_a_launch_that_writes_over_runs_leaves_nothing_of_theirs_to_resume(make,
     with pytest.raises(KeyboardInterrupt):
         train_all(runs, killed, args)
     assert results_of() == [kept]
-    there = {
-        name: sorted(glob.glob(f"{args.output_dir}/{name}/seed-*/checkpoint-*")) for name in os.listdir(args.output_dir)
-    }
-    assert not there["curriculum"] + there["one_shot"] and there["labels"]
+    left = glob.glob(f"{args.output_dir}/*/seed-*/checkpoint-*")
+    assert left and {os.path.dirname(checkpoint) for checkpoint in left} == {kept["path"]}
 
 
 def test_a_launch_that_resumes_leaves_finished_runs_as_they_are(make, config, results_of):
@@ -258,7 +262,7 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(make, config):
 
 
 def test_a_teacher_is_kept_whole_with_its_configuration_last(config, tmp_path, monkeypatch):
-    trainer = CurriculumDistillationTrainer(tiny_bert(1), config("training", stages=LABELS_ALONE))
+    trainer = CurriculumDistillationTrainer(tiny_bert(1), config("training", **LABELS_ALONE))
     moved, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (moved.append(os.path.basename(paths[1])), replace(*paths)))
     folder = str(tmp_path / "teacher")
@@ -267,3 +271,25 @@ def test_a_teacher_is_kept_whole_with_its_configuration_last(config, tmp_path, m
     assert {*moved} == {*os.listdir(folder)} > {"model.safetensors", "config.json"} and moved[-1] == "config.json"
     assert not os.path.exists(os.path.join(trainer.args.output_dir, "model"))
     assert_same_weights(weights(type(trainer.model).from_pretrained(folder)), weights(trainer.model))
+
+
+def test_embeddings_start_as_those_of_a_teacher_whose_vocabulary_is_padded(config):
+    student, teacher = tiny_bert(1, seed=1), tiny_bert(1, width=24, vocab_size=56)
+    run = Run("some name", SimpleNamespace(student_embeddings="projected"), config(projection_seed=3))
+    with pytest.raises(ValueError, match="vocabulary has 50 entries and the teacher's 56"):
+        start_embeddings(student, teacher, run, None)
+    assert start_embeddings(student, teacher, run, pcfg_tokenizer()) is student
+    matrix = ProjectionBank.create([(1, 1)], [16], [24], seed=3, shared=True).tensors()["layer_1_1.weight"]
+    ours, theirs = (model.get_input_embeddings().weight for model in (student, teacher))
+    torch.testing.assert_close(ours, theirs[:50] @ matrix.T)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"teacher_entropy_threshold": 0.5, "label_loss_weight": 1.0}, {"teacher_cache": "cache"}], ids=str
+)
+def test_a_teacher_learns_from_labels_alone_whatever_its_students_do(config, tmp_path, examples, fields):
+    args = config(max_steps=1, teacher_learning_rate=1e-3, **fields)
+    for own in (dataclasses.replace(args, **LABELS_ALONE), teacher_arguments(args, str(tmp_path / "teacher"), 1, 4, 1)):
+        trainer = CurriculumDistillationTrainer(tiny_bert(1), own, train_dataset=examples, eval_dataset=examples[:4])
+        trainer.train()
+        assert trainer.stages == [Stage(label_weight=1.0)]

@@ -126,6 +126,15 @@ def test_documents_that_are_not_joined_are_cut_to_the_block(tokenizer):
     ]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_of_which_nothing_can_be_masked_are_left_out(tokenizer, caplog, streaming):
+    documents = Dataset.from_dict({"text": ["", DOCUMENTS[0], " ", "[UNK]", DOCUMENTS[1]]})
+    rows = tokenize_documents(documents.to_iterable_dataset() if streaming else documents, tokenizer, 6)
+    batch = MaskedBlocksCollator(tokenizer, fixed_count=True)(list(rows))
+    assert len(batch["labels"]) == 2
+    assert ("3 of 5 documents have no token to mask and are left out" in caplog.text) != streaming
+
+
 # ---- as many labels in every example ----
 
 
