@@ -43,6 +43,7 @@ def pytest_collection_finish():
 def pytest_runtest_setup():
     """A test starts alike whatever ran before it. pytest-randomly seeds Python and NumPy."""
     torch.manual_seed(0)
+    transformers.logging.set_verbosity_warning()  # Trainer sets it as its log_level says
     unset_hf_deepspeed_config()  # one that an error left is there until the traceback is collected
 
 
