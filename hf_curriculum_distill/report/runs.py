@@ -34,8 +34,12 @@ from hf_curriculum_distill.trainer import CurriculumDistillationTrainer
 logger = get_logger(__name__)
 
 # what a training without a teacher, of a teacher for instance, has in place of its students' arguments
-LABELS_ALONE = {"stages": [{"label_weight": 1.0}], "teacher_entropy_threshold": None, "teacher_cache": None}
-LABELS_ALONE |= {"push_to_hub": False}
+LABELS_ALONE = {
+    "stages": [{"label_weight": 1.0}],
+    "teacher_entropy_threshold": None,
+    "teacher_cache": None,
+    "push_to_hub": False,
+}
 
 _METRICS = ("eval_loss", "eval_accuracy", "eval_agreement", "eval_kl", "eval_cosine")
 
